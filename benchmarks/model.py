@@ -1,0 +1,144 @@
+"""Speed and peak memory of the model: `context` against `none`, and against diffusers' DiT of the same size.
+
+All contestants take turns in one process, so that noise of the machine hits them alike; medians and ratios are what
+counts. Peak memory is taken in a fresh process for each (on CUDA from the allocator, on CPU from the resident set).
+
+    python benchmarks/model.py                            # SDT-S/2, batch 8, 256 tokens
+    python benchmarks/model.py --preset SDT-B/2 --rounds 5
+"""
+
+import argparse
+import multiprocessing
+import resource
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from diffusers import DiTTransformer2DModel
+from torch._dynamo.utils import counters
+from tqdm import tqdm
+
+from sdt_diffusion import SDTTransformer2DModel
+
+BASELINE = "none"
+
+
+def build_model(name, preset, device):
+    torch.manual_seed(0)
+    if name != "diffusers DiT":
+        model = SDTTransformer2DModel.from_preset(preset, spatial_decay=name)
+    else:
+        config = SDTTransformer2DModel.from_preset(preset, num_layers=1).config
+        layers = SDTTransformer2DModel.from_preset(preset).config.num_layers
+        keys = ("num_attention_heads", "attention_head_dim", "in_channels", "sample_size", "patch_size")
+        model = DiTTransformer2DModel(**{key: config[key] for key in keys}, num_layers=layers)
+    return model.to(device)
+
+
+def build_step(name, compiled, mode, args):
+    """A function that runs one forward pass or one training step (forward, backward, AdamW)."""
+    model = build_model(name, args.preset, args.device).train(mode == "training")
+    config = model.config
+    generator = torch.Generator().manual_seed(0)
+    shape = (args.batch_size, config.in_channels, config.sample_size, config.sample_size)
+    inputs = torch.randn(shape, generator=generator).to(args.device)
+    timestep = torch.randint(0, 1000, (args.batch_size,), generator=generator).to(args.device)
+    labels = torch.randint(0, 1000, (args.batch_size,), generator=generator).to(args.device)
+    run = torch.compile(model, fullgraph=name != "diffusers DiT") if compiled else model
+    autocast = torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.dtype == "bf16")
+
+    def forward():
+        with torch.no_grad(), autocast:
+            run(inputs, timestep=timestep, class_labels=labels, return_dict=False)
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+
+    def training():
+        with autocast:
+            loss = run(inputs, timestep=timestep, class_labels=labels, return_dict=False)[0].square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return forward if mode == "forward" else training
+
+
+def timed(step, device):
+    start = time.perf_counter()
+    step()
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def _current_rss():
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize()
+
+
+def _measure_peak(queue, name, compiled, mode, args):
+    torch.set_num_threads(args.threads)
+    before = _current_rss()
+    step = build_step(name, compiled, mode, args)
+    for _ in range(2):
+        step()
+    if torch.device(args.device).type == "cuda":
+        queue.put(torch.cuda.max_memory_allocated())
+    else:
+        queue.put(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
+
+
+def peak_memory(*measurement):
+    """Peak bytes of two steps, model and optimizer included, in a process of its own."""
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=_measure_peak, args=(queue, *measurement))
+    process.start()
+    peak = queue.get()
+    process.join()
+    return peak
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="SDT-S/2")
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="bf16 is by autocast")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--models", nargs="+", default=["none", "context", "diffusers DiT"])
+    parser.add_argument("--no_compile", action="store_true")
+    parser.add_argument("--no_memory", action="store_true")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+
+    print(f"{args.preset}, batch {args.batch_size}, {args.dtype}, {args.device}, {args.threads} threads")
+    print(f"torch {torch.__version__}, medians of {args.rounds} interleaved rounds, ratios to `{BASELINE}`\n")
+    print("| | | model | ms | ratio | peak MiB |\n|---|---|---|---|---|---|")
+    for compiled in (False,) if args.no_compile else (False, True):
+        for mode in ("forward", "training"):
+            torch.compiler.reset()
+            counters.clear()
+            steps = {name: build_step(name, compiled, mode, args) for name in args.models}
+            for step in steps.values():
+                for _ in range(2):
+                    step()
+            times = {name: [] for name in steps}
+            for _ in tqdm(range(args.rounds), desc=f"compiled={compiled} {mode}", leave=False):
+                for name, step in steps.items():
+                    times[name].append(timed(step, args.device))
+            medians = {name: statistics.median(seconds) for name, seconds in times.items()}
+            del steps
+            for name, median in medians.items():
+                ratio = median / medians[BASELINE]
+                peak = "-" if args.no_memory else f"{peak_memory(name, compiled, mode, args) / 2**20:.0f}"
+                kind = "compiled" if compiled else "eager"
+                print(f"| {kind} | {mode} | {name} | {median * 1e3:.0f} | {ratio:.3f} | {peak} |", flush=True)
+            if compiled and counters["graph_break"]:
+                print(f"graph breaks: {dict(counters['graph_break'])}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,28 @@
+"""Spatial Decay Transformers (SDT) for class-conditional image generation, on diffusers."""
+
+import diffusers
+import diffusers.pipelines
+
+from . import sdt
+from .sdt import SDTPipeline, SDTTransformer2DModel
+
+__version__ = "0.1.0"
+__all__ = ["SDTPipeline", "SDTTransformer2DModel"]
+
+
+def _register_with_diffusers() -> None:
+    """Makes `DiffusionPipeline.from_pretrained` find the classes named in a saved `model_index.json`.
+
+    diffusers looks a pipeline class up as its own attribute, and a component as an attribute of a subpackage of
+    `diffusers.pipelines`.
+    """
+    for owner, name, value in (
+        (diffusers, "SDTPipeline", SDTPipeline),
+        (diffusers, "SDTTransformer2DModel", SDTTransformer2DModel),
+        (diffusers.pipelines, "sdt", sdt),
+    ):
+        if not hasattr(owner, name):
+            setattr(owner, name, value)
+
+
+_register_with_diffusers()

@@ -1,0 +1,62 @@
+"""Dense backend: the formula with its gradient written out, holding one (tokens, tokens) tensor per head."""
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from .geometry import manhattan_distance
+from .reference import reference_attention
+
+
+class _DenseSpatialDecayAttention(torch.autograd.Function):
+    """softmax(Q K^T * scale + (u_i + u_j) d_ij) V, with u = 1/2 alpha G <= 0, so that the bias is M without its abs.
+
+    Logits and softmax share one buffer. Backward, with P the attention and S the logits: dS = P * (dP - sum_j dP P),
+    du_i = sum_j (dS_ij + dS_ji) d_ij; autograd carries du on to the gate and alpha.
+    """
+
+    @staticmethod
+    def forward(ctx, query, key, value, half_decay, distance, scale):
+        logits = (half_decay[..., :, None] + half_decay[..., None, :]).mul_(distance)
+        if query.dtype == logits.dtype:
+            logits.flatten(0, 1).baddbmm_(_heads(query), _heads(key).transpose(1, 2), alpha=scale)
+        else:  # the decay stays in fp32 under autocast
+            logits.add_(query @ key.transpose(-1, -2), alpha=scale)
+        attention = torch.softmax(logits, dim=-1, out=logits).to(value.dtype)
+        ctx.save_for_backward(query, key, value, attention, distance)
+        ctx.scale = scale
+        return attention @ value
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output):
+        query, key, value, attention, distance = ctx.saved_tensors
+        grad_output = grad_output.to(value.dtype)
+        grad_value = attention.transpose(-1, -2) @ grad_output
+        grad_attention = grad_output @ value.transpose(-1, -2)
+        grad_logits = torch._softmax_backward_data(grad_attention, attention, -1, attention.dtype)
+        grad_query = (grad_logits @ key) * ctx.scale
+        grad_key = (grad_logits.transpose(-1, -2) @ query) * ctx.scale
+        grad_half_decay = None
+        if ctx.needs_input_grad[3]:
+            weighted = grad_logits * distance  # promotes a low-precision gradient to the distance's fp32
+            grad_half_decay = weighted.sum(dim=-1) + weighted.sum(dim=-2)
+        return grad_query, grad_key, grad_value, grad_half_decay, None, None
+
+
+def _heads(x: torch.Tensor) -> torch.Tensor:
+    return x.flatten(0, 1)
+
+
+def dense_attention(query, key, value, gate, alpha, grid_size, variant, scale):
+    """Spatial decay attention on materialised logits; `raster`, whose decay is no product with a distance, by formula.
+
+    Needs gate <= 0 and alpha > 0, which the gate's log sigmoid and exp guarantee.
+    """
+    if variant == "raster":
+        return reference_attention(query, key, value, gate, alpha, grid_size, variant, scale)
+    distance = manhattan_distance(grid_size, gate.device, gate.dtype)
+    if variant == "content":
+        distance = distance.clamp(max=1)
+    half_decay = gate * (alpha[:, None] / 2)
+    half_decay = half_decay.expand(*query.shape[:-1]).contiguous()  # or the logits inherit the gate's strides
+    return _DenseSpatialDecayAttention.apply(query, key, value, half_decay, distance, scale)

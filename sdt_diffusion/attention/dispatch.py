@@ -1,0 +1,125 @@
+"""`spatial_decay_attention`: the one call through which models attend, and the table of its backends."""
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from .dense import dense_attention
+from .reference import check_variant, reference_attention
+
+#: Name -> function(query, key, value, gate, alpha, grid_size, variant, scale). A new backend is a file and a line here.
+BACKENDS: dict[str, Callable[..., torch.Tensor]] = {
+    "reference": reference_attention,
+    "dense": dense_attention,
+}
+DEFAULT_BACKEND = "dense"
+
+
+def spatial_decay_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    gate: torch.Tensor | None,
+    alpha: torch.Tensor | None,
+    grid_size: tuple[int, int],
+    *,
+    variant: str = "context",
+    decomposed: bool = False,
+    scale: float | None = None,
+    backend: str | Callable[..., torch.Tensor] = DEFAULT_BACKEND,
+) -> torch.Tensor:
+    """Attention that decays with distance on the patch grid: softmax(Q K^T / sqrt(d) + M) V.
+
+    Args:
+        query: Shape (batch, heads, tokens, head_dim), tokens in raster order.
+        key: Shape (batch, heads, tokens, head_dim).
+        value: Shape (batch, heads, tokens, value_dim).
+        gate: G <= 0 per token and head, shape (batch, heads, tokens), or (batch or 1, heads, 1) for the same on every
+            token; in fp32 or fp64 whatever the dtype of the query. Ignored by `none`.
+        alpha: Strength of the decay > 0, shape (heads,). Ignored by `none`.
+        grid_size: Rows H and columns W of the patch grid, H * W = tokens.
+        variant: One of `SPATIAL_DECAY_VARIANTS`.
+        decomposed: Attend along the width inside each row, then along the height inside each column of that result,
+            each with its own one-dimensional decay, by the same queries and keys. Costs O(HW(H+W)) instead of
+            O((HW)^2).
+        scale: Factor of Q K^T; 1 / sqrt(head_dim) by default.
+        backend: A name in `BACKENDS`, or a function of the same signature. `none` uses
+            `torch.nn.functional.scaled_dot_product_attention` unless a function is given.
+
+    Returns:
+        Tensor of shape (batch, heads, tokens, value_dim) in the value's dtype.
+
+    Raises:
+        ValueError: If the variant or backend is unknown, the grid does not match the tokens, or a gate is missing or of
+            a wrong shape.
+    """
+    check_variant(variant)
+    height, width = grid_size
+    if query.shape[-2] != height * width or key.shape[-2] != height * width:
+        raise ValueError(
+            f"grid_size {height}x{width} means {height * width} tokens, but query and key have "
+            f"{query.shape[-2]} and {key.shape[-2]}."
+        )
+    if variant == "none":
+        gate = alpha = None
+    else:
+        gate = _check_gate(gate, alpha, query)
+    attend = _resolve_backend(backend, variant)
+    query, key = query.to(value.dtype), key.to(value.dtype)  # normalised queries are fp32 under autocast
+    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    if not decomposed:
+        return attend(query, key, value, gate, alpha, grid_size, variant, scale)
+
+    # A row is a 1 x W grid and a column an H x 1 grid: the same formula serves both passes.
+    rows = [_rows(x, grid_size) for x in (query, key, value)]
+    value = attend(*rows, _rows(gate, grid_size), alpha, (1, width), variant, scale)
+    columns = [_columns(x, grid_size) for x in (query, key)]
+    value = _columns(_from_rows(value, grid_size), grid_size)
+    output = attend(*columns, value, _columns(gate, grid_size), alpha, (height, 1), variant, scale)
+    return _from_columns(output, grid_size)
+
+
+def sdpa_attention(query, key, value, gate, alpha, grid_size, variant, scale):
+    """Plain attention by torch's fused kernels; the only thing `none` needs."""
+    return F.scaled_dot_product_attention(query, key, value, scale=scale)
+
+
+def _resolve_backend(backend, variant):
+    if callable(backend):
+        return backend
+    if backend not in BACKENDS:
+        raise ValueError(f"Unknown attention backend {backend!r}: choose one of {', '.join(BACKENDS)}.")
+    return sdpa_attention if variant == "none" else BACKENDS[backend]
+
+
+def _check_gate(gate, alpha, query):
+    batch, heads, tokens, _ = query.shape
+    if gate is None or alpha is None:
+        raise ValueError("A spatial decay other than 'none' needs `gate` and `alpha`.")
+    if gate.ndim != 3 or gate.shape[0] not in (1, batch) or gate.shape[1] != heads or gate.shape[2] not in (1, tokens):
+        raise ValueError(f"`gate` has shape {tuple(gate.shape)}; ({batch}, {heads}, {tokens}) is needed.")
+    if alpha.shape != (heads,):
+        raise ValueError(f"`alpha` has shape {tuple(alpha.shape)}; ({heads},) is needed.")
+    # Half precision would round decays of 16 to 32 to steps of 1/8 (bf16).
+    return gate.to(torch.promote_types(gate.dtype, torch.float32)).expand(batch, heads, tokens)
+
+
+# (batch, heads, H*W, ...) <-> (batch*H, heads, W, ...) and (batch*W, heads, H, ...)
+
+
+def _rows(x, grid_size):
+    return None if x is None else x.unflatten(2, grid_size).transpose(1, 2).flatten(0, 1)
+
+
+def _columns(x, grid_size):
+    return None if x is None else x.unflatten(2, grid_size).movedim(3, 1).flatten(0, 1)
+
+
+def _from_rows(x, grid_size):
+    return x.unflatten(0, (-1, grid_size[0])).transpose(1, 2).flatten(2, 3)
+
+
+def _from_columns(x, grid_size):
+    return x.unflatten(0, (-1, grid_size[1])).movedim(1, 3).flatten(2, 3)

@@ -1,0 +1,114 @@
+"""Context-aware gating (CAG): from tokens, and a conditioning vector, to decays."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+def multi_scale_exponents(num_heads: int, initial_value: float, heads_range: float) -> list[float]:
+    """RMT's exponents a_h = initial_value + heads_range * h / num_heads; head h decays by log(1 - 2^-a_h) per patch."""
+    return [initial_value + heads_range * head / num_heads for head in range(num_heads)]
+
+
+class ContextAwareGate(nn.Module):
+    """G = log sigmoid(X W_g + b + c W_c), one value per token and head, computed in fp32 or better.
+
+    W_g and W_c start at zero and b_h at log(2^a_h - 1), at which log sigmoid(b_h) = log(1 - 2^-a_h): the gate starts as
+    RMT's fixed decay, with its range of near- and far-sighted heads. alpha = exp(log_alpha) starts at 1 and stays
+    positive (at 0, -|M| would have no gradient and alpha would never move).
+
+    Args:
+        dim: Width of the tokens.
+        num_heads: Attention heads.
+        conditioning_dim: Width of the conditioning vector, or `None` for gates from content alone.
+        initial_value: Exponent a of the most near-sighted head.
+        heads_range: Span of the exponents over the heads.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        conditioning_dim: int | None = None,
+        initial_value: float = 2.0,
+        heads_range: float = 6.0,
+    ):
+        super().__init__()
+        self.exponents = multi_scale_exponents(num_heads, initial_value, heads_range)
+        self.proj = nn.Linear(dim, num_heads)
+        self.conditioning_proj = (
+            None if conditioning_dim is None else nn.Linear(conditioning_dim, num_heads, bias=False)
+        )
+        self.log_alpha = nn.Parameter(torch.zeros(num_heads))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Sets the start described above."""
+        nn.init.zeros_(self.proj.weight)
+        self.proj.bias.copy_(torch.tensor([math.log(2**a - 1) for a in self.exponents]))
+        if self.conditioning_proj is not None:
+            nn.init.zeros_(self.conditioning_proj.weight)
+        nn.init.zeros_(self.log_alpha)
+
+    def forward(
+        self, hidden_states: torch.Tensor, conditioning: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Computes the gate.
+
+        Args:
+            hidden_states: The tokens that queries, keys and values see, shape (batch, tokens, dim).
+            conditioning: Shape (batch, conditioning_dim); needed exactly when the gate was built for it.
+
+        Returns:
+            The gate G, shape (batch, heads, tokens), and alpha, shape (heads,).
+        """
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            logits = _linear_fp32(self.proj, hidden_states)
+            if self.conditioning_proj is not None:
+                logits = logits + _linear_fp32(self.conditioning_proj, conditioning).unsqueeze(1)
+            return F.logsigmoid(logits).transpose(1, 2), self.log_alpha.to(logits.dtype).exp()
+
+
+class FixedGate(nn.Module):
+    """RMT's constant decay: G = log(1 - 2^-a_h) for every token, alpha = 1, nothing learned.
+
+    Holds no tensors, so that no cast of the model can round the decay.
+    """
+
+    def __init__(self, num_heads: int, initial_value: float = 2.0, heads_range: float = 6.0):
+        super().__init__()
+        self.exponents = multi_scale_exponents(num_heads, initial_value, heads_range)
+
+    def forward(
+        self, hidden_states: torch.Tensor, conditioning: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the gate of shape (1, heads, 1) and alpha of shape (heads,), both constant."""
+        dtype = torch.promote_types(hidden_states.dtype, torch.float32)
+        decay = [math.log1p(-(2**-a)) for a in self.exponents]
+        gate = torch.tensor(decay, dtype=dtype, device=hidden_states.device)
+        return gate[None, :, None], torch.ones_like(gate)
+
+
+def build_gate(
+    variant: str,
+    dim: int,
+    num_heads: int,
+    conditioning_dim: int | None = None,
+    initial_value: float = 2.0,
+    heads_range: float = 6.0,
+) -> nn.Module | None:
+    """The gate that a spatial decay variant needs; `None` for `none`."""
+    if variant == "none":
+        return None
+    if variant == "fixed":
+        return FixedGate(num_heads, initial_value, heads_range)
+    return ContextAwareGate(dim, num_heads, conditioning_dim, initial_value, heads_range)
+
+
+def _linear_fp32(linear: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    bias = None if linear.bias is None else linear.bias.to(dtype)
+    return F.linear(x.to(dtype), linear.weight.to(dtype), bias)

@@ -1,0 +1,281 @@
+"""The transformer block shared by generation and classification."""
+
+from functools import partial
+
+import torch
+from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
+from diffusers.models.attention import AttentionModuleMixin, FeedForward
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.embeddings import apply_rotary_emb
+from torch import nn
+
+from .attention import BACKENDS, build_gate, check_variant, spatial_decay, spatial_decay_attention
+from .attention.dispatch import DEFAULT_BACKEND
+
+
+class SDTAttnProcessor:
+    """Computes `SDTAttention` through `spatial_decay_attention`.
+
+    `model.set_attention_backend(name)` of diffusers hands the decay to that backend as an additive mask: `native`,
+    `_native_math`, `_native_efficient`, `_native_cudnn`, `flex` and `xformers` take one, the flash family refuses it.
+
+    Args:
+        backend: A name in `sdt_diffusion.attention.BACKENDS`, used while no diffusers backend is set.
+    """
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __init__(self, backend: str = DEFAULT_BACKEND):
+        if backend not in BACKENDS:
+            raise ValueError(f"Unknown attention backend {backend!r}: choose one of {', '.join(BACKENDS)}.")
+        self.backend = backend
+
+    def __call__(
+        self,
+        attn: "SDTAttention",
+        hidden_states: torch.Tensor,
+        grid_size: tuple[int, int],
+        conditioning: torch.Tensor | None = None,
+        image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        if attn.fused_projections:
+            query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
+        else:
+            query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
+        position = None if attn.local_position is None else attn.local_position(value, grid_size)
+        query, key, value = (x.unflatten(-1, (-1, attn.head_dim)).transpose(1, 2) for x in (query, key, value))
+        if attn.norm_q is not None:
+            query, key = attn.norm_q(query), attn.norm_k(key)
+        if image_rotary_emb is not None:
+            query, key = (apply_rotary_emb(x, image_rotary_emb) for x in (query, key))
+        gate, alpha = (None, None) if attn.gate is None else attn.gate(hidden_states, conditioning)
+
+        backend = self.backend
+        if self._attention_backend is not None:
+            backend = partial(_diffusers_attention, self._attention_backend, self._parallel_config)
+        hidden_states = spatial_decay_attention(
+            query,
+            key,
+            value,
+            gate,
+            alpha,
+            grid_size,
+            variant=attn.spatial_decay,
+            decomposed=attn.decomposed,
+            backend=backend,
+        )
+        hidden_states = hidden_states.transpose(1, 2).flatten(2)
+        if position is not None:
+            hidden_states = hidden_states + position
+        return attn.to_out[1](attn.to_out[0](hidden_states))
+
+
+def _diffusers_attention(name, parallel_config, query, key, value, gate, alpha, grid_size, variant, scale):
+    mask = None if gate is None else spatial_decay(gate, alpha, grid_size, variant).to(query.dtype)
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    output = dispatch_attention_fn(
+        query, key, value, attn_mask=mask, scale=scale, backend=name, parallel_config=parallel_config
+    )
+    return output.transpose(1, 2)
+
+
+class LocalPositionEncoding(nn.Module):
+    """Depth-wise convolution over the grid of values, added to the output of attention (RMT's LPE)."""
+
+    def __init__(self, dim: int, kernel_size: int):
+        super().__init__()
+        self.conv = nn.Conv2d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim)
+
+    def forward(self, hidden_states: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
+        """Maps (batch, tokens, dim) to the same shape."""
+        return self.conv(hidden_states.transpose(1, 2).unflatten(2, grid_size)).flatten(2).transpose(1, 2)
+
+
+class SDTAttention(nn.Module, AttentionModuleMixin):
+    """Multi-head self-attention with spatial decay.
+
+    Args:
+        dim: Width of the tokens.
+        heads: Number of heads.
+        head_dim: Width of a head; dim / heads by default.
+        bias: Whether the query, key and value projections have a bias.
+        dropout: Dropout after the output projection.
+        spatial_decay: One of `SPATIAL_DECAY_VARIANTS`.
+        decomposed: Attend along rows, then along columns.
+        conditioning_dim: Width of the vector that conditions the gate, or `None`.
+        decay_initial_value: See `ContextAwareGate`.
+        decay_heads_range: See `ContextAwareGate`.
+        qk_norm: `None` or "rms_norm": normalise queries and keys per head.
+        local_position_kernel_size: Kernel size of the local position encoding; 0 for none.
+        eps: Epsilon of the query and key norms.
+    """
+
+    _default_processor_cls = SDTAttnProcessor
+    _available_processors = [SDTAttnProcessor]  # noqa: RUF012 (the name and form that diffusers looks for)
+    is_cross_attention = False
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        head_dim: int | None = None,
+        bias: bool = True,
+        dropout: float = 0.0,
+        spatial_decay: str = "context",
+        decomposed: bool = False,
+        conditioning_dim: int | None = None,
+        decay_initial_value: float = 2.0,
+        decay_heads_range: float = 6.0,
+        qk_norm: str | None = None,
+        local_position_kernel_size: int = 0,
+        eps: float = 1e-6,
+    ):
+        super().__init__()
+        if head_dim is None:
+            if dim % heads:
+                raise ValueError(f"dim {dim} is not divisible by {heads} heads; give head_dim.")
+            head_dim = dim // heads
+        if qk_norm not in (None, "rms_norm"):
+            raise ValueError(f"Unknown qk_norm {qk_norm!r}: choose None or 'rms_norm'.")
+        if local_position_kernel_size and local_position_kernel_size % 2 == 0:
+            raise ValueError(f"local_position_kernel_size must be odd or 0, not {local_position_kernel_size}.")
+        self.heads, self.head_dim, self.use_bias = heads, head_dim, bias
+        self.spatial_decay, self.decomposed = check_variant(spatial_decay), decomposed
+        inner_dim = heads * head_dim
+        self.to_q = nn.Linear(dim, inner_dim, bias=bias)
+        self.to_k = nn.Linear(dim, inner_dim, bias=bias)
+        self.to_v = nn.Linear(dim, inner_dim, bias=bias)
+        self.to_out = nn.ModuleList([nn.Linear(inner_dim, dim), nn.Dropout(dropout)])
+        self.norm_q = nn.RMSNorm(head_dim, eps=eps) if qk_norm else None
+        self.norm_k = nn.RMSNorm(head_dim, eps=eps) if qk_norm else None
+        self.gate = build_gate(spatial_decay, dim, heads, conditioning_dim, decay_initial_value, decay_heads_range)
+        self.local_position = (
+            LocalPositionEncoding(inner_dim, local_position_kernel_size) if local_position_kernel_size else None
+        )
+        self.set_processor(self._default_processor_cls())
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        grid_size: tuple[int, int],
+        conditioning: torch.Tensor | None = None,
+        image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """Maps tokens (batch, tokens, dim) to the same shape; see `SDTBlock.forward`."""
+        return self.processor(self, hidden_states, grid_size, conditioning, image_rotary_emb)
+
+
+class AdaLayerNormZero(nn.Module):
+    """DiT's adaLN-Zero: a norm without affine parameters, modulated by the conditioning vector from a zero start.
+
+    The vector comes with its SiLU applied, once for all blocks.
+    """
+
+    def __init__(self, dim: int, conditioning_dim: int, eps: float):
+        super().__init__()
+        self.norm = nn.LayerNorm(dim, elementwise_affine=False, eps=eps)
+        self.linear = nn.Linear(conditioning_dim, 6 * dim)
+
+    def forward(self, hidden_states: torch.Tensor, conditioning: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Returns the modulated tokens, then gate_msa, shift_mlp, scale_mlp and gate_mlp of shape (batch, 1, dim)."""
+        modulation = self.linear(conditioning).unsqueeze(1)
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=-1)
+        hidden_states = modulate(self.norm(hidden_states), shift_msa, scale_msa)
+        return hidden_states, gate_msa, shift_mlp, scale_mlp, gate_mlp
+
+
+def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """x (1 + scale) + shift."""
+    return x * (1 + scale) + shift
+
+
+class SDTBlock(nn.Module):
+    """Spatial decay attention and an MLP, each pre-normalised and residual.
+
+    With a conditioning width, adaLN-Zero modulates both branches (DiT's block, in facebookresearch/DiT's numerics) and
+    the vector conditions the gate too; without one the norms have their own affine parameters.
+
+    Args:
+        dim: Width of the tokens.
+        num_attention_heads: Number of heads.
+        attention_head_dim: Width of a head; dim / heads by default.
+        mlp_ratio: Hidden width of the MLP in units of dim.
+        activation_fn: Activation of the MLP, in diffusers' names.
+        dropout: Dropout after attention and in the MLP.
+        conditioning_dim: Width of the conditioning vector, or `None` for plain pre-norm.
+        gate_conditioning: Whether the vector conditions the gate of the decay as well.
+        norm_eps: Epsilon of the norms.
+        **attention_kwargs: Further options of `SDTAttention`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_attention_heads: int,
+        attention_head_dim: int | None = None,
+        mlp_ratio: float = 4.0,
+        activation_fn: str = "gelu-approximate",
+        dropout: float = 0.0,
+        conditioning_dim: int | None = None,
+        gate_conditioning: bool = True,
+        norm_eps: float = 1e-6,
+        **attention_kwargs,
+    ):
+        super().__init__()
+        self.conditioned = conditioning_dim is not None
+        self.norm1 = (
+            AdaLayerNormZero(dim, conditioning_dim, norm_eps) if self.conditioned else nn.LayerNorm(dim, eps=norm_eps)
+        )
+        self.attn = SDTAttention(
+            dim,
+            num_attention_heads,
+            attention_head_dim,
+            dropout=dropout,
+            conditioning_dim=conditioning_dim if gate_conditioning else None,
+            **attention_kwargs,
+        )
+        self.norm2 = nn.LayerNorm(dim, elementwise_affine=not self.conditioned, eps=norm_eps)
+        self.ff = FeedForward(dim, inner_dim=int(dim * mlp_ratio), activation_fn=activation_fn, dropout=dropout)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        grid_size: tuple[int, int],
+        conditioning: torch.Tensor | None = None,
+        image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """Runs the block.
+
+        Args:
+            hidden_states: Tokens in raster order, shape (batch, tokens, dim).
+            grid_size: Rows and columns of the patch grid.
+            conditioning: SiLU of the conditioning vector, shape (batch, conditioning_dim); needed exactly when the
+                block was built for it.
+            image_rotary_emb: Cosines and sines of the rotary embedding, each of shape (tokens, head_dim), or `None`.
+
+        Returns:
+            Tokens of the same shape.
+
+        Raises:
+            ValueError: If conditioning is missing or not wanted.
+        """
+        if self.conditioned != (conditioning is not None):
+            raise ValueError(
+                "This block was built with conditioning_dim and needs conditioning."
+                if self.conditioned
+                else "This block was built without conditioning_dim and takes no conditioning."
+            )
+        if not self.conditioned:
+            attention_input = self.norm1(hidden_states)
+            hidden_states = hidden_states + self.attn(attention_input, grid_size, None, image_rotary_emb)
+            return hidden_states + self.ff(self.norm2(hidden_states))
+
+        attention_input, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.norm1(hidden_states, conditioning)
+        attention_output = self.attn(attention_input, grid_size, conditioning, image_rotary_emb)
+        hidden_states = hidden_states + gate_msa * attention_output
+        return hidden_states + gate_mlp * self.ff(modulate(self.norm2(hidden_states), shift_mlp, scale_mlp))
+
+
+# What diffusers' caching hooks (FirstBlockCache, MagCache ...) need to know of a block.
+TransformerBlockRegistry.register(SDTBlock, TransformerBlockMetadata(return_hidden_states_index=0))

@@ -1,0 +1,56 @@
+"""Which schedulers can sample from which model, and how to swap one for another."""
+
+import diffusers
+from diffusers.schedulers import SchedulerMixin
+
+#: Checked against an exact denoiser in tests/sdt/test_schedulers.py.
+DIFFUSION_SCHEDULERS = (
+    "DDPMScheduler",
+    "DDIMScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "UniPCMultistepScheduler",
+    "DEISMultistepScheduler",
+    "EulerDiscreteScheduler",
+    "HeunDiscreteScheduler",
+)
+FLOW_SCHEDULERS = (
+    "FlowMatchEulerDiscreteScheduler",
+    "FlowMatchHeunDiscreteScheduler",
+    "DPMSolverMultistepScheduler",
+    "UniPCMultistepScheduler",
+)
+
+
+def is_flow(scheduler: SchedulerMixin) -> bool:
+    """Whether a scheduler samples from flow-matching models."""
+    return type(scheduler).__name__.startswith("FlowMatch") or (
+        scheduler.config.get("prediction_type") == "flow_prediction"
+    )
+
+
+def swap_scheduler(scheduler: SchedulerMixin, name: str) -> SchedulerMixin:
+    """Another scheduler for the same model, with the noise schedule and prediction type of the given one.
+
+    Args:
+        scheduler: The scheduler saved with the model.
+        name: Class name in diffusers, such as "DPMSolverMultistepScheduler".
+
+    Raises:
+        ValueError: If the name is unknown, or the scheduler cannot sample from such a model.
+    """
+    flow = is_flow(scheduler)
+    known = FLOW_SCHEDULERS if flow else DIFFUSION_SCHEDULERS
+    if name not in known:
+        kind = "flow-matching" if flow else f"{scheduler.config.prediction_type}"
+        raise ValueError(f"{name!r} is no scheduler for this {kind} model: choose one of {', '.join(known)}.")
+    scheduler_class = getattr(diffusers, name)
+    shift = scheduler.config.get("shift", scheduler.config.get("flow_shift", 1.0))
+    if name.startswith("FlowMatch"):
+        return scheduler_class(num_train_timesteps=scheduler.config.num_train_timesteps, shift=shift)
+    config = dict(scheduler.config)
+    if flow:
+        config.update(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
+    if name != "DDPMScheduler" and str(config.get("variance_type")).startswith("learned"):
+        config.pop("variance_type")  # others would cut the prediction to three channels
+    return scheduler_class.from_config(config)

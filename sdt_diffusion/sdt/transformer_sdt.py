@@ -1,0 +1,318 @@
+"""SDTTransformer2DModel: a class-conditional diffusion transformer with spatial decay attention, and its presets."""
+
+import inspect
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders import FromOriginalModelMixin, PeftAdapterMixin
+from diffusers.models.attention import AttentionMixin
+from diffusers.models.cache_utils import CacheMixin
+from diffusers.models.embeddings import (
+    TimestepEmbedding,
+    Timesteps,
+    get_1d_rotary_pos_embed,
+    get_2d_sincos_pos_embed_from_grid,
+)
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.modeling_utils import ModelMixin
+from torch import nn
+from torch.nn import functional as F
+
+from ..attention import ContextAwareGate
+from ..blocks import SDTBlock, modulate
+
+#: Size -> config. Parameters (patch 2, 4 channels, 1000 classes, `context`) as counted by tests/sdt; DiT's sizes.
+SIZES: dict[str, dict[str, int]] = {
+    "S": {"num_layers": 12, "num_attention_heads": 6, "attention_head_dim": 64},  # 33.0M
+    "B": {"num_layers": 12, "num_attention_heads": 12, "attention_head_dim": 64},  # 130.5M
+    "L": {"num_layers": 24, "num_attention_heads": 16, "attention_head_dim": 64},  # 458.6M
+    "XL": {"num_layers": 28, "num_attention_heads": 16, "attention_head_dim": 72},  # 675.8M
+}
+
+#: Preset -> config, for `SDTTransformer2DModel.from_preset`.
+PRESETS: dict[str, dict[str, Any]] = {
+    f"SDT-{size}/{patch_size}": {**config, "patch_size": patch_size, "sample_size": 32, "in_channels": 4}
+    for size, config in SIZES.items()
+    for patch_size in (2, 4, 8)
+}
+# 8x8 grey pixels, 10 classes: scikit-learn's digits.
+PRESETS["SDT-digits"] = {
+    "num_layers": 4,
+    "num_attention_heads": 4,
+    "attention_head_dim": 32,
+    "patch_size": 1,
+    "sample_size": 8,
+    "in_channels": 1,
+    "num_classes": 10,
+}
+
+
+class SDTPatchEmbed(nn.Module):
+    """Patches to tokens by one convolution, plus DiT's fixed 2D sine-cosine position embedding.
+
+    On a grid other than the trained one the positions are rescaled to the trained extent, per axis.
+    """
+
+    def __init__(self, in_channels: int, dim: int, patch_size: int, grid_size: tuple[int, int]):
+        super().__init__()
+        self.grid_size = grid_size
+        self.proj = nn.Conv2d(in_channels, dim, kernel_size=patch_size, stride=patch_size)
+        self.register_buffer("pos_embed", self._position_embedding(grid_size), persistent=False)
+
+    def _position_embedding(self, grid_size: tuple[int, int]) -> torch.Tensor:
+        y, x = (
+            torch.arange(size, dtype=torch.float32) * (trained / size)
+            for size, trained in zip(grid_size, self.grid_size, strict=True)
+        )
+        grid = torch.stack(torch.meshgrid(x, y, indexing="xy"))  # the first half of the embedding encodes x
+        return get_2d_sincos_pos_embed_from_grid(self.proj.out_channels, grid, output_type="pt").float()[None]
+
+    def forward(self, sample: torch.Tensor) -> torch.Tensor:
+        """Maps (batch, channels, height, width) to (batch, tokens, dim), tokens in raster order."""
+        tokens = self.proj(sample)
+        grid_size = tuple(tokens.shape[-2:])
+        pos_embed = self.pos_embed
+        if grid_size != self.grid_size:
+            pos_embed = self._position_embedding(grid_size).to(tokens.device)
+        return tokens.flatten(2).transpose(1, 2) + pos_embed.to(tokens.dtype)
+
+
+class TimestepClassEmbedding(nn.Module):
+    """c = SiLU(timestep embedding + class embedding), shared by all blocks.
+
+    The table has a row more than there are classes: the null class `num_classes`, which training puts in place of a
+    label with probability `class_dropout_prob` and classifier-free guidance asks for.
+    """
+
+    def __init__(self, dim: int, num_classes: int, class_dropout_prob: float, frequency_embedding_size: int):
+        super().__init__()
+        self.num_classes, self.class_dropout_prob = num_classes, class_dropout_prob
+        # cat[cos, sin] of exp(-ln(1e4) i / (size / 2)): facebookresearch/DiT's, not diffusers' DiT's.
+        self.time_proj = Timesteps(frequency_embedding_size, flip_sin_to_cos=True, downscale_freq_shift=0)
+        self.timestep_embedder = TimestepEmbedding(frequency_embedding_size, dim)
+        self.class_embedder = nn.Embedding(num_classes + 1, dim)
+
+    def forward(self, timestep: torch.Tensor, class_labels: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Embeds timesteps and labels, each of shape (batch,), to (batch, dim)."""
+        if self.training and self.class_dropout_prob > 0:
+            drop = torch.rand(class_labels.shape, device=class_labels.device) < self.class_dropout_prob
+            class_labels = torch.where(drop, self.num_classes, class_labels)
+        time_embedding = self.timestep_embedder(self.time_proj(timestep).to(dtype))
+        return F.silu(time_embedding + self.class_embedder(class_labels))
+
+
+class SDTTransformer2DModel(
+    ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, FromOriginalModelMixin, CacheMixin
+):
+    """A diffusion transformer (DiT) whose attention decays with distance on the patch grid (SDT).
+
+    Numerics, initialisation and defaults are those of facebookresearch/DiT; `spatial_decay="none"` is a plain DiT.
+
+    Args:
+        num_attention_heads: Number of heads.
+        attention_head_dim: Width of a head; the model's width is their product.
+        in_channels: Channels of the (latent) image.
+        out_channels: Channels of the prediction; `in_channels` by default, twice that for a learned variance.
+        num_layers: Number of blocks.
+        sample_size: Height and width of the (latent) image it is trained on, one number if they are equal.
+        patch_size: Side of a patch.
+        num_classes: Number of classes; the null class of guidance has the label `num_classes`.
+        mlp_ratio: Hidden width of the MLP in units of the width.
+        activation_fn: Activation of the MLP, in diffusers' names.
+        dropout: Dropout after attention and in the MLP.
+        class_dropout_prob: Probability that training replaces a label by the null class.
+        spatial_decay: How attention decays, one of `sdt_diffusion.attention.SPATIAL_DECAY_VARIANTS`.
+        decomposed: Attend along rows, then along columns, for grids too large for full attention.
+        gate_conditioning: Whether timestep and class condition the gates of the decay, besides the tokens.
+        decay_initial_value: Exponent a of the most near-sighted head at the start; it decays by log(1 - 2^-a) a patch.
+        decay_heads_range: Span of the exponents over the heads.
+        qk_norm: `None` or "rms_norm".
+        rotary: Whether queries and keys carry a 2D rotary embedding (half of each head for rows, half for columns).
+        local_position_kernel_size: Kernel of the local position encoding on the values; 0 for none.
+        frequency_embedding_size: Number of sines and cosines of the timestep.
+        norm_eps: Epsilon of the norms.
+
+    Raises:
+        ValueError: If sizes do not divide or an option is unknown.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["SDTBlock", "SDTPatchEmbed"]  # noqa: RUF012 (diffusers' names and forms, here and below)
+    _repeated_blocks = ["SDTBlock"]  # noqa: RUF012
+    _skip_layerwise_casting_patterns = ["pos_embed", "norm", "gate", "time_class_embed"]  # noqa: RUF012
+    _keep_in_fp32_modules = ["gate"]  # noqa: RUF012
+
+    @register_to_config
+    def __init__(
+        self,
+        num_attention_heads: int = 6,
+        attention_head_dim: int = 64,
+        in_channels: int = 4,
+        out_channels: int | None = None,
+        num_layers: int = 12,
+        sample_size: int | tuple[int, int] = 32,
+        patch_size: int = 2,
+        num_classes: int = 1000,
+        mlp_ratio: float = 4.0,
+        activation_fn: str = "gelu-approximate",
+        dropout: float = 0.0,
+        class_dropout_prob: float = 0.1,
+        spatial_decay: str = "context",
+        decomposed: bool = False,
+        gate_conditioning: bool = True,
+        decay_initial_value: float = 2.0,
+        decay_heads_range: float = 6.0,
+        qk_norm: str | None = None,
+        rotary: bool = False,
+        local_position_kernel_size: int = 0,
+        frequency_embedding_size: int = 256,
+        norm_eps: float = 1e-6,
+    ):
+        super().__init__()
+        height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
+        if height % patch_size or width % patch_size:
+            raise ValueError(f"sample_size {height}x{width} is not divisible by patch_size {patch_size}.")
+        dim = num_attention_heads * attention_head_dim
+        if dim % 4:
+            raise ValueError(f"The width {dim} must be divisible by 4 for the position embedding.")
+        if rotary and attention_head_dim % 4:
+            raise ValueError(f"attention_head_dim {attention_head_dim} must be divisible by 4 for rotary embeddings.")
+        self.out_channels = in_channels if out_channels is None else out_channels
+        self.gradient_checkpointing = False
+
+        self.pos_embed = SDTPatchEmbed(in_channels, dim, patch_size, (height // patch_size, width // patch_size))
+        self.time_class_embed = TimestepClassEmbedding(dim, num_classes, class_dropout_prob, frequency_embedding_size)
+        self.transformer_blocks = nn.ModuleList(
+            SDTBlock(
+                dim,
+                num_attention_heads,
+                attention_head_dim,
+                mlp_ratio=mlp_ratio,
+                activation_fn=activation_fn,
+                dropout=dropout,
+                conditioning_dim=dim,
+                gate_conditioning=gate_conditioning,
+                norm_eps=norm_eps,
+                spatial_decay=spatial_decay,
+                decomposed=decomposed,
+                decay_initial_value=decay_initial_value,
+                decay_heads_range=decay_heads_range,
+                qk_norm=qk_norm,
+                local_position_kernel_size=local_position_kernel_size,
+            )
+            for _ in range(num_layers)
+        )
+        self.norm_out = nn.LayerNorm(dim, elementwise_affine=False, eps=norm_eps)
+        self.proj_out_1 = nn.Linear(dim, 2 * dim)
+        self.proj_out_2 = nn.Linear(dim, patch_size**2 * self.out_channels)
+        self.initialize_weights()
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides) -> "SDTTransformer2DModel":
+        """Builds a randomly initialised model of a named size.
+
+        Args:
+            name: A key of `PRESETS`, such as "SDT-XL/2".
+            **overrides: Config values in place of the preset's.
+
+        Raises:
+            ValueError: If the preset or a config key is unknown; the message lists the known ones.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"Unknown preset {name!r}: choose one of {', '.join(PRESETS)}.")
+        known = [key for key in inspect.signature(cls.__init__).parameters if key != "self"]
+        unknown = sorted(set(overrides) - set(known))
+        if unknown:
+            raise ValueError(f"Unknown config key(s) {', '.join(unknown)} for {name}; known keys: {', '.join(known)}.")
+        return cls(**{**PRESETS[name], **overrides})
+
+    @torch.no_grad()
+    def initialize_weights(self) -> None:
+        """facebookresearch/DiT's initialisation: Xavier linears, zero modulations and output; gates as RMT's decay."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.pos_embed.proj.weight.flatten(1))
+        nn.init.zeros_(self.pos_embed.proj.bias)
+        nn.init.normal_(self.time_class_embed.class_embedder.weight, std=0.02)
+        nn.init.normal_(self.time_class_embed.timestep_embedder.linear_1.weight, std=0.02)
+        nn.init.normal_(self.time_class_embed.timestep_embedder.linear_2.weight, std=0.02)
+        for block in self.transformer_blocks:
+            nn.init.zeros_(block.norm1.linear.weight)
+            if isinstance(block.attn.gate, ContextAwareGate):
+                block.attn.gate.reset_parameters()
+        for linear in (self.proj_out_1, self.proj_out_2):
+            nn.init.zeros_(linear.weight)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        timestep: torch.Tensor,
+        class_labels: torch.Tensor,
+        return_dict: bool = True,
+    ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
+        """Predicts noise, velocity or flow from a noisy (latent) image.
+
+        Args:
+            hidden_states: Shape (batch, in_channels, height, width); the sides need not be the trained ones.
+            timestep: Shape (batch,) or a scalar, 0 to 1000: steps of a DDPM schedule, or 1000 sigma of a flow.
+            class_labels: Labels 0 to num_classes - 1, or the null class `num_classes`, shape (batch,).
+            return_dict: Whether to return a `Transformer2DModelOutput` instead of a tuple.
+
+        Returns:
+            The prediction, shape (batch, out_channels, height, width).
+
+        Raises:
+            ValueError: If the channels, sides or labels do not fit the model.
+        """
+        height, width = self._check_input(hidden_states, class_labels)
+        patch_size = self.config.patch_size
+        grid_size = (height // patch_size, width // patch_size)
+        timestep = timestep.expand(hidden_states.shape[0])
+
+        hidden_states = self.pos_embed(hidden_states)
+        conditioning = self.time_class_embed(timestep, class_labels, hidden_states.dtype)
+        image_rotary_emb = self._rotary_embedding(grid_size, hidden_states.device) if self.config.rotary else None
+        for block in self.transformer_blocks:
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                hidden_states = self._gradient_checkpointing_func(
+                    block, hidden_states, grid_size, conditioning, image_rotary_emb
+                )
+            else:
+                hidden_states = block(hidden_states, grid_size, conditioning, image_rotary_emb)
+
+        shift, scale = self.proj_out_1(conditioning).unsqueeze(1).chunk(2, dim=-1)
+        hidden_states = self.proj_out_2(modulate(self.norm_out(hidden_states), shift, scale))
+        patches = hidden_states.unflatten(1, grid_size).unflatten(-1, (patch_size, patch_size, self.out_channels))
+        sample = patches.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.out_channels, height, width)
+        if not return_dict:
+            return (sample,)
+        return Transformer2DModelOutput(sample=sample)
+
+    def _check_input(self, hidden_states, class_labels):
+        channels, height, width = hidden_states.shape[1:]
+        if channels != self.config.in_channels:
+            raise ValueError(f"The model takes {self.config.in_channels} channels, but the input has {channels}.")
+        if height % self.config.patch_size or width % self.config.patch_size:
+            raise ValueError(
+                f"An input of {height}x{width} is not divisible by the model's patch_size {self.config.patch_size}."
+            )
+        # Reading labels back from an accelerator would stall it; there the pipeline and the data set have checked them.
+        if class_labels.device.type == "cpu" and not torch.compiler.is_compiling():
+            null_class = self.config.num_classes
+            if class_labels.numel() and not 0 <= int(class_labels.min()) <= int(class_labels.max()) <= null_class:
+                raise ValueError(
+                    f"Class labels must lie in 0..{null_class} ({null_class} is the null class), got "
+                    f"{int(class_labels.min())}..{int(class_labels.max())}."
+                )
+        return height, width
+
+    def _rotary_embedding(self, grid_size, device):
+        y, x = (torch.arange(size, device=device, dtype=torch.float32) for size in grid_size)
+        half = self.config.attention_head_dim // 2
+        rows = get_1d_rotary_pos_embed(half, y.repeat_interleave(grid_size[1]), use_real=True)
+        columns = get_1d_rotary_pos_embed(half, x.repeat(grid_size[0]), use_real=True)
+        return tuple(torch.cat(pair, dim=-1) for pair in zip(rows, columns, strict=True))

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from .dense import dense_attention
 from .reference import check_variant, reference_attention
 
-#: Name -> function(query, key, value, gate, alpha, grid_size, variant, scale). A new backend is a file and a line here.
+#: Name -> function(query, key, value, gate, alpha, grid_size, variant, scale). A new backend: a file and a line here.
 BACKENDS: dict[str, Callable[..., torch.Tensor]] = {
     "reference": reference_attention,
     "dense": dense_attention,
@@ -52,8 +52,8 @@ def spatial_decay_attention(
         Tensor of shape (batch, heads, tokens, value_dim) in the value's dtype.
 
     Raises:
-        ValueError: If the variant or backend is unknown, the grid does not match the tokens, or a gate is missing or of
-            a wrong shape.
+        ValueError: If the variant or backend is unknown, the grid does not match the tokens, or a gate is missing or
+            of a wrong shape.
     """
     check_variant(variant)
     height, width = grid_size

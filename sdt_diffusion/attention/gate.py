@@ -8,15 +8,15 @@ from torch import nn
 
 
 def multi_scale_exponents(num_heads: int, initial_value: float, heads_range: float) -> list[float]:
-    """RMT's exponents a_h = initial_value + heads_range * h / num_heads; head h decays by log(1 - 2^-a_h) per patch."""
+    """RMT's exponents a_h = initial_value + heads_range * h / num_heads: head h decays by log(1 - 2^-a_h) a patch."""
     return [initial_value + heads_range * head / num_heads for head in range(num_heads)]
 
 
 class ContextAwareGate(nn.Module):
     """G = log sigmoid(X W_g + b + c W_c), one value per token and head, computed in fp32 or better.
 
-    W_g and W_c start at zero and b_h at log(2^a_h - 1), at which log sigmoid(b_h) = log(1 - 2^-a_h): the gate starts as
-    RMT's fixed decay, with its range of near- and far-sighted heads. alpha = exp(log_alpha) starts at 1 and stays
+    W_g and W_c start at zero and b_h at log(2^a_h - 1), at which log sigmoid(b_h) = log(1 - 2^-a_h): the gate starts
+    as RMT's fixed decay, with its range of near- and far-sighted heads. alpha = exp(log_alpha) starts at 1 and stays
     positive (at 0, -|M| would have no gradient and alpha would never move).
 
     Args:

@@ -10,6 +10,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineO
 from diffusers.schedulers import DDPMScheduler, SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
+from .latents import decode_latents, vae_spatial_scale
 from .transformer_sdt import SDTTransformer2DModel
 
 
@@ -32,7 +33,7 @@ class SDTPipeline(DiffusionPipeline):
         transformer: SDTTransformer2DModel,
         scheduler: SchedulerMixin,
         vae: torch.nn.Module | None = None,
-        id2label: dict[int, str] | None = None,
+        id2label: dict[int, str] | dict[str, str] | None = None,
     ):
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
@@ -144,13 +145,6 @@ class SDTPipeline(DiffusionPipeline):
         )
         return prediction if takes_variance else prediction[:, :channels]
 
-    def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
-        """Latents to pixels in -1 to 1; the identity without a VAE."""
-        if self.vae is None:
-            return latents
-        latents = latents / self.vae.config.scaling_factor + (getattr(self.vae.config, "shift_factor", None) or 0)
-        return self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0].float()
-
     @torch.no_grad()
     def __call__(
         self,
@@ -224,7 +218,8 @@ class SDTPipeline(DiffusionPipeline):
 
         images = latents
         if output_type != "latent":
-            images = self.image_processor.postprocess(self.decode_latents(latents), output_type=output_type)
+            pixels = latents if self.vae is None else decode_latents(self.vae, latents)
+            images = self.image_processor.postprocess(pixels, output_type=output_type)
         self.maybe_free_model_hooks()
         if not return_dict:
             return (images,)
@@ -250,15 +245,6 @@ class SDTPipeline(DiffusionPipeline):
         unknown = [name for name in tensor_inputs if name not in self._callback_tensor_inputs]
         if unknown:
             raise ValueError(
-                f"`callback_on_step_end_tensor_inputs` has to be in {self._callback_tensor_inputs}, but found {unknown}."
+                f"callback_on_step_end_tensor_inputs must be in {self._callback_tensor_inputs}, but has {unknown}."
             )
         return height, width
-
-
-def vae_spatial_scale(vae: torch.nn.Module | None) -> int:
-    """Pixels per latent along a side: 1 without a VAE."""
-    if vae is None:
-        return 1
-    if "block_out_channels" in vae.config:  # AutoencoderKL
-        return 2 ** (len(vae.config.block_out_channels) - 1)
-    return vae.spatial_compression_ratio  # AutoencoderDC

@@ -24,7 +24,7 @@ from ..blocks import SDTBlock, modulate
 
 #: Size -> config. Parameters (patch 2, 4 channels, 1000 classes, `context`) as counted by tests/sdt; DiT's sizes.
 SIZES: dict[str, dict[str, int]] = {
-    "S": {"num_layers": 12, "num_attention_heads": 6, "attention_head_dim": 64},  # 33.0M
+    "S": {"num_layers": 12, "num_attention_heads": 6, "attention_head_dim": 64},  # 32.9M
     "B": {"num_layers": 12, "num_attention_heads": 12, "attention_head_dim": 64},  # 130.5M
     "L": {"num_layers": 24, "num_attention_heads": 16, "attention_head_dim": 64},  # 458.6M
     "XL": {"num_layers": 28, "num_attention_heads": 16, "attention_head_dim": 72},  # 675.8M
@@ -300,7 +300,7 @@ class SDTTransformer2DModel(
             raise ValueError(
                 f"An input of {height}x{width} is not divisible by the model's patch_size {self.config.patch_size}."
             )
-        # Reading labels back from an accelerator would stall it; there the pipeline and the data set have checked them.
+        # Reading labels back from an accelerator would stall it; pipeline and data set have checked them there.
         if class_labels.device.type == "cpu" and not torch.compiler.is_compiling():
             null_class = self.config.num_classes
             if class_labels.numel() and not 0 <= int(class_labels.min()) <= int(class_labels.max()) <= null_class:

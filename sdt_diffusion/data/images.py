@@ -1,0 +1,208 @@
+"""Labelled images from scikit-learn's digits, a folder, a parquet or arrow file, or the Hub."""
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image
+
+#: File ending -> reader of the `datasets` library.
+FILE_FORMATS = {".parquet": "parquet", ".arrow": "arrow"}
+
+
+@dataclass
+class DataArguments:
+    """What to train on."""
+
+    dataset: str = field(
+        default="digits",
+        metadata={"help": "'digits' (embedded), an image folder, a .parquet or .arrow file, or a name on the Hub."},
+    )
+    dataset_split: str = field(default="train", metadata={"help": "Split to read."})
+    image_column: str | None = field(default=None, metadata={"help": "Column of the images; found by its type."})
+    label_column: str | None = field(default=None, metadata={"help": "Column of the labels; found by its type."})
+    resolution: int | None = field(
+        default=None, metadata={"help": "Side of the images in pixels; what the model preset is for by default."}
+    )
+    image_mode: Literal["RGB", "L"] | None = field(
+        default=None, metadata={"help": "Colour or grey; L for digits, RGB for all else by default."}
+    )
+    random_flip: bool = field(default=False, metadata={"help": "Mirror every other image."})
+    dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that load images."})
+
+
+class CorruptImageError(ValueError):
+    """An image of the data set that cannot be decoded; the message names it."""
+
+
+class LabelledImages:
+    """Images decoded on access: cropped to a square, as float tensors in -1 to 1, with their labels.
+
+    Args:
+        dataset: A `datasets.Dataset`.
+        image_column: Column of type `datasets.Image`.
+        label_column: Column of integers or `datasets.ClassLabel`.
+        resolution: Side of the square in pixels.
+        image_mode: "RGB" or "L".
+        name: What to call the data set in messages.
+
+    Raises:
+        ValueError: If the data set is empty or its labels are not 0 to num_classes - 1.
+    """
+
+    def __init__(self, dataset, image_column: str, label_column: str, resolution: int, image_mode: str, name: str):
+        from datasets import ClassLabel, Image
+
+        if len(dataset) == 0:
+            raise ValueError(f"The data set {name} is empty.")
+        feature = dataset.features[label_column]
+        if not isinstance(feature, ClassLabel) and feature.dtype == "string":
+            dataset = dataset.class_encode_column(label_column)
+            feature = dataset.features[label_column]
+        self.dataset = dataset.cast_column(image_column, Image(decode=False))  # decoding by hand can name the culprit
+        self.image_column, self.label_column, self.name = image_column, label_column, name
+        self.resolution, self.image_mode = resolution, image_mode
+        self.labels = np.asarray(dataset[label_column][:])
+        if isinstance(feature, ClassLabel):
+            self.class_names = list(feature.names)
+        else:
+            self.class_names = [str(label) for label in range(int(self.labels.max()) + 1)]
+        outside = np.flatnonzero((self.labels < 0) | (self.labels >= self.num_classes))
+        if len(outside):
+            row = int(outside[0])
+            raise ValueError(
+                f"{name}, row {row}: label {self.labels[row]} in column {label_column!r} is outside "
+                f"0..{self.num_classes - 1}."
+            )
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self.class_names)
+
+    @property
+    def num_channels(self) -> int:
+        """Channels of the images."""
+        return len(self.image_mode)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitems__(self, indices: Sequence[int]) -> list[tuple[torch.Tensor, int]]:
+        """Images of shape (channels, resolution, resolution) and labels, read in one go."""
+        images = self.dataset[list(indices)][self.image_column]
+        return [
+            (self._to_tensor(self._decode(image, index)), int(self.labels[index]))
+            for image, index in zip(images, indices, strict=True)
+        ]
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return self.__getitems__([index])[0]
+
+    def _decode(self, image: dict, index: int) -> Image.Image:
+        try:
+            source = io.BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"]
+            with Image.open(source) as opened:
+                return center_crop(opened.convert(self.image_mode), self.resolution)
+        except Exception as error:
+            path = f" ({image['path']})" if image.get("path") else ""
+            raise CorruptImageError(f"Cannot read the image of row {index}{path} of {self.name}: {error}") from error
+
+    def _to_tensor(self, image: Image.Image) -> torch.Tensor:
+        pixels = torch.from_numpy(np.array(image)).reshape(self.resolution, self.resolution, self.num_channels)
+        return pixels.permute(2, 0, 1).float() / 127.5 - 1
+
+
+def center_crop(image: Image.Image, size: int) -> Image.Image:
+    """ADM's rule: halve by box filter while twice as large, resize the short side bicubically, crop the centre."""
+    if image.size == (size, size):
+        return image
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def load_images(args: DataArguments, resolution: int) -> LabelledImages:
+    """Opens the data set that the arguments name.
+
+    Args:
+        args: The arguments; their `resolution` has been resolved by the caller.
+        resolution: Side of the images in pixels.
+
+    Raises:
+        FileNotFoundError: If a path does not exist.
+        ValueError: If nothing can be read there, or the columns cannot be told.
+    """
+    dataset = load_digits_dataset() if args.dataset == "digits" else _read(args.dataset, args.dataset_split)
+    image_column, label_column = _columns(dataset, args)
+    image_mode = args.image_mode or ("L" if args.dataset == "digits" else "RGB")
+    return LabelledImages(dataset, image_column, label_column, resolution, image_mode, args.dataset)
+
+
+def load_digits_dataset():
+    """scikit-learn's 1,797 handwritten digits, 8x8 grey pixels, as a `datasets.Dataset` like any other."""
+    from datasets import ClassLabel, Dataset, Features
+    from datasets import Image as ImageFeature
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)
+    features = Features({"image": ImageFeature(), "label": ClassLabel(names=[str(name) for name in range(10)])})
+    columns = {"image": [Image.fromarray(image) for image in pixels], "label": digits.target.tolist()}
+    return Dataset.from_dict(columns, features=features)
+
+
+def _read(name, split):
+    from datasets import load_dataset, load_from_disk
+
+    path = Path(name).expanduser()
+    looks_local = path.suffix in FILE_FORMATS or name.startswith(("/", ".", "~"))
+    if not path.exists() and looks_local:
+        raise FileNotFoundError(f"There is no file or folder {path}; give --dataset an existing path or a Hub name.")
+    try:
+        if path.is_file():
+            if path.suffix not in FILE_FORMATS:
+                raise ValueError(f"{path}: only {' and '.join(FILE_FORMATS)} files and folders can be read.")
+            return load_dataset(FILE_FORMATS[path.suffix], data_files=str(path), split="train")
+        if (path / "dataset_info.json").is_file():  # written by Dataset.save_to_disk
+            return load_from_disk(str(path))
+        return load_dataset(str(path) if path.is_dir() else name, split=split)
+    except Exception as error:
+        raise ValueError(f"Cannot read the data set {name} (split {split!r}): {error}") from error
+
+
+def _columns(dataset, args):
+    from datasets import ClassLabel
+    from datasets import Image as ImageFeature
+
+    def column(given, role, flag, matches):
+        if given is not None:
+            if given not in dataset.features:
+                raise ValueError(
+                    f"{args.dataset} has no column {given!r} ({flag}); it has {sorted(dataset.features)}."
+                )
+            return given
+        found = [name for name, feature in dataset.features.items() if matches(name, feature)]
+        if len(found) != 1:
+            raise ValueError(
+                f"Cannot tell the {role} column of {args.dataset} ({len(found)} candidates among "
+                f"{sorted(dataset.features)}): give {flag}."
+                + (" In a folder, labels are the names of subfolders." if role == "label" else "")
+            )
+        return found[0]
+
+    image = column(args.image_column, "image", "--image_column", lambda _, f: isinstance(f, ImageFeature))
+    label = column(
+        args.label_column,
+        "label",
+        "--label_column",
+        lambda name, f: isinstance(f, ClassLabel) or name in ("label", "labels", "cls", "class"),
+    )
+    return image, label

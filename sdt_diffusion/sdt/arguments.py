@@ -1,0 +1,50 @@
+"""The model as training arguments."""
+
+import json
+from dataclasses import dataclass, field
+from typing import Literal
+
+from .transformer_sdt import SDTTransformer2DModel
+
+
+@dataclass
+class ModelArguments:
+    """What to train."""
+
+    model: str = field(default="SDT-S/2", metadata={"help": "A preset: SDT-{S,B,L,XL}/{2,4,8} or SDT-digits."})
+    spatial_decay: Literal["context", "fixed", "content", "raster", "none"] = field(
+        default="context", metadata={"help": "How attention decays; 'none' is a plain DiT."}
+    )
+    qk_norm: Literal["rms_norm"] | None = field(default=None, metadata={"help": "Normalise queries and keys."})
+    rotary: bool = field(default=False, metadata={"help": "2D rotary embedding."})
+    local_position_kernel_size: int = field(default=0, metadata={"help": "Local position encoding; 0 for none."})
+    class_dropout_prob: float = field(default=0.1, metadata={"help": "Labels dropped, for guidance."})
+    model_overrides: str | None = field(
+        default=None, metadata={"help": 'Further config values as JSON, such as {"num_layers": 6}.'}
+    )
+    gradient_checkpointing: bool = field(default=False, metadata={"help": "Trade speed for memory."})
+    pretrained_vae_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "VAE to train in the latents of; without one the model works in pixels."}
+    )
+
+    def overrides(self) -> dict:
+        """Config values in place of the preset's.
+
+        Raises:
+            ValueError: If `model_overrides` is no JSON object.
+        """
+        try:
+            further = json.loads(self.model_overrides or "{}")
+        except ValueError as error:
+            raise ValueError(f"--model_overrides is not JSON: {error}") from error
+        if not isinstance(further, dict):
+            raise ValueError(f"--model_overrides must be a JSON object, not {self.model_overrides}.")
+        keys = ("spatial_decay", "qk_norm", "rotary", "local_position_kernel_size", "class_dropout_prob")
+        return {**{key: getattr(self, key) for key in keys}, **further}
+
+    def build(self, **overrides) -> SDTTransformer2DModel:
+        """The randomly initialised model; `overrides` win over everything."""
+        model = SDTTransformer2DModel.from_preset(self.model, **{**self.overrides(), **overrides})
+        if self.gradient_checkpointing:
+            model.enable_gradient_checkpointing()
+        return model

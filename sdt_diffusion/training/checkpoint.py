@@ -1,0 +1,186 @@
+"""Checkpoints that are either whole or not there, and the folder of a run."""
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .arguments import RESUMABLE_CHANGES
+
+logger = logging.getLogger(__name__)
+
+CONFIG_FILE = "training_config.yaml"
+#: Written last into a checkpoint: its step, and the size of every file.
+MANIFEST_FILE = "checkpoint.json"
+
+
+def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
+    """Calls `write` with a temporary path of the same ending, and moves the file to `path` when it returns."""
+    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
+    try:
+        write(partial)
+        _sync(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def move_into(folder: Path, save: Callable[[Path], Any]) -> None:
+    """Calls `save` with a temporary folder, then moves what it holds into `folder`, replacing what is there."""
+    partial = folder / ".partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        save(partial)
+        # Folders before files: model_index.json comes once the components it names are there.
+        for path in sorted(partial.iterdir(), key=lambda path: (path.is_file(), path.name)):
+            if path.is_dir():
+                shutil.rmtree(folder / path.name, ignore_errors=True)
+            path.replace(folder / path.name)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def save_checkpoint(
+    output_dir: Path,
+    step: int,
+    save: Callable[[Path], Any],
+    total_limit: int | None = None,
+    is_main_process: bool = True,
+    wait_for_everyone: Callable[[], None] = lambda: None,
+) -> Path:
+    """Writes `checkpoint-<step>` under another name, moves it into place, then deletes the oldest beyond the limit.
+
+    Called by all processes; the main one makes, moves and deletes the folders.
+
+    Args:
+        output_dir: The run's folder.
+        step: Optimizer steps done.
+        save: Fills the folder it is given.
+        total_limit: Checkpoints to keep, `None` for all.
+        is_main_process: Whether this process is the main one.
+        wait_for_everyone: Barrier of the processes.
+
+    Returns:
+        The checkpoint's folder.
+    """
+    path, partial = output_dir / f"checkpoint-{step}", output_dir / f"checkpoint-{step}.partial"
+    if is_main_process:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    wait_for_everyone()
+    try:
+        save(partial)
+        wait_for_everyone()
+        if is_main_process:
+            files = [file for file in partial.rglob("*") if file.is_file()]
+            sizes = {str(file.relative_to(partial)): file.stat().st_size for file in files}
+            (partial / MANIFEST_FILE).write_text(json.dumps({"step": step, "files": sizes}, indent=2))
+            for file in (*files, partial / MANIFEST_FILE, partial):
+                _sync(file)
+            shutil.rmtree(path, ignore_errors=True)  # an incomplete one, that the run started over from before
+            partial.rename(path)
+            _sync(output_dir)
+    except BaseException:
+        if is_main_process:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+    if is_main_process and total_limit is not None:
+        for old in list_checkpoints(output_dir)[: -max(1, total_limit)]:
+            shutil.rmtree(old)
+    wait_for_everyone()
+    return path
+
+
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """The checkpoint folders of a run, the oldest first, whole or not."""
+    folders = [path for path in output_dir.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    return sorted(folders, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+
+
+def checkpoint_step(path: Path) -> int:
+    """The optimizer steps a checkpoint has behind it."""
+    return json.loads((path / MANIFEST_FILE).read_text())["step"]
+
+
+def is_complete(path: Path) -> bool:
+    """Whether a checkpoint has its manifest and every file in its full size."""
+    try:
+        sizes = json.loads((path / MANIFEST_FILE).read_text())["files"]
+        return all((path / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def find_checkpoint(output_dir: Path, wanted: str) -> Path | None:
+    """The checkpoint to resume from.
+
+    Args:
+        output_dir: The run's folder.
+        wanted: "latest", or a path (also relative to `output_dir`).
+
+    Returns:
+        Its folder; `None` if `latest` is wanted and there is none. Incomplete ones are skipped with a warning.
+
+    Raises:
+        ValueError: If a checkpoint asked for by path is missing or incomplete.
+    """
+    if wanted == "latest":
+        for path in reversed(list_checkpoints(output_dir)):
+            if is_complete(path):
+                return path
+            logger.warning("Skipping %s: it is incomplete.", path)
+        return None
+    path = Path(wanted) if Path(wanted).is_dir() else output_dir / wanted
+    if not path.is_dir():
+        raise ValueError(f"There is no checkpoint {wanted}.")
+    if not is_complete(path):
+        raise ValueError(f"The checkpoint {path} is incomplete: files are missing or cut short.")
+    return path
+
+
+def claim_output_dir(output_dir: Path, config: dict[str, Any], resume: bool) -> None:
+    """Makes `output_dir` the folder of this run, or refuses to touch another's.
+
+    Args:
+        output_dir: The run's folder; made if need be.
+        config: The run's resolved arguments, which are written there.
+        resume: Whether the run continues what the folder holds.
+
+    Raises:
+        ValueError: If the folder holds another run or another pipeline, or one to continue and `resume` is not set.
+    """
+    config_file = output_dir / CONFIG_FILE
+    if config_file.is_file():
+        saved = yaml.safe_load(config_file.read_text()) or {}
+        differences = [
+            f"{key}: {saved.get(key)!r} there, {config.get(key)!r} now"
+            for key in sorted((set(saved) | set(config)) - RESUMABLE_CHANGES)
+            if saved.get(key) != config.get(key)
+        ]
+        if differences:
+            raise ValueError(
+                f"{output_dir} holds a run with another config: {'; '.join(differences)}. Give another --output_dir."
+            )
+        if not resume:
+            raise ValueError(
+                f"{output_dir} already holds this run. Continue it with --resume_from_checkpoint latest, or give "
+                "another --output_dir."
+            )
+    elif (output_dir / "model_index.json").exists():
+        raise ValueError(f"{output_dir} holds a pipeline that no training run made. Give another --output_dir.")
+    output_dir.mkdir(parents=True, exist_ok=True)
+    write_atomically(config_file, lambda path: path.write_text(yaml.safe_dump(config, sort_keys=False)))
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,104 @@
+"""What the model learns to predict: noise or velocity under a DDPM schedule, or the flow from data to noise."""
+
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers.schedulers import SchedulerMixin
+from diffusers.training_utils import compute_density_for_timestep_sampling, compute_snr
+
+
+@dataclass
+class ObjectiveArguments:
+    """What the model learns."""
+
+    objective: Literal["ddpm", "flow"] = field(default="flow", metadata={"help": "DDPM schedule or flow matching."})
+    prediction_type: Literal["epsilon", "v_prediction"] = field(
+        default="epsilon", metadata={"help": "What a DDPM model predicts."}
+    )
+    snr_gamma: float | None = field(
+        default=None, metadata={"help": "Min-SNR weighting of the DDPM loss (5.0 is usual)."}
+    )
+    weighting_scheme: Literal["logit_normal", "none", "mode"] = field(
+        default="logit_normal", metadata={"help": "Distribution of flow times; 'none' is uniform."}
+    )
+    logit_mean: float = field(default=0.0, metadata={"help": "Mean of logit-normal times."})
+    logit_std: float = field(default=1.0, metadata={"help": "Standard deviation of logit-normal times."})
+    mode_scale: float = field(default=1.29, metadata={"help": "Scale of the 'mode' distribution of times."})
+
+
+class Noised(NamedTuple):
+    """A training example: model input, its timestep, what to predict, and the weight of the squared error."""
+
+    sample: torch.Tensor
+    timestep: torch.Tensor
+    target: torch.Tensor
+    weight: torch.Tensor
+
+
+class DDPMObjective:
+    """Noise (epsilon) or velocity under DiT's linear schedule: betas 1e-4 to 2e-2, 1000 steps."""
+
+    def __init__(self, args: ObjectiveArguments):
+        self.prediction_type, self.snr_gamma = args.prediction_type, args.snr_gamma
+        self.noise_scheduler = DDPMScheduler(1000, 1e-4, 2e-2, "linear", prediction_type=args.prediction_type)
+
+    def sampling_scheduler(self, pixels: bool) -> SchedulerMixin:
+        """The scheduler saved with the pipeline; predictions of pixels are clipped to their range."""
+        return DDIMScheduler.from_config(
+            self.noise_scheduler.config, timestep_spacing="trailing", clip_sample=pixels, set_alpha_to_one=True
+        )
+
+    def noised(self, clean: torch.Tensor) -> Noised:
+        """Draws noise and timesteps for a batch."""
+        noise = torch.randn_like(clean)
+        timestep = torch.randint(
+            0, self.noise_scheduler.config.num_train_timesteps, (len(clean),), device=clean.device
+        )
+        sample = self.noise_scheduler.add_noise(clean, noise, timestep)
+        weight = torch.ones(len(clean), device=clean.device)
+        if self.snr_gamma is not None:
+            snr = compute_snr(self.noise_scheduler, timestep)
+            weight = snr.clamp(max=self.snr_gamma) / (snr if self.prediction_type == "epsilon" else snr + 1)
+        if self.prediction_type == "epsilon":
+            return Noised(sample, timestep, noise, weight)
+        return Noised(sample, timestep, self.noise_scheduler.get_velocity(clean, noise, timestep), weight)
+
+
+class FlowObjective:
+    """Flow matching on x_sigma = (1 - sigma) x + sigma noise: predict noise - x at timestep 1000 sigma."""
+
+    def __init__(self, args: ObjectiveArguments):
+        self.args = args
+        self.num_train_timesteps = 1000
+
+    def sampling_scheduler(self, pixels: bool) -> SchedulerMixin:
+        """The scheduler saved with the pipeline."""
+        return FlowMatchEulerDiscreteScheduler(num_train_timesteps=self.num_train_timesteps)
+
+    def noised(self, clean: torch.Tensor) -> Noised:
+        """Draws noise and times for a batch."""
+        args = self.args
+        noise = torch.randn_like(clean)
+        sigma = compute_density_for_timestep_sampling(
+            args.weighting_scheme, len(clean), args.logit_mean, args.logit_std, args.mode_scale, device=clean.device
+        )
+        broadcast = sigma.reshape(-1, *[1] * (clean.ndim - 1))
+        sample = (1 - broadcast) * clean + broadcast * noise
+        return Noised(sample, sigma * self.num_train_timesteps, noise - clean, torch.ones_like(sigma))
+
+
+def build_objective(args: ObjectiveArguments) -> DDPMObjective | FlowObjective:
+    """The objective that the arguments name."""
+    return {"ddpm": DDPMObjective, "flow": FlowObjective}[args.objective](args)
+
+
+def diffusion_loss(
+    model: torch.nn.Module, objective: DDPMObjective | FlowObjective, clean: torch.Tensor, class_labels: torch.Tensor
+) -> torch.Tensor:
+    """Weighted mean squared error of the model's prediction on a freshly noised batch, in fp32."""
+    noised = objective.noised(clean)
+    prediction = model(noised.sample, noised.timestep, class_labels, return_dict=False)[0]
+    error = (prediction.float() - noised.target.float()).square().mean(dim=tuple(range(1, clean.ndim)))
+    return (noised.weight * error).mean()

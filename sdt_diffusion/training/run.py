@@ -1,0 +1,268 @@
+"""The training loop."""
+
+import logging
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
+from diffusers.optimization import get_scheduler
+from PIL import Image
+from torch import nn
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from ..data import DataArguments, ShuffledStream
+from .arguments import OptimizationArguments, RunArguments
+from .checkpoint import checkpoint_step, claim_output_dir, find_checkpoint, save_checkpoint, write_atomically
+from .ema import ModelEMA
+from .log import TrainingLog
+
+logger = logging.getLogger(__name__)
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss or the gradient is NaN or infinite; the step was not made."""
+
+
+class Training:
+    """One run: prepares everything under accelerate, resumes, and trains.
+
+    Every random draw of a step (noise, timesteps, dropped labels) follows from the seed, the process and the step, and
+    every sample from its position in the stream. So weights, optimizer, schedule and average are all the state there
+    is, and a run killed anywhere and resumed ends with the same weights.
+
+    Args:
+        model: The model to train; has `save_pretrained` and `from_pretrained`.
+        name: Its folder in a checkpoint; the averaged model lies in `<name>_ema`.
+        compute_loss: Function of (model, images, labels), giving a scalar.
+        images: The data set, see `ShuffledStream`.
+        run: Length, place and pace.
+        optimization: How to optimise.
+        data: Flip and workers of the data.
+        config: All resolved arguments, to be kept beside the run.
+
+    Raises:
+        ValueError: If the output folder is another run's, or the checkpoint asked for is not usable.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        name: str,
+        compute_loss: Callable[[nn.Module, torch.Tensor, torch.Tensor], torch.Tensor],
+        images: Any,
+        run: RunArguments,
+        optimization: OptimizationArguments,
+        data: DataArguments,
+        config: dict[str, Any],
+    ):
+        self.name, self.compute_loss, self.images = name, compute_loss, images
+        self.run, self.optimization, self.data, self.config = run, optimization, data, config
+        self.output_dir = Path(run.output_dir)
+        self.accelerator = build_accelerator(run)
+        if self.accelerator.is_main_process:
+            claim_output_dir(self.output_dir, config, resume=run.resume_from_checkpoint is not None)
+        self.accelerator.wait_for_everyone()
+
+        self.optimizer = torch.optim.AdamW(
+            model.parameters(),
+            lr=optimization.learning_rate,
+            betas=(optimization.adam_beta1, optimization.adam_beta2),
+            weight_decay=optimization.adam_weight_decay,
+            eps=optimization.adam_epsilon,
+        )
+        processes = self.accelerator.num_processes
+        self.lr_scheduler = get_scheduler(  # accelerate steps it once per process
+            optimization.lr_scheduler,
+            self.optimizer,
+            num_warmup_steps=optimization.lr_warmup_steps * processes,
+            num_training_steps=run.max_train_steps * processes,
+        )
+        self.model, self.optimizer, self.lr_scheduler = self.accelerator.prepare(
+            model, self.optimizer, self.lr_scheduler
+        )
+        self.ema = ModelEMA(self.unwrapped_model, optimization) if optimization.use_ema else None
+        self.accelerator.register_save_state_pre_hook(self._save_models)
+        self.accelerator.register_load_state_pre_hook(self._load_models)
+
+        self.step = 0
+        if run.resume_from_checkpoint is not None:
+            self._resume(run.resume_from_checkpoint)
+        if self.accelerator.is_main_process:
+            self.log = TrainingLog(self.output_dir, self.step)
+            scalars = {key: value for key, value in config.items() if isinstance(value, (int, float, str, bool))}
+            self.accelerator.init_trackers("sdt_diffusion", config=scalars)
+
+    @property
+    def unwrapped_model(self) -> nn.Module:
+        """The model without the wrappers of DDP or torch.compile."""
+        return self.accelerator.unwrap_model(self.model)
+
+    @property
+    def trained_model(self) -> nn.Module:
+        """What the run is for: the averaged model, or without an average the model itself."""
+        return self.unwrapped_model if self.ema is None else self.ema.model
+
+    def steps(self) -> Iterator[int]:
+        """Trains to `max_train_steps`, yielding the steps done after each one (and its checkpoint, if one was due)."""
+        run, accelerator = self.run, self.accelerator
+        progress_bar = tqdm(
+            total=run.max_train_steps,
+            initial=self.step,
+            desc="Training",
+            unit="step",
+            disable=not accelerator.is_local_main_process,
+        )
+        images_per_step = run.train_batch_size * run.gradient_accumulation_steps * accelerator.num_processes
+        losses, since, window_start = [], time.perf_counter(), self.step
+        self.model.train()
+        for index, (images, labels) in enumerate(self._batches(), self.step * run.gradient_accumulation_steps):
+            seed_batch(run.seed, accelerator.process_index, index)
+            with accelerator.accumulate(self.model):
+                loss = self.compute_loss(self.model, images, labels)
+                accelerator.backward(loss)
+                losses.append(accelerator.reduce(loss.detach().float(), "mean").item())
+                self._check_finite(losses[-1], "loss")
+                if accelerator.sync_gradients:
+                    norm = accelerator.clip_grad_norm_(self.model.parameters(), self.optimization.max_grad_norm)
+                    if accelerator.scaler is None:  # fp16's scaler skips overflowing steps by itself
+                        self._check_finite(float(norm), "gradient norm")
+                self.optimizer.step()
+                self.lr_scheduler.step()
+                self.optimizer.zero_grad()
+            if not accelerator.sync_gradients:
+                continue
+
+            self.step += 1
+            if self.ema is not None:
+                self.ema.step(self.unwrapped_model, self.step)
+            progress_bar.update()
+            if self.step % run.logging_steps == 0 or self.step == run.max_train_steps:
+                now = time.perf_counter()
+                record = {
+                    "loss": sum(losses) / len(losses),
+                    "grad_norm": float(norm),
+                    "learning_rate": self.lr_scheduler.get_last_lr()[0],
+                    "images_per_second": (self.step - window_start) * images_per_step / (now - since),
+                }
+                self._log(record)
+                progress_bar.set_postfix_str(f"loss {record['loss']:.4f}, {record['images_per_second']:.0f} images/s")
+                losses, since, window_start = [], now, self.step
+            if self.step % run.checkpointing_steps == 0 or self.step == run.max_train_steps:
+                self.save_checkpoint()
+            yield self.step
+            self.model.train()
+        progress_bar.close()
+
+    def save_checkpoint(self) -> None:
+        """Writes `checkpoint-<step>`, all or nothing."""
+        save_checkpoint(
+            self.output_dir,
+            self.step,
+            self.accelerator.save_state,
+            self.run.checkpoints_total_limit,
+            self.accelerator.is_main_process,
+            self.accelerator.wait_for_everyone,
+        )
+
+    def save_picture(self, name: str, make: Callable[[], Image.Image]) -> None:
+        """Makes a picture on the main process, saves it in the run's folder and shows it to the trackers."""
+        if not self.accelerator.is_main_process:
+            return
+        picture = make()
+        path = self.output_dir / name
+        path.parent.mkdir(exist_ok=True)
+        write_atomically(path, picture.save)
+        for tracker in self.accelerator.trackers:
+            if hasattr(tracker, "log_images"):
+                tracker.log_images({path.parent.name: np.asarray(picture)[None]}, step=self.step, dataformats="NHWC")
+
+    def finish(self) -> None:
+        """Closes the trackers."""
+        self.accelerator.end_training()
+
+    def _batches(self):
+        """Batches from the position reached to the end of the run, on this process's device."""
+        run = self.run
+        images_per_step = run.train_batch_size * run.gradient_accumulation_steps * self.accelerator.num_processes
+        stream = ShuffledStream(
+            self.images,
+            run.seed,
+            self.data.random_flip,
+            start=self.step * images_per_step,
+            stop=run.max_train_steps * images_per_step,
+        )
+        if len(stream) == 0:
+            return []
+        loader = DataLoader(
+            stream,
+            batch_size=run.train_batch_size,
+            num_workers=self.data.dataloader_num_workers,
+            pin_memory=self.accelerator.device.type == "cuda",
+        )
+        return self.accelerator.prepare_data_loader(loader)
+
+    def _check_finite(self, value: float, what: str) -> None:
+        if not math.isfinite(value):
+            raise NonFiniteLossError(
+                f"The {what} is {value} at step {self.step + 1}; training stopped before that step changed the "
+                "weights. The last checkpoint is sound. What helps: a lower --learning_rate or --max_grad_norm, "
+                "--qk_norm rms_norm, --mixed_precision no; each of them is another run, with its own --output_dir."
+            )
+
+    def _log(self, record: dict[str, float]) -> None:
+        self.accelerator.log(record, step=self.step)
+        if self.accelerator.is_main_process:
+            self.log.append({"step": self.step, **record})
+
+    def _resume(self, wanted: str) -> None:
+        checkpoint = find_checkpoint(self.output_dir, wanted)
+        if checkpoint is None:
+            logger.warning("There is no checkpoint in %s yet: starting from the beginning.", self.output_dir)
+            return
+        self.accelerator.load_state(str(checkpoint))
+        self.step = checkpoint_step(checkpoint)
+        logger.info("Resumed from %s at step %d.", checkpoint, self.step)
+
+    def _save_models(self, models, weights, folder):
+        for name, module in self._named_models().items():
+            module.save_pretrained(Path(folder) / name, is_main_process=self.accelerator.is_main_process)
+        weights.clear()  # accelerate need not save them again
+
+    def _load_models(self, models, folder):
+        for name, module in self._named_models().items():
+            module.load_state_dict(type(module).from_pretrained(Path(folder) / name).state_dict())
+        models.clear()
+
+    def _named_models(self):
+        ema = {} if self.ema is None else {f"{self.name}_ema": self.ema.model}
+        return {self.name: self.unwrapped_model, **ema}
+
+
+def build_accelerator(run: RunArguments) -> Accelerator:
+    """Accelerate, as the arguments and `accelerate launch` want it."""
+    if run.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
+    logging_dir = Path(run.output_dir) / run.logging_dir
+    accelerator = Accelerator(
+        mixed_precision=run.mixed_precision,
+        gradient_accumulation_steps=run.gradient_accumulation_steps,
+        log_with=None if run.report_to == "none" else run.report_to,
+        project_config=ProjectConfiguration(project_dir=run.output_dir, logging_dir=str(logging_dir)),
+    )
+    if accelerator.device.type == "cpu":  # `accelerate launch` asks for one thread, however many cores there are
+        local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        torch.set_num_threads(run.cpu_threads or max(1, (os.cpu_count() or 1) // local_processes))
+    return accelerator
+
+
+def seed_batch(seed: int, process: int, index: int) -> None:
+    """Seeds torch for one batch of one process."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, process, index]).generate_state(1, np.uint64)[0]))

@@ -1,6 +1,6 @@
 """Many samples from a pipeline, each with a seed of its own."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,22 @@ def sample_generator(seed: int, index: int) -> torch.Generator:
 def class_labels_for(num_images: int, classes: Sequence[int]) -> list[int]:
     """Labels of samples 0 to num_images - 1: the classes in turn."""
     return [classes[index % len(classes)] for index in range(num_images)]
+
+
+def stack_samples(samples: Iterable[tuple[int, np.ndarray]]) -> np.ndarray:
+    """The images of `generate(..., output_type="np")` in one array, shape (n, height, width, channels)."""
+    return np.stack([image for _, image in samples])
+
+
+def describe_sampling(pipe: SDTPipeline, sampling: dict[str, Any]) -> str:
+    """The sampler in words, as it belongs beside every number: scheduler, steps, NFE, guidance, seed."""
+    steps, guidance = sampling["num_inference_steps"], sampling["guidance_scale"]
+    pipe.scheduler.set_timesteps(steps)
+    evaluations = len(pipe.scheduler.timesteps) * (2 if guidance > 1 else 1)
+    return (
+        f"{type(pipe.scheduler).__name__}, {steps} steps, {evaluations} network evaluations, guidance {guidance:g}, "
+        f"seed {sampling['seed']}"
+    )
 
 
 def generate(

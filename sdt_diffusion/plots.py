@@ -14,7 +14,7 @@ def image_grid(
 
     Args:
         images: Images of one size.
-        labels: A text for each image; a text equal to that of the image to the left is not repeated.
+        labels: A text for each image; one that stands to the left or above already is not repeated.
         columns: Images in a row.
         min_side: Small images are enlarged, pixel by pixel, to at least this side.
         gap: Pixels between images.
@@ -22,22 +22,28 @@ def image_grid(
     Returns:
         The grid as an RGB image.
     """
-    width, height = images[0].size
-    zoom = max(1, -(-min_side // min(width, height)))
+    zoom = max(1, -(-min_side // min(images[0].size)))
+    width, height = (side * zoom for side in images[0].size)
     font = ImageFont.load_default(size=12)
-    text_height = 16
-    cell_width, cell_height = width * zoom + gap, height * zoom + text_height + gap
-    rows = -(-len(images) // columns)
-    grid = Image.new("RGB", (columns * cell_width + gap, rows * cell_height + gap), "white")
+    rows = [range(start, min(start + columns, len(images))) for start in range(0, len(images), columns)]
+    shown = {
+        i
+        for i, label in enumerate(labels)
+        if (i % columns == 0 or label != labels[i - 1]) and (i < columns or label != labels[i - columns])
+    }
+    text_heights = [16 if shown & set(row) else 0 for row in rows]
+    size = (columns * (width + gap) + gap, sum(text_heights) + len(rows) * (height + gap) + gap)
+    grid = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(grid)
-    for i, (image, label) in enumerate(zip(images, labels, strict=True)):
-        left, top = gap + i % columns * cell_width, gap + i // columns * cell_height
-        grid.paste(
-            image.convert("RGB").resize((width * zoom, height * zoom), Image.Resampling.NEAREST),
-            (left, top + text_height),
-        )
-        if i % columns == 0 or label != labels[i - 1]:
-            draw.text((left, top), _shorten(label, draw, font, cell_width - gap), fill="black", font=font)
+    top = gap
+    for row, text_height in zip(rows, text_heights, strict=True):
+        for column, i in enumerate(row):
+            left = gap + column * (width + gap)
+            picture = images[i].convert("RGB").resize((width, height), Image.Resampling.NEAREST)
+            grid.paste(picture, (left, top + text_height))
+            if i in shown:
+                draw.text((left, top), _shorten(labels[i], draw, font, width), fill="black", font=font)
+        top += text_height + height + gap
     return grid
 
 
@@ -79,10 +85,9 @@ def plot_loss_curve(records: Sequence[dict[str, float]], path: Path) -> None:
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
-    """Exponential average over about 1/20 of the values, without a bias towards the first."""
-    decay = 1 - 1 / max(1.0, len(values) / 20)
-    average, weight, smoothed = 0.0, 0.0, []
-    for value in values:
-        average, weight = decay * average + (1 - decay) * value, decay * weight + 1 - decay
-        smoothed.append(average / weight)
-    return np.array(smoothed)
+    """Centred moving average over about 1/20 of the values, narrower at the ends."""
+    half = max(1, len(values) // 40)
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    centre = np.arange(len(values))
+    reach = np.minimum(half, np.minimum(centre, len(values) - 1 - centre))
+    return (sums[centre + reach + 1] - sums[centre - reach]) / (2 * reach + 1)

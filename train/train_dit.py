@@ -17,7 +17,7 @@ from diffusers import AutoModel
 
 from sdt_diffusion import SDTPipeline
 from sdt_diffusion.data import DataArguments, load_images
-from sdt_diffusion.generation import class_labels_for, generate
+from sdt_diffusion.generation import class_labels_for, describe_sampling, generate, stack_samples
 from sdt_diffusion.metrics.label_accuracy import svm_label_accuracy
 from sdt_diffusion.plots import image_grid, plot_loss_curve
 from sdt_diffusion.sdt.arguments import ModelArguments
@@ -109,25 +109,17 @@ def main(argv):
     write_atomically(output_dir / "loss_curve.png", lambda path: plot_loss_curve(training.log.records, path))
     if validation_args.label_accuracy_samples:
         labels = class_labels_for(validation_args.label_accuracy_samples, range(images.num_classes))
-        accuracy = label_accuracy(pipe, images, labels, sampling)
-        results = {"label_accuracy": accuracy, "num_samples": len(labels), "classifier": "RBF SVM", **sampling}
+        accuracy = svm_label_accuracy(
+            images, stack_samples(generate(pipe, labels, output_type="np", **sampling)), labels
+        )
+        results = {"label_accuracy": accuracy, "num_samples": len(labels), **sampling}
         write_atomically(output_dir / "results.json", lambda path: path.write_text(json.dumps(results, indent=2)))
         print(
             f"{accuracy:.1%} of {len(labels)} samples are taken for their label by an RBF SVM trained on the "
-            f"{len(images)} real images ({type(pipe.scheduler).__name__}, {sampling['num_inference_steps']} steps, "
-            f"guidance {sampling['guidance_scale']:g})."
+            f"{len(images)} real images ({describe_sampling(pipe, sampling)})."
         )
     training.finish()
     print(f"Saved the pipeline, samples.png and loss_curve.png to {output_dir}")
-
-
-def label_accuracy(pipe, images, labels, sampling):
-    real = torch.stack([pixels for pixels, _ in images.__getitems__(range(len(images)))]) / 2 + 0.5
-    real = real.permute(0, 2, 3, 1).numpy()
-    samples = torch.stack(
-        [torch.from_numpy(image) for _, image in generate(pipe, labels, output_type="np", batch_size=250, **sampling)]
-    )
-    return svm_label_accuracy(real, images.labels, samples.numpy(), labels)
 
 
 if __name__ == "__main__":

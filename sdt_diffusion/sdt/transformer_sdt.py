@@ -41,7 +41,7 @@ PRESETS["SDT-digits"] = {
     "num_layers": 4,
     "num_attention_heads": 4,
     "attention_head_dim": 32,
-    "patch_size": 1,
+    "patch_size": 2,
     "sample_size": 8,
     "in_channels": 1,
     "num_classes": 10,

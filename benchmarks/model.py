@@ -29,10 +29,9 @@ def build_model(name, preset, device):
     if name != "diffusers DiT":
         model = SDTTransformer2DModel.from_preset(preset, spatial_decay=name)
     else:
-        config = SDTTransformer2DModel.from_preset(preset, num_layers=1).config
-        layers = SDTTransformer2DModel.from_preset(preset).config.num_layers
-        keys = ("num_attention_heads", "attention_head_dim", "in_channels", "sample_size", "patch_size")
-        model = DiTTransformer2DModel(**{key: config[key] for key in keys}, num_layers=layers)
+        config = SDTTransformer2DModel.preset_config(preset)
+        keys = ("num_layers", "num_attention_heads", "attention_head_dim", "in_channels", "sample_size", "patch_size")
+        model = DiTTransformer2DModel(**{key: config[key] for key in keys})
     return model.to(device)
 
 

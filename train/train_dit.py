@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from accelerate.utils import set_seed
 from diffusers import AutoModel
 
 from sdt_diffusion import SDTPipeline
@@ -25,7 +26,7 @@ from sdt_diffusion.sdt.latents import encode_pixels, vae_spatial_scale
 from sdt_diffusion.training.arguments import OptimizationArguments, RunArguments, merged, parse_arguments
 from sdt_diffusion.training.checkpoint import move_into, write_atomically
 from sdt_diffusion.training.objectives import ObjectiveArguments, build_objective, diffusion_loss
-from sdt_diffusion.training.run import Training, seed_batch
+from sdt_diffusion.training.run import Training
 
 DIGITS_CONFIG = Path(__file__).parent / "configs" / "digits.yaml"
 
@@ -58,12 +59,12 @@ def main(argv):
     if model_args.pretrained_vae_model_name_or_path is not None:
         vae = AutoModel.from_pretrained(model_args.pretrained_vae_model_name_or_path).eval().requires_grad_(False)
     scale = vae_spatial_scale(vae)
-    resolution = data_args.resolution or model_args.build(num_layers=1).config.sample_size * scale
+    resolution = data_args.resolution or model_args.config()["sample_size"] * scale
     if resolution % scale:
         raise ValueError(f"--resolution {resolution} is not divisible by the VAE's factor {scale}.")
     images = load_images(data_args, resolution)
 
-    seed_batch(run_args.seed, 0, -1 % 2**32)  # the initial weights; batches count from 0
+    set_seed(run_args.seed)
     model = model_args.build(
         sample_size=resolution // scale,
         in_channels=images.num_channels if vae is None else vae.config.latent_channels,
@@ -102,24 +103,27 @@ def main(argv):
         if validation_args.validation_steps and step % validation_args.validation_steps == 0:
             training.save_picture(f"samples/step-{step:07d}.png", sample_grid)
     training.save_picture("samples.png", sample_grid)
-    if not training.accelerator.is_main_process:
-        return
-    output_dir = training.output_dir
-    move_into(output_dir, pipe.save_pretrained)
-    write_atomically(output_dir / "loss_curve.png", lambda path: plot_loss_curve(training.log.records, path))
-    if validation_args.label_accuracy_samples:
-        labels = class_labels_for(validation_args.label_accuracy_samples, range(images.num_classes))
-        accuracy = svm_label_accuracy(
-            images, stack_samples(generate(pipe, labels, output_type="np", **sampling)), labels
-        )
-        results = {"label_accuracy": accuracy, "num_samples": len(labels), **sampling}
-        write_atomically(output_dir / "results.json", lambda path: path.write_text(json.dumps(results, indent=2)))
-        print(
-            f"{accuracy:.1%} of {len(labels)} samples are taken for their label by an RBF SVM trained on the "
-            f"{len(images)} real images ({describe_sampling(pipe, sampling)})."
-        )
+    if training.accelerator.is_main_process:
+        output_dir = training.output_dir
+        move_into(output_dir, pipe.save_pretrained)
+        write_atomically(output_dir / "loss_curve.png", lambda path: plot_loss_curve(training.log.records, path))
+        if validation_args.label_accuracy_samples:
+            report_label_accuracy(pipe, images, validation_args.label_accuracy_samples, sampling, output_dir)
+        print(f"Saved the pipeline, samples.png and loss_curve.png to {output_dir}")
     training.finish()
-    print(f"Saved the pipeline, samples.png and loss_curve.png to {output_dir}")
+
+
+def report_label_accuracy(pipe, images, num_samples, sampling, output_dir):
+    labels = class_labels_for(num_samples, range(images.num_classes))
+    samples = stack_samples(generate(pipe, labels, batch_size=250, output_type="np", **sampling))
+    accuracy = svm_label_accuracy(images, samples, labels)
+    sampler = describe_sampling(pipe, sampling)
+    results = {"label_accuracy": accuracy, "num_images": num_samples, "sampler": sampler}
+    write_atomically(output_dir / "results.json", lambda path: path.write_text(json.dumps(results, indent=2)))
+    print(
+        f"{accuracy:.1%} of {num_samples} samples are taken for their label by an RBF SVM trained on the "
+        f"{len(images)} real images ({sampler})."
+    )
 
 
 if __name__ == "__main__":

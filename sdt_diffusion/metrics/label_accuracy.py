@@ -25,7 +25,7 @@ def svm_label_accuracy(real: LabelledImages, samples: np.ndarray, labels: Sequen
     pixels = np.stack([image.permute(1, 2, 0).numpy() for image, _ in real.__getitems__(range(len(real)))]) / 2 + 0.5
     if samples.shape[1:] != pixels.shape[1:] or len(samples) != len(labels):
         raise ValueError(
-            f"{len(labels)} labels and samples of shape {samples.shape} do not fit real images of shape {pixels.shape}."
+            f"{len(labels)} labels and samples of shape {samples.shape} do not fit real images {pixels.shape}."
         )
     classifier = SVC(kernel="rbf", C=10.0, gamma="scale")
     classifier.fit(pixels.reshape(len(pixels), -1), real.labels)

@@ -27,11 +27,11 @@ class ModelArguments:
         default=None, metadata={"help": "VAE to train in the latents of; without one the model works in pixels."}
     )
 
-    def overrides(self) -> dict:
-        """Config values in place of the preset's.
+    def config(self, **overrides) -> dict:
+        """The model's config: the preset's, these arguments' over it, and `overrides` over both.
 
         Raises:
-            ValueError: If `model_overrides` is no JSON object.
+            ValueError: If the preset or a key is unknown, or `model_overrides` is no JSON object.
         """
         try:
             further = json.loads(self.model_overrides or "{}")
@@ -40,11 +40,12 @@ class ModelArguments:
         if not isinstance(further, dict):
             raise ValueError(f"--model_overrides must be a JSON object, not {self.model_overrides}.")
         keys = ("spatial_decay", "qk_norm", "rotary", "local_position_kernel_size", "class_dropout_prob")
-        return {**{key: getattr(self, key) for key in keys}, **further}
+        own = {key: getattr(self, key) for key in keys}
+        return SDTTransformer2DModel.preset_config(self.model, **{**own, **further, **overrides})
 
     def build(self, **overrides) -> SDTTransformer2DModel:
-        """The randomly initialised model; `overrides` win over everything."""
-        model = SDTTransformer2DModel.from_preset(self.model, **{**self.overrides(), **overrides})
+        """The randomly initialised model of `config(**overrides)`."""
+        model = SDTTransformer2DModel(**self.config(**overrides))
         if self.gradient_checkpointing:
             model.enable_gradient_checkpointing()
         return model

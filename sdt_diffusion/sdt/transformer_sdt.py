@@ -219,13 +219,18 @@ class SDTTransformer2DModel(
         Raises:
             ValueError: If the preset or a config key is unknown; the message lists the known ones.
         """
+        return cls(**cls.preset_config(name, **overrides))
+
+    @classmethod
+    def preset_config(cls, name: str, **overrides) -> dict[str, Any]:
+        """The config that `from_preset` builds a model of; same arguments and errors."""
         if name not in PRESETS:
             raise ValueError(f"Unknown preset {name!r}: choose one of {', '.join(PRESETS)}.")
-        known = [key for key in inspect.signature(cls.__init__).parameters if key != "self"]
+        known = {key: p.default for key, p in inspect.signature(cls.__init__).parameters.items() if key != "self"}
         unknown = sorted(set(overrides) - set(known))
         if unknown:
             raise ValueError(f"Unknown config key(s) {', '.join(unknown)} for {name}; known keys: {', '.join(known)}.")
-        return cls(**{**PRESETS[name], **overrides})
+        return {**known, **PRESETS[name], **overrides}
 
     @torch.no_grad()
     def initialize_weights(self) -> None:

@@ -49,6 +49,8 @@ def swap_scheduler(scheduler: SchedulerMixin, name: str) -> SchedulerMixin:
     if name.startswith("FlowMatch"):
         return scheduler_class(num_train_timesteps=scheduler.config.num_train_timesteps, shift=shift)
     config = dict(scheduler.config)
+    # from_config would replace what equals the old class's defaults by the new one's: other betas, silently.
+    config.pop("_use_default_values", None)
     if flow:
         config.update(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
     if name != "DDPMScheduler" and str(config.get("variance_type")).startswith("learned"):

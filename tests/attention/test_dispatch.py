@@ -1,0 +1,165 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sdt_diffusion.attention import BACKENDS, SPATIAL_DECAY_VARIANTS, spatial_decay, spatial_decay_attention
+
+GRID = (3, 4)
+decaying = pytest.mark.parametrize("variant", [v for v in SPATIAL_DECAY_VARIANTS if v != "none"])
+all_variants = pytest.mark.parametrize("variant", list(SPATIAL_DECAY_VARIANTS))
+both_forms = pytest.mark.parametrize("decomposed", [False, True])
+
+
+def inputs(grid=GRID, batch=2, heads=2, head_dim=4, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    tokens = grid[0] * grid[1]
+    query, key, value = (
+        torch.randn(batch, heads, tokens, head_dim, generator=generator, dtype=dtype) for _ in range(3)
+    )
+    gate = F.logsigmoid(torch.randn(batch, heads, tokens, generator=generator, dtype=dtype))
+    alpha = torch.rand(heads, generator=generator, dtype=dtype) + 0.5
+    return [x.requires_grad_() for x in (query, key, value, gate.detach(), alpha)]
+
+
+def dense(query, key, value, decay):
+    logits = query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5
+    return (logits + decay).softmax(-1) @ value
+
+
+def two_passes(query, key, value, gate, alpha, grid):
+    """The decomposed form as two dense attentions over all tokens, masked to the row, then to the column."""
+    height, width = grid
+    tokens = torch.arange(height * width)
+    y, x = tokens // width, tokens % width
+    pair = (gate[..., :, None] + gate[..., None, :]) / 2 * alpha[:, None, None]
+    for distance, same in (
+        ((x[:, None] - x).abs(), y[:, None] == y),
+        ((y[:, None] - y).abs(), x[:, None] == x),
+    ):
+        decay = -(pair * distance).abs()
+        value = dense(query, key, value, decay.masked_fill(~same, -torch.inf))
+    return value
+
+
+@decaying
+def test_equals_a_dense_softmax_with_the_decay_added(variant):
+    query, key, value, gate, alpha = inputs()
+    output = spatial_decay_attention(query, key, value, gate, alpha, GRID, variant=variant)
+    expected = dense(query, key, value, spatial_decay(gate, alpha, GRID, variant))
+    torch.testing.assert_close(output, expected)
+
+
+@both_forms
+def test_none_equals_sdpa(decomposed):
+    query, key, value, _, _ = inputs()
+    output = spatial_decay_attention(query, key, value, None, None, GRID, variant="none", decomposed=decomposed)
+    if not decomposed:
+        expected = F.scaled_dot_product_attention(query, key, value)
+    else:
+        expected = two_passes(query, key, value, torch.zeros(2, 2, 12).double(), torch.ones(2).double(), GRID)
+    torch.testing.assert_close(output, expected)
+
+
+@given(st.tuples(st.integers(1, 4), st.integers(1, 4)), st.integers(0, 99))
+def test_decomposed_equals_two_dense_passes(grid, seed):
+    query, key, value, gate, alpha = inputs(grid, seed=seed)
+    output = spatial_decay_attention(query, key, value, gate, alpha, grid, decomposed=True)
+    torch.testing.assert_close(output, two_passes(query, key, value, gate, alpha, grid))
+
+
+@both_forms
+def test_one_row_and_one_column_need_no_decomposition(decomposed):
+    for grid in ((1, 6), (6, 1)):
+        tensors = inputs(grid)
+        full = spatial_decay_attention(*tensors, grid)
+        # The other pass sees one token a line and leaves the values as they are.
+        torch.testing.assert_close(spatial_decay_attention(*tensors, grid, decomposed=decomposed), full)
+
+
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"])
+@both_forms
+@decaying
+def test_backends_equal_the_reference_forward_and_backward(backend, decomposed, variant):
+    results = []
+    for name in ("reference", backend):
+        tensors = inputs()
+        output = spatial_decay_attention(*tensors, GRID, variant=variant, decomposed=decomposed, backend=name)
+        output.square().sum().backward()
+        results.append([output, *(x.grad for x in tensors)])
+    for expected, result in zip(*results, strict=True):
+        torch.testing.assert_close(result, expected)
+
+
+@both_forms
+@decaying
+def test_gradients_by_finite_differences(variant, decomposed):
+    tensors = inputs((2, 3), batch=1, heads=2, head_dim=2)
+
+    def attend(*tensors):
+        return spatial_decay_attention(*tensors, (2, 3), variant=variant, decomposed=decomposed)
+
+    assert torch.autograd.gradcheck(attend, tensors)
+
+
+@pytest.mark.parametrize("backend", list(BACKENDS))
+def test_half_precision_keeps_the_decay_in_fp32(backend):
+    # In bf16, decays of 16 to 32 come in steps of 1/8: 20.03 would become 20, and the weight 3% too large.
+    query = key = torch.zeros(1, 1, 2, 8, dtype=torch.bfloat16)
+    value = torch.eye(2, dtype=torch.bfloat16)[None, None]
+    gate = torch.tensor([[[-20.00, -20.06]]])
+    output = spatial_decay_attention(query, key, value, gate, torch.ones(1), (1, 2), backend=backend)
+    assert output.dtype == torch.bfloat16
+    assert output[0, 0, 0, 1].item() == pytest.approx(math.exp(-20.03), rel=0.005)
+
+
+@pytest.mark.parametrize("backend", list(BACKENDS))
+@both_forms
+def test_bf16_is_close_to_fp32_forward_and_backward(backend, decomposed):
+    results = []
+    for dtype in (torch.float32, torch.bfloat16):
+        query, key, value, gate, alpha = inputs(dtype=torch.float32)
+        cast = [x.detach().to(dtype).requires_grad_() for x in (query, key, value)]
+        output = spatial_decay_attention(*cast, gate, alpha, GRID, backend=backend, decomposed=decomposed)
+        output.float().square().sum().backward()
+        results.append([output.float(), *(x.grad.float() for x in (*cast, gate, alpha))])
+    for expected, result in zip(*results, strict=True):
+        error = (result - expected).norm() / expected.norm()
+        assert error < 0.02
+
+
+def test_one_gate_for_all_tokens_broadcasts():
+    query, key, value, gate, alpha = inputs()
+    per_head = gate[:1, :, :1]
+    output = spatial_decay_attention(query, key, value, per_head, alpha, GRID, variant="fixed")
+    expected = spatial_decay_attention(query, key, value, per_head.expand_as(gate), alpha, GRID, variant="fixed")
+    torch.testing.assert_close(output, expected)
+
+
+def test_strong_decay_leaves_only_the_token_itself():
+    query, key, value, gate, alpha = inputs()
+    output = spatial_decay_attention(query, key, value, gate - 1, alpha * 1e4, GRID)
+    torch.testing.assert_close(output, value)
+
+
+@all_variants
+def test_grid_that_does_not_match_the_tokens_is_refused(variant):
+    with pytest.raises(ValueError, match=r"grid_size 5x5 means 25 tokens, but query and key have 12 and 12"):
+        spatial_decay_attention(*inputs(), (5, 5), variant=variant)
+
+
+def test_bad_arguments_are_refused():
+    query, key, value, gate, alpha = inputs()
+    with pytest.raises(ValueError, match="Unknown spatial_decay 'spatial'"):
+        spatial_decay_attention(query, key, value, gate, alpha, GRID, variant="spatial")
+    with pytest.raises(ValueError, match=r"Unknown attention backend 'cuda'.*reference, dense"):
+        spatial_decay_attention(query, key, value, gate, alpha, GRID, backend="cuda")
+    with pytest.raises(ValueError, match="needs `gate` and `alpha`"):
+        spatial_decay_attention(query, key, value, None, None, GRID)
+    with pytest.raises(ValueError, match=r"`gate` has shape \(2, 2, 11\); \(2, 2, 12\) is needed"):
+        spatial_decay_attention(query, key, value, gate[..., :-1], alpha, GRID)
+    with pytest.raises(ValueError, match=r"`alpha` has shape \(1,\); \(2,\) is needed"):
+        spatial_decay_attention(query, key, value, gate, alpha[:1], GRID)

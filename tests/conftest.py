@@ -1,0 +1,76 @@
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may reach for the network
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import diffusers
+import pytest
+import torch
+from hypothesis import settings
+
+from sdt_diffusion import SDTPipeline, SDTTransformer2DModel
+
+settings.register_profile("default", deadline=None, max_examples=25)
+settings.load_profile("default")
+torch.set_num_threads(1)  # pytest-xdist runs a process per core
+
+TINY = {
+    "num_layers": 2,
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "in_channels": 3,
+    "sample_size": 8,
+    "patch_size": 2,
+    "num_classes": 5,
+}
+
+
+@torch.no_grad()
+def randomise(model, std=0.1, seed=0):
+    """Moves every parameter off its start, where zero modulations would hide the blocks."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.add_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter) * std)
+    return model
+
+
+@pytest.fixture
+def make_model():
+    """Builds a tiny model with all parameters off their start."""
+
+    def make(**overrides):
+        torch.manual_seed(0)
+        return randomise(SDTTransformer2DModel(**{**TINY, **overrides})).eval()
+
+    return make
+
+
+@pytest.fixture
+def make_pipe(make_model):
+    """Builds a pixel-space pipeline around a tiny model."""
+
+    def make(scheduler=None, **kwargs):
+        names = {0: "ant", 1: "bee, honey bee", 2: "cat", 3: "dog", 4: "elk"}
+        scheduler = scheduler or diffusers.FlowMatchEulerDiscreteScheduler()
+        pipe = SDTPipeline(kwargs.pop("transformer", None) or make_model(), scheduler, id2label=names, **kwargs)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    return make
+
+
+@pytest.fixture
+def tiny_vae():
+    """A randomly initialised AutoencoderKL: 2x spatial compression, 4 latent channels."""
+    torch.manual_seed(0)
+    return diffusers.AutoencoderKL(
+        in_channels=3,
+        out_channels=3,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        latent_channels=4,
+        scaling_factor=0.5,
+        shift_factor=0.25,
+    ).eval()

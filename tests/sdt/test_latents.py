@@ -1,0 +1,47 @@
+import diffusers
+import torch
+
+from sdt_diffusion.sdt.latents import decode_latents, encode_pixels, vae_spatial_scale
+
+
+def test_encoding_samples_the_posterior_scaled_and_shifted(tiny_vae):
+    pixels = torch.rand(64, 3, 16, 16) * 2 - 1
+    posterior = tiny_vae.encode(pixels).latent_dist
+    latents = encode_pixels(tiny_vae, pixels)
+    normalised = (latents / 0.5 + 0.25 - posterior.mean) / posterior.std
+    assert latents.shape == (64, 4, 8, 8)
+    assert abs(normalised.mean().item()) < 0.05
+    assert abs(normalised.std().item() - 1) < 0.05
+
+
+def test_decoding_undoes_the_normalisation(tiny_vae):
+    latents = torch.randn(2, 4, 8, 8)
+    normalised = (latents - 0.25) * 0.5
+    torch.testing.assert_close(decode_latents(tiny_vae, normalised), tiny_vae.decode(latents).sample)
+
+
+def test_deep_compression_autoencoders_are_deterministic_and_scale_as_they_say():
+    vae = diffusers.AutoencoderDC(
+        in_channels=3,
+        latent_channels=4,
+        attention_head_dim=4,
+        encoder_block_types=("ResBlock", "ResBlock"),
+        decoder_block_types=("ResBlock", "ResBlock"),
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        encoder_layers_per_block=(1, 1),
+        decoder_layers_per_block=(1, 1),
+        encoder_qkv_multiscales=((), ()),
+        decoder_qkv_multiscales=((), ()),
+        scaling_factor=0.5,
+    ).eval()
+    pixels = torch.rand(1, 3, 16, 16)
+    latents = encode_pixels(vae, pixels)
+    assert 16 // latents.shape[-1] == vae_spatial_scale(vae)
+    torch.testing.assert_close(latents, vae.encode(pixels).latent * 0.5)
+    assert decode_latents(vae, latents).shape == pixels.shape
+
+
+def test_spatial_scale(tiny_vae):
+    assert vae_spatial_scale(None) == 1
+    assert vae_spatial_scale(tiny_vae) == 2

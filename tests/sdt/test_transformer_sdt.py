@@ -1,0 +1,273 @@
+import diffusers
+import pytest
+import torch
+from diffusers import DiTTransformer2DModel, FirstBlockCacheConfig
+
+from sdt_diffusion import SDTTransformer2DModel
+from sdt_diffusion.attention import SPATIAL_DECAY_VARIANTS
+from sdt_diffusion.sdt import PRESETS
+from tests.conftest import TINY, randomise
+
+OPTIONS = [
+    *({"spatial_decay": variant} for variant in SPATIAL_DECAY_VARIANTS),
+    {"decomposed": True},
+    {"qk_norm": "rms_norm", "rotary": True, "local_position_kernel_size": 3},
+    {"gate_conditioning": False},
+    {"sample_size": (8, 4)},
+    {"out_channels": 6},
+]
+
+
+def batch(channels=3, size=(8, 8), n=2, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(n, channels, *size, generator=generator)
+    return images, torch.tensor([10.0, 900.0])[:n], torch.tensor([1, 4])[:n]
+
+
+class TestAgainstDiT:
+    """`none` is DiT, in facebookresearch's numerics: diffusers' differ by a frequency shift and an epsilon."""
+
+    @staticmethod
+    def pair():
+        torch.manual_seed(0)
+        config = {k: TINY[k] for k in ("num_layers", "num_attention_heads", "attention_head_dim", "in_channels")}
+        config.update(sample_size=8, patch_size=2)
+        dit = randomise(DiTTransformer2DModel(**config, norm_eps=1e-6)).eval()
+        sdt = SDTTransformer2DModel(**config, num_classes=1000, spatial_decay="none").eval()
+        weights = {}
+        for name, value in dit.state_dict().items():
+            if ".norm1.emb." in name:  # a copy in every block; they must agree for one shared embedder to be the same
+                name = name[name.index(".norm1.emb.") :].replace(".norm1.emb.", "time_class_embed.")
+                name = name.replace(".embedding_table", "")
+                weights.setdefault(name, value)
+            else:
+                weights[name.replace(".attn1.", ".attn.")] = value
+        sdt.load_state_dict(weights)
+        shared = dit.transformer_blocks[0].norm1.emb
+        for block in dit.transformer_blocks:
+            block.norm1.emb.load_state_dict(shared.state_dict())
+            block.norm1.emb.time_proj.downscale_freq_shift = 0
+        return dit, sdt
+
+    @pytest.mark.parametrize("size", [(8, 8), (16, 16)])
+    def test_mapped_weights_give_the_same_output(self, size):
+        dit, sdt = self.pair()
+        images, timestep, labels = batch(size=size)
+        expected = dit(images, timestep, labels).sample
+        torch.testing.assert_close(sdt(images, timestep, labels).sample, expected, rtol=1e-5, atol=1e-5)
+
+    def test_the_comparison_notices_the_frequency_shift(self):
+        dit, sdt = self.pair()
+        for block in dit.transformer_blocks:
+            block.norm1.emb.time_proj.downscale_freq_shift = 1
+        images, timestep, labels = batch()
+        difference = sdt(images, timestep, labels).sample - dit(images, timestep, labels).sample
+        assert difference.norm() > 1e-3 * dit(images, timestep, labels).sample.norm()
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"), [("SDT-S/2", 32.9), ("SDT-B/2", 130.3), ("SDT-L/2", 457.8), ("SDT-XL/2", 674.8)]
+)
+def test_presets_have_dits_parameters_and_gates_add_little(name, millions):
+    with torch.device("meta"):
+        plain = SDTTransformer2DModel.from_preset(name, spatial_decay="none").num_parameters()
+        gated = SDTTransformer2DModel.from_preset(name).num_parameters()
+    assert plain / 1e6 == pytest.approx(millions, abs=0.05)
+    assert 0 < gated - plain < 0.002 * plain
+
+
+def test_every_preset_builds():
+    for name in PRESETS:
+        with torch.device("meta"):
+            model = SDTTransformer2DModel.from_preset(name)
+        assert model.config.spatial_decay == "context"
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_saved_models_load_to_the_same_output(make_model, options, tmp_path):
+    model = make_model(**options)
+    model.save_pretrained(tmp_path)
+    loaded = SDTTransformer2DModel.from_pretrained(tmp_path)
+    images, timestep, labels = batch()
+    if isinstance(model.config.sample_size, (tuple, list)):
+        images = images[..., :4]
+    output = model(images, timestep, labels).sample
+    assert output.shape == (2, model.out_channels, *images.shape[-2:])
+    assert torch.equal(loaded(images, timestep, labels).sample, output)
+    assert [p.suffix for p in tmp_path.iterdir() if "model" in p.name] == [".safetensors"]
+
+
+@pytest.mark.parametrize("options", OPTIONS[:7], ids=str)
+def test_other_grids_than_the_trained_one_work(make_model, options):
+    model = make_model(**options)
+    images, timestep, labels = batch(size=(4, 12))
+    assert model(images, timestep, labels).sample.shape == (2, 3, 4, 12)
+
+
+def test_position_embedding_is_rescaled_to_the_trained_extent(make_model):
+    embed = make_model().pos_embed
+    trained = embed.pos_embed[0].view(4, 4, -1)
+    finer = embed._position_embedding((8, 8))[0].view(8, 8, -1)
+    torch.testing.assert_close(finer[::2, ::2], trained)
+
+
+def test_position_embedding_encodes_x_then_y_as_sine_then_cosine(make_model):
+    embedding = make_model(sample_size=(8, 16)).pos_embed.pos_embed[0].view(4, 8, 32).double()
+    omega = 1 / 10000 ** (torch.arange(8, dtype=torch.float64) / 8)
+    for y, x in ((0, 0), (3, 1), (1, 7)):
+        expected = torch.cat([(x * omega).sin(), (x * omega).cos(), (y * omega).sin(), (y * omega).cos()])
+        torch.testing.assert_close(embedding[y, x], expected, rtol=0, atol=1e-5)
+
+
+def test_untrained_model_predicts_zero_and_decays_like_rmt(make_model):
+    torch.manual_seed(0)
+    images, timestep, labels = batch()
+    models = [SDTTransformer2DModel(**TINY, spatial_decay=variant).eval() for variant in ("context", "fixed")]
+    assert torch.equal(models[0](images, timestep, labels).sample, torch.zeros_like(images))
+    # With the gates at their start, and all else moved alike, SDT is RMT's fixed decay.
+    randomise(models[1])
+    missing = models[0].load_state_dict(models[1].state_dict(), strict=False)
+    assert all(".gate." in name for name in missing.missing_keys)
+    outputs = [model(images, timestep, labels).sample for model in models]
+    torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
+
+
+def test_timestep_and_class_steer_the_decay(make_model):
+    model = make_model()
+    gates = []
+    model.transformer_blocks[0].attn.gate.register_forward_hook(lambda module, args, output: gates.append(output[0]))
+    images = batch()[0][:1].expand(2, -1, -1, -1)
+    model.transformer_blocks[0].norm1.linear.weight.data.zero_()  # the tokens that the gate sees are the same
+    for timestep, labels in (([10.0, 900.0], [1, 1]), ([10.0, 10.0], [1, 2]), ([10.0, 10.0], [1, 1])):
+        model(images, torch.tensor(timestep), torch.tensor(labels))
+    differs = [not torch.allclose(first, second) for first, second in gates]
+    assert differs == [True, True, False]
+
+
+def test_label_dropout_happens_in_training_only_and_at_its_rate(make_model):
+    embed = make_model(class_dropout_prob=0.25).time_class_embed
+    labels, timestep = torch.ones(20_000, dtype=torch.long), torch.zeros(20_000)
+    null, kept = (embed(torch.zeros(1), torch.tensor([label]), torch.float32) for label in (5, 1))
+    output = embed.train()(timestep, labels, torch.float32)
+    dropped = (output - null).abs().amax(1) < 1e-5
+    assert dropped.float().mean().item() == pytest.approx(0.25, abs=0.02)
+    torch.testing.assert_close(output[~dropped], kept.expand_as(output[~dropped]))
+    torch.testing.assert_close(embed.eval()(timestep, labels, torch.float32), kept.expand_as(output))
+
+
+def test_gradient_checkpointing_changes_no_gradient(make_model):
+    gradients = []
+    for checkpointing in (False, True):
+        model = make_model()
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+        model(*batch()).sample.square().sum().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("variant", SPATIAL_DECAY_VARIANTS)
+def test_compiles_without_a_graph_break_and_never_again(make_model, variant):
+    """The whole model is one graph, which serves every further step of sampling and of training."""
+    torch.compiler.reset()
+    model = make_model(spatial_decay=variant)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    images, timestep, labels = batch()
+    expected = model(images, timestep, labels).sample
+    torch.testing.assert_close(compiled(images, timestep, labels).sample, expected, rtol=1e-4, atol=1e-4)
+    compiled(images, timestep, labels).sample.sum().backward()
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for seed in range(3):
+            other, _, _ = batch(seed=seed)
+            t, y = torch.tensor([1.0, 500.0]) + seed, torch.tensor([seed, 5])
+            compiled(other, t, y).sample.sum().backward()
+
+
+@pytest.mark.parametrize("variant", ["context", "raster", "none"])
+def test_diffusers_attention_backends_give_the_same_output(make_model, variant):
+    model = make_model(spatial_decay=variant)
+    images, timestep, labels = batch()
+    expected = model(images, timestep, labels).sample
+    active = diffusers.models.attention_dispatch._AttentionBackendRegistry._active_backend
+    try:
+        model.set_attention_backend("native")
+        assert not torch.equal(expected, torch.zeros_like(expected))
+        torch.testing.assert_close(model(images, timestep, labels).sample, expected, rtol=1e-4, atol=1e-4)
+    finally:  # diffusers makes it the process's default
+        diffusers.models.attention_dispatch._AttentionBackendRegistry._active_backend = active
+
+
+def test_first_block_cache_hooks_find_the_blocks(make_model):
+    model = make_model(num_layers=3)
+    images, timestep, labels = batch()
+    expected = model(images, timestep, labels).sample
+    model.enable_cache(FirstBlockCacheConfig(threshold=1e6))
+    calls = []
+    model.transformer_blocks[2].ff.register_forward_hook(lambda *_: calls.append(1))
+    with model.cache_context("test"):
+        torch.testing.assert_close(model(images, timestep, labels).sample, expected)
+        model(images, timestep, labels)
+    assert len(calls) == 1  # the second pass took the blocks after the first from the cache
+
+
+def test_gates_stay_in_fp32_when_loaded_in_bf16(make_model, tmp_path):
+    make_model().save_pretrained(tmp_path)
+    model = SDTTransformer2DModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    dtypes = {".gate." in name: parameter.dtype for name, parameter in model.named_parameters()}
+    assert dtypes == {True: torch.float32, False: torch.bfloat16}
+    images, timestep, labels = batch()
+    output = model(images.bfloat16(), timestep, labels).sample
+    expected = make_model()(images, timestep, labels).sample
+    assert output.dtype == torch.bfloat16
+    assert (output.float() - expected).norm() < 0.05 * expected.norm()
+
+
+def test_autocast_is_close_to_fp32(make_model):
+    model = make_model(qk_norm="rms_norm", rotary=True)
+    images, timestep, labels = batch()
+    expected = model(images, timestep, labels).sample
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(images, timestep, labels).sample
+    output.float().square().sum().backward()
+    assert (output.float() - expected).norm() < 0.05 * expected.norm()
+
+
+def test_scalar_timesteps_are_taken_for_the_whole_batch(make_model):
+    model = make_model()
+    images, _, labels = batch()
+    one = model(images, torch.tensor(7), labels, return_dict=False)[0]
+    torch.testing.assert_close(one, model(images, torch.tensor([7, 7]), labels).sample)
+
+
+class TestBadInput:
+    def test_unknown_preset(self):
+        with pytest.raises(ValueError, match=r"Unknown preset 'SDT-M/2'.*SDT-S/2.*SDT-digits"):
+            SDTTransformer2DModel.from_preset("SDT-M/2")
+
+    def test_unknown_config_key(self):
+        with pytest.raises(ValueError, match=r"Unknown config key\(s\) depth.*known keys: .*num_layers"):
+            SDTTransformer2DModel.from_preset("SDT-S/2", depth=3)
+
+    def test_unknown_variant(self):
+        with pytest.raises(ValueError, match="Unknown spatial_decay 'gaussian'"):
+            SDTTransformer2DModel(**TINY, spatial_decay="gaussian")
+
+    def test_sizes_that_do_not_divide(self):
+        with pytest.raises(ValueError, match="sample_size 9x9 is not divisible by patch_size 2"):
+            SDTTransformer2DModel(**{**TINY, "sample_size": 9})
+        with pytest.raises(ValueError, match="width 6 must be divisible by 4"):
+            SDTTransformer2DModel(**{**TINY, "num_attention_heads": 1, "attention_head_dim": 6})
+        with pytest.raises(ValueError, match="attention_head_dim 6 must be divisible by 4 for rotary"):
+            SDTTransformer2DModel(**{**TINY, "attention_head_dim": 6}, rotary=True)
+
+    def test_input_that_does_not_fit(self, make_model):
+        model = make_model()
+        images, timestep, labels = batch()
+        with pytest.raises(ValueError, match="takes 3 channels, but the input has 4"):
+            model(torch.randn(2, 4, 8, 8), timestep, labels)
+        with pytest.raises(ValueError, match="8x7 is not divisible by the model's patch_size 2"):
+            model(images[..., :7], timestep, labels)
+        for label in (-1, 6):
+            with pytest.raises(ValueError, match=r"must lie in 0\.\.5 \(5 is the null class\)"):
+                model(images, timestep, torch.tensor([0, label]))

@@ -1,0 +1,89 @@
+import pytest
+import torch
+
+from sdt_diffusion.attention import SPATIAL_DECAY_VARIANTS
+from sdt_diffusion.blocks import SDTAttention, SDTAttnProcessor, SDTBlock
+from tests.conftest import randomise
+
+GRID = (3, 4)
+OPTIONS = [{}, {"qk_norm": "rms_norm"}, {"local_position_kernel_size": 3}, {"decomposed": True}]
+
+
+def test_conditioned_block_starts_as_the_identity():
+    block = SDTBlock(16, 2, conditioning_dim=8)
+    torch.nn.init.zeros_(block.norm1.linear.weight)
+    torch.nn.init.zeros_(block.norm1.linear.bias)
+    x = torch.randn(2, 12, 16)
+    assert torch.equal(block(x, GRID, torch.randn(2, 8)), x)
+
+
+@pytest.mark.parametrize("variant", SPATIAL_DECAY_VARIANTS)
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("conditioning_dim", [None, 8])
+def test_every_option_trains_every_parameter(variant, options, conditioning_dim):
+    torch.manual_seed(0)
+    block = randomise(SDTBlock(16, 2, conditioning_dim=conditioning_dim, spatial_decay=variant, **options))
+    conditioning = None if conditioning_dim is None else torch.randn(2, 8)
+    output = block(torch.randn(2, 12, 16), GRID, conditioning)
+    assert output.shape == (2, 12, 16)
+    output.square().sum().backward()
+    # A bias that all keys share cancels in the softmax.
+    idle = {"attn.to_k.bias"} if "qk_norm" not in options else set()
+    for name, parameter in block.named_parameters():
+        assert parameter.grad is not None, name
+        assert name in idle or parameter.grad.abs().max() > 0, name
+
+
+def test_plain_block_equals_pre_norm_attention_and_mlp_by_torch():
+    torch.manual_seed(0)
+    block = SDTBlock(16, 2, spatial_decay="none", activation_fn="gelu")
+    peer = torch.nn.TransformerEncoderLayer(
+        16, 2, 64, dropout=0.0, activation="gelu", norm_first=True, batch_first=True, layer_norm_eps=1e-6
+    )
+    attn = block.attn
+    with torch.no_grad():
+        projections = (attn.to_q, attn.to_k, attn.to_v)
+        peer.self_attn.in_proj_weight.copy_(torch.cat([p.weight for p in projections]))
+        peer.self_attn.in_proj_bias.copy_(torch.cat([p.bias for p in projections]))
+    peer.self_attn.out_proj.load_state_dict(attn.to_out[0].state_dict())
+    peer.linear1.load_state_dict(block.ff.net[0].proj.state_dict())
+    peer.linear2.load_state_dict(block.ff.net[2].state_dict())
+    x = torch.randn(2, 12, 16)
+    torch.testing.assert_close(block(x, GRID), peer(x))
+
+
+def test_local_position_encoding_adds_the_convolved_values():
+    torch.manual_seed(0)
+    attn = SDTAttention(16, 2, local_position_kernel_size=3)
+    with_position = SDTAttention(16, 2)
+    with_position.load_state_dict(attn.state_dict(), strict=False)
+    x = torch.randn(2, 12, 16)
+    image = attn.to_v(x).transpose(1, 2).reshape(2, 16, *GRID)
+    position = attn.local_position.conv(image).flatten(2).transpose(1, 2)
+    difference = attn(x, GRID) - with_position(x, GRID)
+    torch.testing.assert_close(difference, position @ attn.to_out[0].weight.T)
+
+
+def test_fused_projections_change_nothing():
+    attn = randomise(SDTAttention(16, 2))
+    x = torch.randn(2, 12, 16)
+    expected = attn(x, GRID)
+    attn.fuse_projections()
+    torch.testing.assert_close(attn(x, GRID), expected)
+
+
+def test_bad_options_are_refused():
+    with pytest.raises(ValueError, match="not divisible by 3 heads"):
+        SDTAttention(16, 3)
+    with pytest.raises(ValueError, match="Unknown qk_norm 'layer'"):
+        SDTAttention(16, 2, qk_norm="layer")
+    with pytest.raises(ValueError, match="must be odd or 0, not 4"):
+        SDTAttention(16, 2, local_position_kernel_size=4)
+    with pytest.raises(ValueError, match="Unknown spatial_decay"):
+        SDTBlock(16, 2, spatial_decay="far")
+    with pytest.raises(ValueError, match="Unknown attention backend 'fast'"):
+        SDTAttnProcessor("fast")
+    with pytest.raises(ValueError, match="needs conditioning"):
+        SDTBlock(16, 2, conditioning_dim=8)(torch.randn(1, 12, 16), GRID)
+    with pytest.raises(ValueError, match="takes no conditioning"):
+        SDTBlock(16, 2)(torch.randn(1, 12, 16), GRID, torch.randn(1, 8))

@@ -37,17 +37,20 @@ class Noised(NamedTuple):
     weight: torch.Tensor
 
 
+DIT_SCHEDULE = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 2e-2, "beta_schedule": "linear"}
+
+
 class DDPMObjective:
-    """Noise (epsilon) or velocity under DiT's linear schedule: betas 1e-4 to 2e-2, 1000 steps."""
+    """Noise (epsilon) or velocity under DiT's linear schedule."""
 
     def __init__(self, args: ObjectiveArguments):
         self.prediction_type, self.snr_gamma = args.prediction_type, args.snr_gamma
-        self.noise_scheduler = DDPMScheduler(1000, 1e-4, 2e-2, "linear", prediction_type=args.prediction_type)
+        self.noise_scheduler = DDPMScheduler(**DIT_SCHEDULE, prediction_type=args.prediction_type)
 
     def sampling_scheduler(self, pixels: bool) -> SchedulerMixin:
         """The scheduler saved with the pipeline; predictions of pixels are clipped to their range."""
-        return DDIMScheduler.from_config(
-            self.noise_scheduler.config, timestep_spacing="trailing", clip_sample=pixels, set_alpha_to_one=True
+        return DDIMScheduler(
+            **DIT_SCHEDULE, prediction_type=self.prediction_type, timestep_spacing="trailing", clip_sample=pixels
         )
 
     def noised(self, clean: torch.Tensor) -> Noised:

@@ -1,0 +1,170 @@
+import io
+
+import numpy as np
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, Features, Value
+from datasets import Image as ImageFeature
+from PIL import Image
+
+from sdt_diffusion.data import CorruptImageError, DataArguments, load_images
+from sdt_diffusion.data.images import center_crop
+
+
+def picture(seed, size=(12, 10), mode="RGB"):
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    return Image.fromarray(pixels).convert(mode)
+
+
+def png_bytes(image):
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two classes of two pictures, in subfolders."""
+    for i, name in enumerate(["cat/a.png", "cat/b.png", "dog/a.png", "dog/b.png"]):
+        path = tmp_path / "images" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture(i).save(path)
+    return tmp_path / "images"
+
+
+def table(labels, **features):
+    features = Features({"img": ImageFeature(), "label": Value("int64"), **features})
+    return Dataset.from_dict(
+        {"img": [{"bytes": png_bytes(picture(i)), "path": None} for i in range(len(labels))], "label": labels},
+        features=features,
+    )
+
+
+def test_digits_are_scikit_learns():
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images = load_images(DataArguments(), resolution=8)
+    assert (len(images), images.num_classes, images.num_channels) == (1797, 10, 1)
+    assert np.array_equal(images.labels, digits.target)
+    pixels = torch.stack([image for image, _ in images.__getitems__(range(50))])
+    expected = torch.tensor(digits.images[:50]) / 16
+    assert (pixels[:, 0] / 2 + 0.5 - expected).abs().max() <= 0.5 / 255 + 1e-6
+    assert pixels.min() == -1
+    assert pixels.max() == 1
+
+
+def test_folder_labels_are_its_subfolders(folder):
+    images = load_images(DataArguments(dataset=str(folder)), resolution=8)
+    assert images.class_names == ["cat", "dog"]
+    assert images.labels.tolist() == [0, 0, 1, 1]
+    pixels, label = images[3]
+    assert label == 1
+    expected = np.array(center_crop(picture(3), 8)).transpose(2, 0, 1) / 127.5 - 1
+    torch.testing.assert_close(pixels, torch.tensor(expected, dtype=torch.float32))
+
+
+@pytest.mark.parametrize("ending", ["parquet", "arrow"])
+def test_files_and_saved_datasets_give_the_same(tmp_path, ending):
+    dataset = table([0, 2, 1])
+    path = tmp_path / f"data.{ending}"
+    if ending == "parquet":
+        dataset.to_parquet(path)
+    else:
+        dataset.save_to_disk(tmp_path / "saved")
+        path = next((tmp_path / "saved").glob("*.arrow"))
+        on_disk = load_images(DataArguments(dataset=str(tmp_path / "saved")), resolution=8)
+        assert on_disk.labels.tolist() == [0, 2, 1]
+    images = load_images(DataArguments(dataset=str(path)), resolution=8)
+    assert images.labels.tolist() == [0, 2, 1]
+    assert images.class_names == ["0", "1", "2"]
+    assert images[1][0].shape == (3, 8, 8)
+
+
+def test_names_as_labels_are_numbered(tmp_path):
+    features = Features({"image": ImageFeature(), "label": Value("string")})
+    Dataset.from_dict({"image": [picture(i) for i in range(3)], "label": ["dog", "cat", "dog"]}, features).to_parquet(
+        tmp_path / "x.parquet"
+    )
+    images = load_images(DataArguments(dataset=str(tmp_path / "x.parquet")), resolution=8)
+    assert images.class_names == ["cat", "dog"]
+    assert images.labels.tolist() == [1, 0, 1]
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "CMYK", "P"])
+def test_any_mode_becomes_the_one_asked_for(tmp_path, mode):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    ending = "jpg" if mode == "CMYK" else "png"
+    for name in "ab":
+        picture(0, mode=mode).save(tmp_path / name / f"x.{ending}")
+    for image_mode, channels in (("RGB", 3), ("L", 1)):
+        images = load_images(DataArguments(dataset=str(tmp_path), image_mode=image_mode), resolution=8)
+        assert images[0][0].shape == (channels, 8, 8)
+
+
+class TestCenterCrop:
+    def test_leaves_an_image_of_the_right_size_alone(self):
+        image = picture(0, (8, 8))
+        assert center_crop(image, 8) is image
+
+    def test_takes_the_middle_of_the_long_side(self):
+        pixels = np.zeros((8, 20, 3), np.uint8)
+        pixels[:, 6:14] = 255
+        assert np.array(center_crop(Image.fromarray(pixels), 8)).min() == 255
+
+    @pytest.mark.parametrize("size", [(100, 37), (37, 100), (9, 8), (5, 7), (64, 64)])
+    def test_gives_the_size_asked_for(self, size):
+        assert center_crop(picture(0, size), 8).size == (8, 8)
+
+    def test_halves_by_averaging(self):
+        image = picture(0, (16, 16))
+        halved = np.array(image).reshape(8, 2, 8, 2, 3).mean((1, 3))
+        assert np.abs(np.array(center_crop(image, 8)) - halved).max() <= 1
+
+
+class TestBadInput:
+    def test_corrupt_file_is_named(self, folder):
+        path = folder / "dog" / "a.png"
+        path.write_bytes(path.read_bytes()[:60])
+        images = load_images(DataArguments(dataset=str(folder)), resolution=8)
+        images[3]
+        with pytest.raises(CorruptImageError, match=r"row 2 \(.*dog/a\.png\) of .*images"):
+            images[2]
+
+    def test_corrupt_row_is_named(self, tmp_path):
+        rows = [{"bytes": png_bytes(picture(0)), "path": None}, {"bytes": b"no picture", "path": None}]
+        features = Features({"img": ImageFeature(), "label": ClassLabel(names=["a", "b"])})
+        Dataset.from_dict({"img": rows, "label": [0, 1]}, features).to_parquet(tmp_path / "x.parquet")
+        images = load_images(DataArguments(dataset=str(tmp_path / "x.parquet")), resolution=8)
+        with pytest.raises(CorruptImageError, match=r"row 1 of .*x\.parquet"):
+            images.__getitems__([0, 1])
+
+    @pytest.mark.parametrize("name", ["/nowhere/images", "./nowhere", "data.parquet"])
+    def test_missing_paths(self, name):
+        with pytest.raises(FileNotFoundError, match="There is no file or folder"):
+            load_images(DataArguments(dataset=name), resolution=8)
+
+    def test_empty_folder(self, tmp_path):
+        with pytest.raises(ValueError, match=f"Cannot read the data set {tmp_path}"):
+            load_images(DataArguments(dataset=str(tmp_path)), resolution=8)
+
+    def test_file_of_another_kind(self, tmp_path):
+        (tmp_path / "x.csv").write_text("a,b")
+        with pytest.raises(ValueError, match=r"x\.csv: only \.parquet and \.arrow files and folders"):
+            load_images(DataArguments(dataset=str(tmp_path / "x.csv")), resolution=8)
+
+    def test_folder_without_subfolders_has_no_labels(self, tmp_path):
+        picture(0).save(tmp_path / "a.png")
+        with pytest.raises(ValueError, match=r"Cannot tell the label column.*names of subfolders"):
+            load_images(DataArguments(dataset=str(tmp_path)), resolution=8)
+
+    def test_labels_out_of_range(self, tmp_path):
+        table([0, -1, 1]).to_parquet(tmp_path / "x.parquet")
+        with pytest.raises(ValueError, match=r"row 1: label -1 in column 'label' is outside 0\.\.1"):
+            load_images(DataArguments(dataset=str(tmp_path / "x.parquet")), resolution=8)
+
+    def test_unknown_column(self, tmp_path):
+        table([0, 1]).to_parquet(tmp_path / "x.parquet")
+        with pytest.raises(ValueError, match=r"no column 'picture' \(--image_column\); it has \['img', 'label'\]"):
+            load_images(DataArguments(dataset=str(tmp_path / "x.parquet"), image_column="picture"), resolution=8)

@@ -1,0 +1,55 @@
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from sdt_diffusion.data import ShuffledStream
+
+
+class Numbers:
+    """Ten "images" that hold their index, left to right increasing."""
+
+    def __len__(self):
+        return 10
+
+    def __getitems__(self, indices):
+        return [(torch.tensor([[[float(i), i + 0.5]]]), i) for i in indices]
+
+
+def labels(start, stop, **kwargs):
+    stream = ShuffledStream(Numbers(), seed=0, random_flip=False, start=start, stop=stop, **kwargs)
+    return [stream[i][1] for i in range(len(stream))]
+
+
+def test_every_epoch_is_a_new_permutation():
+    stream = labels(0, 30)
+    epochs = [stream[0:10], stream[10:20], stream[20:30]]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+
+
+def test_starting_later_gives_the_rest_of_the_same_stream():
+    assert labels(17, 40) == labels(0, 40)[17:]
+
+
+def test_another_seed_gives_another_order():
+    other = ShuffledStream(Numbers(), seed=1, random_flip=False, start=0, stop=10)
+    assert [other[i][1] for i in range(10)] != labels(0, 10)
+
+
+def test_flips_half_the_images_and_the_same_ones_after_a_restart():
+    def flipped(start):
+        stream = ShuffledStream(Numbers(), seed=0, random_flip=True, start=start, stop=2000)
+        return [bool(image[0, 0, 0] > image[0, 0, 1]) for image, _ in stream.__getitems__(range(len(stream)))]
+
+    from_start = flipped(0)
+    assert 900 < sum(from_start) < 1100
+    assert flipped(1234) == from_start[1234:]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_worker_processes_change_nothing(workers):
+    stream = ShuffledStream(Numbers(), seed=0, random_flip=True, start=3, stop=27)
+    batches = list(DataLoader(stream, batch_size=4, num_workers=workers))
+    assert torch.cat([labels for _, labels in batches]).tolist() == labels(3, 27)
+    expected = torch.stack([image for image, _ in stream.__getitems__(range(24))])
+    assert torch.equal(torch.cat([images for images, _ in batches]), expected)

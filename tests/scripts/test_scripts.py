@@ -1,0 +1,229 @@
+"""The scripts as a user runs them: in processes of their own, on small runs."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+from safetensors.torch import load_file
+
+from sdt_diffusion.training.log import read_log
+
+ROOT = Path(__file__).parents[2]
+TRAIN = [sys.executable, "train/train_dit.py"]
+SMALL = [
+    *("--cpu_threads", "1", "--model_overrides", '{"num_layers": 1, "dropout": 0.1}'),
+    *("--train_batch_size", "8", "--gradient_accumulation_steps", "2", "--num_validation_images", "20"),
+    *("--max_train_steps", "30", "--lr_warmup_steps", "5", "--checkpointing_steps", "6", "--logging_steps", "5"),
+    *("--validation_steps", "10", "--num_inference_steps", "2", "--label_accuracy_samples", "0"),
+]
+
+
+def run(*command, check=True):
+    result = subprocess.run(
+        [str(word) for word in command], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert not check or result.returncode == 0, result.stderr
+    return result
+
+
+def weights(folder):
+    return load_file(folder / "diffusion_pytorch_model.safetensors")
+
+
+def assert_same_weights(a, b):
+    a, b = weights(a), weights(b)
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A small undisturbed run on the digits, as `accelerate launch` starts it."""
+    output_dir = tmp_path_factory.mktemp("run") / "digits"
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "train/train_dit.py"]
+    result = run(*launch, *SMALL, "--label_accuracy_samples", "20", "--output_dir", output_dir)
+    return output_dir, result
+
+
+def test_training_leaves_a_pipeline_pictures_a_log_and_its_config(trained):
+    output_dir, result = trained
+    for name in ("samples.png", "loss_curve.png", "samples/step-0000020.png"):
+        assert np.array(Image.open(output_dir / name)).std() > 1
+    assert [record["step"] for record in read_log(output_dir)] == [5, 10, 15, 20, 25, 30]
+    assert "learning_rate: 0.001" in (output_dir / "training_config.yaml").read_text()
+    assert list((output_dir / "logs").rglob("*tfevents*"))
+    accuracy = json.loads((output_dir / "results.json").read_text())["label_accuracy"]
+    assert f"{accuracy:.1%} of 20 samples are taken for their label" in result.stdout
+    assert "images/s" in result.stderr
+    pipe = DiffusionPipeline.from_pretrained(output_dir)
+    assert pipe(["7"], num_inference_steps=1).images[0].size == (8, 8)
+    assert_same_weights(output_dir / "transformer", output_dir / "checkpoint-30" / "transformer_ema")
+    leftovers = [path for path in output_dir.rglob("*partial*")]
+    assert leftovers == []
+
+
+@pytest.mark.parametrize("kill_after", ["checkpoint-6", "checkpoint-18.partial"])
+def test_a_killed_and_resumed_run_ends_with_the_same_weights(trained, tmp_path, kill_after):
+    """SIGKILL in the steps after a checkpoint, or while one is being written."""
+    output_dir = tmp_path / "killed"
+    command = [*TRAIN, *SMALL, "--output_dir", str(output_dir)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (output_dir / kill_after).exists():
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.0005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (output_dir / "model_index.json").exists()
+
+    run(*command, "--resume_from_checkpoint", "latest")
+    for name in ("transformer", "transformer_ema"):
+        assert_same_weights(output_dir / "checkpoint-30" / name, trained[0] / "checkpoint-30" / name)
+    assert_same_weights(output_dir / "transformer", trained[0] / "transformer")
+    samples = [np.array(Image.open(folder / "samples.png")) for folder in (output_dir, trained[0])]
+    assert np.array_equal(*samples)
+    steps = [record["step"] for record in read_log(output_dir)]
+    assert steps == sorted(set(steps))
+    assert steps[-1] == 30
+
+
+def test_a_second_run_does_not_touch_the_first(trained):
+    output_dir, _ = trained
+    before = (output_dir / "training_config.yaml").read_text()
+    again = run(*TRAIN, *SMALL, "--label_accuracy_samples", "20", "--output_dir", output_dir, check=False)
+    assert "already holds this run. Continue it with --resume_from_checkpoint latest" in again.stderr
+    other = run(*TRAIN, *SMALL, "--output_dir", output_dir, "--learning_rate", "1", check=False)
+    assert "another config: learning_rate: 0.001 there, 1.0 now" in other.stderr
+    assert again.returncode == other.returncode == 1
+    assert (output_dir / "training_config.yaml").read_text() == before
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_with_sound_checkpoints(tmp_path):
+    output_dir = tmp_path / "diverged"
+    command = [*TRAIN, *SMALL, "--validation_steps", "0", "--output_dir", output_dir]
+    result = run(*command, "--learning_rate", "1e30", "--lr_warmup_steps", "0", "--max_grad_norm", "1e30", check=False)
+    assert result.returncode == 1
+    assert "NonFiniteLossError: The loss is nan at step 2; training stopped before that step" in result.stderr
+    assert not (output_dir / "model_index.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--model", "SDT-XXL/2"], "Unknown preset 'SDT-XXL/2'"),
+        (["--learning_rat", "1"], "unknown argument(s) --learning_rat"),
+        (["--resolution", "9"], "sample_size 9x9 is not divisible by patch_size 2"),
+        (["--dataset", "/nowhere"], "There is no file or folder /nowhere"),
+        (["--resume_from_checkpoint", "checkpoint-7"], "There is no checkpoint checkpoint-7"),
+    ],
+)
+def test_bad_flags_stop_before_anything_is_written(tmp_path, argv, message):
+    result = run(*TRAIN, "--output_dir", tmp_path / "out", *argv, check=False)
+    assert result.returncode != 0
+    assert message in result.stderr
+    assert not list(tmp_path.rglob("checkpoint*"))
+
+
+@pytest.mark.parametrize(
+    "objective", [["--objective", "flow"], ["--objective", "ddpm", "--prediction_type", "v_prediction"]]
+)
+def test_trains_in_the_latents_of_a_vae_on_a_folder_of_images(tmp_path, tiny_vae, objective):
+    tiny_vae.save_pretrained(tmp_path / "vae")
+    for i in range(12):
+        path = tmp_path / "images" / f"class{i % 3}" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(path)
+    output_dir = tmp_path / "out"
+    run(
+        *TRAIN,
+        *("--dataset", tmp_path / "images", "--resolution", "16", "--random_flip", "True"),
+        *("--pretrained_vae_model_name_or_path", tmp_path / "vae", "--model", "SDT-S/2", "--qk_norm", "rms_norm"),
+        *("--model_overrides", '{"num_layers": 1, "num_attention_heads": 2}', "--mixed_precision", "bf16"),
+        *(
+            "--max_train_steps",
+            "3",
+            "--train_batch_size",
+            "4",
+            "--gradient_checkpointing",
+            "True",
+            "--output_dir",
+            output_dir,
+        ),
+        *("--num_validation_images", "3", "--num_inference_steps", "2", "--report_to", "none", *objective),
+    )
+    pipe = DiffusionPipeline.from_pretrained(output_dir)
+    assert pipe.vae.config.scaling_factor == 0.5
+    assert pipe(["class2"], num_inference_steps=2).images[0].size == (16, 16)
+    assert pipe.transformer.config.num_classes == 3
+
+
+class TestSampling:
+    @pytest.fixture(scope="class")
+    def sampled(self, trained, tmp_path_factory):
+        output_dir = tmp_path_factory.mktemp("samples") / "a"
+        argv = ("--classes", "3", "7", "--num_images", "10", "--num_inference_steps", "4")
+        result = run(sys.executable, "sample/sample.py", "--model", trained[0], *argv, "--output_dir", output_dir)
+        return output_dir, result
+
+    def test_leaves_a_file_per_sample_and_a_grid(self, sampled):
+        output_dir, result = sampled
+        names = [path.name for path in sorted(output_dir.glob("0*.png"))]
+        assert names[:3] == ["000000-class3.png", "000001-class7.png", "000002-class3.png"]
+        assert len(names) == 10
+        assert Image.open(output_dir / names[0]).size == (8, 8)
+        assert np.array(Image.open(output_dir / "grid.png")).std() > 1
+        assert "FlowMatchEulerDiscreteScheduler, 4 steps, 8 network evaluations, guidance 4, seed 0" in result.stdout
+
+    def test_another_batch_size_and_count_give_the_same_pictures(self, trained, sampled, tmp_path):
+        argv = ("--classes", "3", "7", "--num_images", "5", "--num_inference_steps", "4", "--batch_size", "2")
+        run(sys.executable, "sample/sample.py", "--model", trained[0], *argv, "--output_dir", tmp_path / "b")
+        for path in sorted((tmp_path / "b").glob("0*.png")):
+            first, second = (
+                np.array(Image.open(folder / path.name)).astype(int) for folder in (sampled[0], path.parent)
+            )
+            assert np.abs(first - second).max() <= 1  # a rounding of 1e-6 may cross the edge of a grey level
+
+    @pytest.mark.parametrize(
+        ("argv", "message"),
+        [
+            (["--classes", "10"], "Class label 10 is out of range: the model has labels 0..9"),
+            (["--classes", "wolf"], "Unknown class name(s) 'wolf'"),
+            (["--scheduler", "DDIMScheduler"], "'DDIMScheduler' is no scheduler for this flow-matching model"),
+            (["--num_images", "0"], "must be at least 1"),
+        ],
+    )
+    def test_bad_flags_are_refused(self, trained, tmp_path, argv, message):
+        command = (sys.executable, "sample/sample.py", "--model", trained[0], "--output_dir", tmp_path / "c", *argv)
+        result = run(*command, check=False)
+        assert result.returncode == 2
+        assert message in result.stderr
+        assert not (tmp_path / "c").exists()
+
+    def test_a_folder_with_files_is_left_alone(self, trained, sampled):
+        command = (sys.executable, "sample/sample.py", "--model", trained[0], "--output_dir", sampled[0])
+        assert "is not an empty folder" in run(*command, check=False).stderr
+
+
+def test_label_accuracy_script_reports_the_measure(trained):
+    result = run(
+        sys.executable,
+        "eval/label_accuracy.py",
+        "--model",
+        trained[0],
+        "--num_images",
+        "20",
+        "--num_inference_steps",
+        "2",
+    )
+    report = json.loads(result.stdout)
+    assert 0 <= report["label_accuracy"] <= 1
+    assert report["sampler"].startswith("FlowMatchEulerDiscreteScheduler, 2 steps, 4 network evaluations")

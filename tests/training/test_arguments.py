@@ -1,0 +1,85 @@
+import pytest
+
+from sdt_diffusion.data import DataArguments
+from sdt_diffusion.sdt.arguments import ModelArguments
+from sdt_diffusion.training.arguments import OptimizationArguments, RunArguments, merged, parse_arguments
+
+TYPES = (ModelArguments, DataArguments, OptimizationArguments, RunArguments)
+
+
+def parse(*argv, **kwargs):
+    return merged(*parse_arguments(TYPES, argv, **kwargs))
+
+
+@pytest.fixture
+def config(tmp_path):
+    def write(text):
+        path = tmp_path / "run.yaml"
+        path.write_text(text)
+        return path
+
+    return write
+
+
+def test_command_line_wins_over_yaml_which_wins_over_defaults(config):
+    path = config("learning_rate: 1e-3\nseed: 3\nuse_ema: false\nmodel_overrides: {num_layers: 2}\nresolution: null\n")
+    values = parse("--config", str(path), "--seed", "7")
+    assert (values["seed"], values["learning_rate"], values["use_ema"]) == (7, 1e-3, False)
+    assert values["train_batch_size"] == 256
+    assert values["resolution"] is None
+    assert ModelArguments(model_overrides=values["model_overrides"]).config()["num_layers"] == 2
+
+
+def test_default_config_yields_to_a_named_flag(config):
+    path = config("seed: 3\n")
+    assert parse(default_config=path, default_config_unless="--dataset")["seed"] == 3
+    for flag in (["--dataset", "digits"], ["--dataset=digits"]):
+        assert parse(*flag, default_config=path, default_config_unless="--dataset")["seed"] == 0
+
+
+@pytest.mark.parametrize(
+    ("yaml", "message"),
+    [
+        ("learning_rat: 1\nseeds: 2", "run.yaml: unknown key(s) learning_rat, seeds; known: adam_beta1"),
+        ("seed: many", "argument --seed: invalid int value: 'many'"),
+        ("spatial_decay: spiral", "invalid choice: 'spiral' (choose from"),
+        ("- seed", "must hold a mapping"),
+        ("seed: [", "is not valid YAML"),
+    ],
+)
+def test_bad_yaml_is_refused_with_the_reason(config, capsys, yaml, message):
+    with pytest.raises(SystemExit):
+        parse("--config", str(config(yaml)))
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--learning_rat", "1"], "unknown argument(s) --learning_rat 1"),
+        (["--learn", "1"], "unknown argument(s) --learn 1"),
+        (["--config", "nowhere.yaml"], "there is no file nowhere.yaml"),
+    ],
+)
+def test_bad_flags_are_refused_with_the_reason(capsys, argv, message):
+    with pytest.raises(SystemExit):
+        parse(*argv)
+    assert message in capsys.readouterr().err
+
+
+def test_model_arguments_override_the_preset():
+    model = ModelArguments(
+        model="SDT-digits", spatial_decay="fixed", qk_norm="rms_norm", model_overrides='{"num_layers": 1}'
+    ).build(num_classes=3)
+    config = model.config
+    assert (config.spatial_decay, config.qk_norm, config.num_layers, config.num_classes) == ("fixed", "rms_norm", 1, 3)
+    assert config.sample_size == 8
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [("{", "is not JSON"), ("[1]", "must be a JSON object"), ('{"depth": 1}', r"Unknown config key\(s\) depth")],
+)
+def test_bad_model_overrides_are_refused(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        ModelArguments(model_overrides=overrides).config()

@@ -1,0 +1,93 @@
+import diffusers
+import pytest
+import torch
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+
+from sdt_diffusion.training.objectives import ObjectiveArguments, build_objective, diffusion_loss
+
+
+def noised(n=4096, **kwargs):
+    torch.manual_seed(0)
+    clean = torch.full((n, 1, 2, 2), 0.7)
+    return clean, build_objective(ObjectiveArguments(**kwargs)).noised(clean)
+
+
+def test_flow_lies_on_the_line_from_data_to_noise():
+    clean, batch = noised(objective="flow")
+    sigma = (batch.timestep / 1000).view(-1, 1, 1, 1)
+    noise = batch.target + clean
+    torch.testing.assert_close(batch.sample, (1 - sigma) * clean + sigma * noise)
+    torch.testing.assert_close(batch.sample - sigma * batch.target, clean)
+    assert abs(noise.mean().item()) < 0.05
+    assert abs(noise.std().item() - 1) < 0.05
+
+
+def test_flow_times_are_logit_normal():
+    _, batch = noised(objective="flow", logit_mean=-0.5, logit_std=0.8)
+    logit = torch.logit(batch.timestep.double() / 1000)
+    assert logit.mean().item() == pytest.approx(-0.5, abs=0.05)
+    assert logit.std().item() == pytest.approx(0.8, abs=0.05)
+    _, uniform = noised(objective="flow", weighting_scheme="none")
+    assert (uniform.timestep / 1000).std().item() == pytest.approx(12**-0.5, abs=0.01)
+
+
+def test_flow_matches_the_schedulers_noising():
+    clean, batch = noised(n=8, objective="flow")
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    scheduler.timesteps = batch.timestep
+    scheduler.sigmas = batch.timestep / 1000
+    noise = batch.target + clean
+    expected = [scheduler.scale_noise(x, t[None], n) for x, t, n in zip(clean, batch.timestep, noise, strict=True)]
+    torch.testing.assert_close(batch.sample, torch.stack(expected))
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_ddpm_recovers_the_data_from_its_target(prediction_type):
+    clean, batch = noised(objective="ddpm", prediction_type=prediction_type)
+    alphas_cumprod = torch.cumprod(1 - torch.linspace(1e-4, 2e-2, 1000, dtype=torch.float64), 0).float()
+    a = alphas_cumprod[batch.timestep].sqrt().view(-1, 1, 1, 1)
+    sigma = (1 - a**2).sqrt()
+    if prediction_type == "epsilon":
+        torch.testing.assert_close(a * clean + sigma * batch.target, batch.sample, rtol=1e-4, atol=1e-4)
+    else:
+        torch.testing.assert_close(a * batch.sample - sigma * batch.target, clean, rtol=1e-4, atol=1e-4)
+    assert batch.timestep.min() >= 0
+    assert batch.timestep.max() <= 999
+
+
+def test_min_snr_weights():
+    for prediction_type in ("epsilon", "v_prediction"):
+        _, batch = noised(objective="ddpm", snr_gamma=5.0, prediction_type=prediction_type)
+        alphas_cumprod = torch.cumprod(1 - torch.linspace(1e-4, 2e-2, 1000, dtype=torch.float64), 0)
+        snr = (alphas_cumprod / (1 - alphas_cumprod))[batch.timestep]
+        expected = snr.clamp(max=5) / (snr if prediction_type == "epsilon" else snr + 1)
+        torch.testing.assert_close(batch.weight.double(), expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("objective", ["ddpm", "flow"])
+def test_loss_of_predicting_zero_is_the_targets_power(objective):
+    class Zero(torch.nn.Module):
+        def forward(self, sample, timestep, class_labels, return_dict):
+            return (torch.zeros_like(sample),)
+
+    torch.manual_seed(0)
+    clean = torch.full((4096, 1, 2, 2), 0.7)
+    loss = diffusion_loss(Zero(), build_objective(ObjectiveArguments(objective=objective)), clean, None)
+    assert loss.item() == pytest.approx(1.0 if objective == "ddpm" else 1 + 0.7**2, rel=0.05)
+
+
+@pytest.mark.parametrize("args", [{"objective": "flow"}, {"objective": "ddpm", "prediction_type": "v_prediction"}])
+def test_saved_scheduler_fits_the_objective_also_after_from_config(args, tmp_path):
+    objective = build_objective(ObjectiveArguments(**args))
+    objective.sampling_scheduler(pixels=False).save_pretrained(tmp_path)
+    if args["objective"] == "flow":
+        assert FlowMatchEulerDiscreteScheduler.from_pretrained(tmp_path).config.num_train_timesteps == 1000
+        return
+    saved = DDIMScheduler.from_pretrained(tmp_path)
+    assert saved.config.prediction_type == "v_prediction"
+    assert not saved.config.clip_sample
+    for name in ("DPMSolverMultistepScheduler", "HeunDiscreteScheduler"):
+        swapped = getattr(diffusers, name).from_config(saved.config)
+        torch.testing.assert_close(swapped.alphas_cumprod, objective.noise_scheduler.alphas_cumprod)
+        assert swapped.config.prediction_type == "v_prediction"
+    assert objective.sampling_scheduler(pixels=True).config.clip_sample

@@ -1,0 +1,114 @@
+import math
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+
+from sdt_diffusion import SDTTransformer2DModel
+from sdt_diffusion.data import DataArguments
+from sdt_diffusion.training.arguments import OptimizationArguments, RunArguments, merged
+from sdt_diffusion.training.run import NonFiniteLossError, Training, seed_batch
+from tests.conftest import TINY
+
+
+class Images:
+    def __len__(self):
+        return 20
+
+    def __getitems__(self, indices):
+        return [(torch.full((3, 8, 8), i / 20), i % 5) for i in indices]
+
+
+@pytest.fixture
+def make_training(tmp_path):
+    def make(compute_loss, output_dir="out", **kwargs):
+        for state in (AcceleratorState, PartialState, GradientState):
+            state._reset_state()
+        run = RunArguments(
+            output_dir=str(tmp_path / output_dir),
+            train_batch_size=4,
+            max_train_steps=6,
+            checkpointing_steps=2,
+            report_to="none",
+            cpu_threads=1,
+            **kwargs,
+        )
+        optimization, data = OptimizationArguments(learning_rate=1e-2), DataArguments()
+        torch.manual_seed(0)
+        model = SDTTransformer2DModel(**TINY)
+        config = merged(run, optimization, data)
+        return Training(model, "transformer", compute_loss, Images(), run, optimization, data, config)
+
+    return make
+
+
+def mean_loss(model, images, labels):
+    return (model(images, torch.rand(len(images)) * 1000, labels).sample - images).square().mean()
+
+
+def state(training):
+    return [parameter.detach().clone() for parameter in training.unwrapped_model.parameters()]
+
+
+def test_yields_every_step_with_checkpoints_when_due(make_training):
+    training = make_training(mean_loss)
+    seen = []
+    for step in training.steps():
+        seen.append((step, (training.output_dir / f"checkpoint-{step}").exists()))
+    assert seen == [(1, False), (2, True), (3, False), (4, True), (5, False), (6, True)]
+    assert list(training.steps()) == []
+
+
+def test_sampling_in_between_changes_nothing(make_training):
+    undisturbed = make_training(mean_loss)
+    list(undisturbed.steps())
+    disturbed = make_training(mean_loss, "other")
+    for step in disturbed.steps():
+        torch.rand(step)  # draws from the global generator, as sampling would
+        disturbed.unwrapped_model.eval()
+    for a, b in zip(state(undisturbed), state(disturbed), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient norm"])
+def test_a_bad_step_is_not_made(make_training, what):
+    def compute_loss(model, images, labels):
+        loss = mean_loss(model, images, labels)
+        if training.step < 3:
+            return loss
+        if what == "loss":
+            return loss * math.nan
+        return loss + (model.proj_out_2.bias.sum() * 0).sqrt()  # a finite value with an infinite gradient
+
+    training = make_training(compute_loss)
+    with pytest.raises(NonFiniteLossError, match=rf"The {what} is (nan|inf) at step 4"):
+        for step in training.steps():
+            before = state(training)
+    assert step == 3
+    for a, b in zip(before, state(training), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_accumulation_makes_one_step_of_several_batches(make_training):
+    sizes = []
+
+    def compute_loss(model, images, labels):
+        sizes.append(len(images))
+        return mean_loss(model, images, labels)
+
+    assert len(list(make_training(compute_loss, gradient_accumulation_steps=3).steps())) == 6
+    assert sizes == [4] * 18
+
+
+def test_latest_without_a_checkpoint_starts_from_the_beginning(make_training):
+    training = make_training(mean_loss, resume_from_checkpoint="latest")
+    assert training.step == 0
+
+
+def test_batches_are_seeded_by_seed_process_and_number():
+    draws = []
+    for key in [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 0, 0)]:
+        seed_batch(*key)
+        draws.append(torch.rand(1).item())
+    assert len(set(draws)) == 4
+    assert draws[0] == draws[-1]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -68,8 +69,7 @@ def test_training_leaves_a_pipeline_pictures_a_log_and_its_config(trained):
     pipe = DiffusionPipeline.from_pretrained(output_dir)
     assert pipe(["7"], num_inference_steps=1).images[0].size == (8, 8)
     assert_same_weights(output_dir / "transformer", output_dir / "checkpoint-30" / "transformer_ema")
-    leftovers = [path for path in output_dir.rglob("*partial*")]
-    assert leftovers == []
+    assert list(output_dir.rglob("*partial*")) == []
 
 
 @pytest.mark.parametrize("kill_after", ["checkpoint-6", "checkpoint-18.partial"])
@@ -107,12 +107,12 @@ def test_a_second_run_does_not_touch_the_first(trained):
     assert (output_dir / "training_config.yaml").read_text() == before
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_with_sound_checkpoints(tmp_path):
+def test_a_run_that_diverges_stops_and_saves_no_pipeline(tmp_path):
     output_dir = tmp_path / "diverged"
     command = [*TRAIN, *SMALL, "--validation_steps", "0", "--output_dir", output_dir]
     result = run(*command, "--learning_rate", "1e30", "--lr_warmup_steps", "0", "--max_grad_norm", "1e30", check=False)
     assert result.returncode == 1
-    assert "NonFiniteLossError: The loss is nan at step 2; training stopped before that step" in result.stderr
+    assert re.search(r"NonFiniteLossError: The loss is (nan|inf) at step 2; training stopped before", result.stderr)
     assert not (output_dir / "model_index.json").exists()
 
 

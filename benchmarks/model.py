@@ -9,7 +9,6 @@ counts. Peak memory is taken in a fresh process for each (on CUDA from the alloc
 
 import argparse
 import multiprocessing
-import resource
 import statistics
 import time
 from pathlib import Path
@@ -71,21 +70,22 @@ def timed(step, device):
     return time.perf_counter() - start
 
 
-def _current_rss():
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize()
+def _resident_kib(field):
+    """VmRSS, the resident set, or VmHWM, its peak (getrusage's peak would include the parent's)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
 def _measure_peak(queue, name, compiled, mode, args):
     torch.set_num_threads(args.threads)
-    before = _current_rss()
+    before = _resident_kib("VmRSS")
     step = build_step(name, compiled, mode, args)
     for _ in range(2):
         step()
     if torch.device(args.device).type == "cuda":
         queue.put(torch.cuda.max_memory_allocated())
     else:
-        queue.put(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
+        queue.put((_resident_kib("VmHWM") - before) * 1024)
 
 
 def peak_memory(*measurement):

@@ -145,7 +145,7 @@ def find_checkpoint(output_dir: Path, wanted: str) -> Path | None:
 
 
 def claim_output_dir(output_dir: Path, config: dict[str, Any], resume: bool) -> None:
-    """Makes `output_dir` the folder of this run, or refuses to touch another's.
+    """Makes `output_dir` the folder of this run, or refuses to touch another's checkpoints or pipeline.
 
     Args:
         output_dir: The run's folder; made if need be.
@@ -156,7 +156,10 @@ def claim_output_dir(output_dir: Path, config: dict[str, Any], resume: bool) -> 
         ValueError: If the folder holds another run or another pipeline, or one to continue and `resume` is not set.
     """
     config_file = output_dir / CONFIG_FILE
-    if config_file.is_file():
+    results = list_checkpoints(output_dir) + list(output_dir.glob("model_index.json"))
+    if results and not config_file.is_file():
+        raise ValueError(f"{output_dir} holds {results[0].name} of something else. Give another --output_dir.")
+    if results:
         saved = yaml.safe_load(config_file.read_text()) or {}
         differences = [
             f"{key}: {saved.get(key)!r} there, {config.get(key)!r} now"
@@ -172,8 +175,6 @@ def claim_output_dir(output_dir: Path, config: dict[str, Any], resume: bool) -> 
                 f"{output_dir} already holds this run. Continue it with --resume_from_checkpoint latest, or give "
                 "another --output_dir."
             )
-    elif (output_dir / "model_index.json").exists():
-        raise ValueError(f"{output_dir} holds a pipeline that no training run made. Give another --output_dir.")
     output_dir.mkdir(parents=True, exist_ok=True)
     write_atomically(config_file, lambda path: path.write_text(yaml.safe_dump(config, sort_keys=False)))
 

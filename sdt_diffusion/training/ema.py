@@ -2,6 +2,7 @@
 
 import copy
 
+import torch
 from diffusers.training_utils import EMAModel
 from torch import nn
 
@@ -14,12 +15,13 @@ class ModelEMA:
     The decay ramps as (1 + step) / (10 + step) up to `ema_decay`; `ema_min_decay=0.9999` makes it DiT's constant.
 
     Args:
-        model: The model to average, unwrapped and on its device.
+        model: The model to average, not wrapped by accelerate yet.
         args: Holds the decays.
+        device: Where the average lives: the model's device in training.
     """
 
-    def __init__(self, model: nn.Module, args: OptimizationArguments):
-        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+    def __init__(self, model: nn.Module, args: OptimizationArguments, device: torch.device):
+        self.model = copy.deepcopy(model).to(device).eval().requires_grad_(False)
         self.average = EMAModel([], decay=args.ema_decay, min_decay=args.ema_min_decay, foreach=True)
         self.average.shadow_params = list(self.model.parameters())
 

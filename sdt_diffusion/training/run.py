@@ -67,17 +67,18 @@ class Training:
         self.run, self.optimization, self.data, self.config = run, optimization, data, config
         self.output_dir = Path(run.output_dir)
         self.accelerator = build_accelerator(run)
+        checkpoint = None
+        if run.resume_from_checkpoint is not None:
+            checkpoint = find_checkpoint(self.output_dir, run.resume_from_checkpoint)
+            if checkpoint is None:
+                logger.warning("There is no checkpoint in %s yet: starting from the beginning.", self.output_dir)
+        self.accelerator.wait_for_everyone()  # nobody looks for checkpoints in a folder that is being claimed
         if self.accelerator.is_main_process:
             claim_output_dir(self.output_dir, config, resume=run.resume_from_checkpoint is not None)
         self.accelerator.wait_for_everyone()
 
-        self.optimizer = torch.optim.AdamW(
-            model.parameters(),
-            lr=optimization.learning_rate,
-            betas=(optimization.adam_beta1, optimization.adam_beta2),
-            weight_decay=optimization.adam_weight_decay,
-            eps=optimization.adam_epsilon,
-        )
+        self.ema = ModelEMA(model, optimization, self.accelerator.device) if optimization.use_ema else None
+        self.optimizer = build_optimizer(model, optimization)
         processes = self.accelerator.num_processes
         self.lr_scheduler = get_scheduler(  # accelerate steps it once per process
             optimization.lr_scheduler,
@@ -88,13 +89,14 @@ class Training:
         self.model, self.optimizer, self.lr_scheduler = self.accelerator.prepare(
             model, self.optimizer, self.lr_scheduler
         )
-        self.ema = ModelEMA(self.unwrapped_model, optimization) if optimization.use_ema else None
         self.accelerator.register_save_state_pre_hook(self._save_models)
         self.accelerator.register_load_state_pre_hook(self._load_models)
 
         self.step = 0
-        if run.resume_from_checkpoint is not None:
-            self._resume(run.resume_from_checkpoint)
+        if checkpoint is not None:
+            self.accelerator.load_state(str(checkpoint))
+            self.step = checkpoint_step(checkpoint)
+            logger.info("Resumed from %s at step %d.", checkpoint, self.step)
         if self.accelerator.is_main_process:
             self.log = TrainingLog(self.output_dir, self.step)
             scalars = {key: value for key, value in config.items() if isinstance(value, (int, float, str, bool))}
@@ -222,15 +224,6 @@ class Training:
         if self.accelerator.is_main_process:
             self.log.append({"step": self.step, **record})
 
-    def _resume(self, wanted: str) -> None:
-        checkpoint = find_checkpoint(self.output_dir, wanted)
-        if checkpoint is None:
-            logger.warning("There is no checkpoint in %s yet: starting from the beginning.", self.output_dir)
-            return
-        self.accelerator.load_state(str(checkpoint))
-        self.step = checkpoint_step(checkpoint)
-        logger.info("Resumed from %s at step %d.", checkpoint, self.step)
-
     def _save_models(self, models, weights, folder):
         for name, module in self._named_models().items():
             module.save_pretrained(Path(folder) / name, is_main_process=self.accelerator.is_main_process)
@@ -261,6 +254,18 @@ def build_accelerator(run: RunArguments) -> Accelerator:
         local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(run.cpu_threads or max(1, (os.cpu_count() or 1) // local_processes))
     return accelerator
+
+
+def build_optimizer(model: nn.Module, args: OptimizationArguments) -> torch.optim.AdamW:
+    """AdamW; weight decay spares what has fewer than two dimensions: biases, norms, the strength of the decay."""
+    parameters = list(model.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": args.adam_weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        groups, lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon
+    )
 
 
 def seed_batch(seed: int, process: int, index: int) -> None:

@@ -135,6 +135,7 @@ class TestClaimingTheOutputFolder:
 
     def test_another_runs_folder_is_refused_and_left_alone(self, tmp_path):
         claim_output_dir(tmp_path, self.config, resume=False)
+        save_checkpoint(tmp_path, 1, save)
         before = (tmp_path / "training_config.yaml").read_text()
         for resume in (False, True):
             with pytest.raises(ValueError, match=r"another config: model: 'SDT-S/2' there, 'SDT-B/2' now; seed: 0"):
@@ -143,13 +144,20 @@ class TestClaimingTheOutputFolder:
 
     def test_the_same_run_continues_only_when_asked_to(self, tmp_path):
         claim_output_dir(tmp_path, self.config, resume=False)
+        save_checkpoint(tmp_path, 1, save)
         with pytest.raises(ValueError, match=r"already holds this run.*--resume_from_checkpoint latest"):
             claim_output_dir(tmp_path, self.config, resume=False)
         claim_output_dir(tmp_path, {**self.config, "max_train_steps": 20}, resume=True)
         assert yaml.safe_load((tmp_path / "training_config.yaml").read_text())["max_train_steps"] == 20
 
-    def test_somebodys_pipeline_is_not_overwritten(self, tmp_path):
-        (tmp_path / "model_index.json").write_text("{}")
-        with pytest.raises(ValueError, match="holds a pipeline that no training run made"):
+    def test_a_run_that_came_to_nothing_may_be_started_over(self, tmp_path):
+        claim_output_dir(tmp_path, self.config, resume=False)
+        claim_output_dir(tmp_path, {**self.config, "seed": 1}, resume=False)
+        assert yaml.safe_load((tmp_path / "training_config.yaml").read_text())["seed"] == 1
+
+    @pytest.mark.parametrize("name", ["model_index.json", "checkpoint-4"])
+    def test_somebody_elses_work_is_not_overwritten(self, tmp_path, name):
+        (tmp_path / name).mkdir()
+        with pytest.raises(ValueError, match=f"holds {name} of something else"):
             claim_output_dir(tmp_path, self.config, resume=False)
-        assert names(tmp_path) == ["model_index.json"]
+        assert names(tmp_path) == [name]

@@ -9,7 +9,7 @@ def averages(steps, **kwargs):
     """The average after each step, of a weight that is set to 1, 2, 3 ..."""
     model = torch.nn.Linear(1, 1, bias=False)
     torch.nn.init.zeros_(model.weight)
-    ema = ModelEMA(model, OptimizationArguments(**kwargs))
+    ema = ModelEMA(model, OptimizationArguments(**kwargs), torch.device("cpu"))
     values = []
     for step in range(1, steps + 1):
         torch.nn.init.constant_(model.weight, float(step))
@@ -35,7 +35,7 @@ def test_average_follows_the_ramped_recursion(kwargs):
 
 def test_the_average_is_ready_to_sample_and_takes_no_gradient():
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Dropout(0.5)).train()
-    ema = ModelEMA(model, OptimizationArguments())
+    ema = ModelEMA(model, OptimizationArguments(), torch.device("cpu"))
     assert not ema.model.training
     assert not any(p.requires_grad for p in ema.model.parameters())
     assert all(p.requires_grad for p in model.parameters())

@@ -7,7 +7,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from sdt_diffusion import SDTTransformer2DModel
 from sdt_diffusion.data import DataArguments
 from sdt_diffusion.training.arguments import OptimizationArguments, RunArguments, merged
-from sdt_diffusion.training.run import NonFiniteLossError, Training, seed_batch
+from sdt_diffusion.training.run import NonFiniteLossError, Training, build_optimizer, seed_batch
 from tests.conftest import TINY
 
 
@@ -104,6 +104,21 @@ def test_accumulation_makes_one_step_of_several_batches(make_training):
 def test_latest_without_a_checkpoint_starts_from_the_beginning(make_training):
     training = make_training(mean_loss, resume_from_checkpoint="latest")
     assert training.step == 0
+
+
+def test_a_missing_checkpoint_is_refused_before_the_folder_is_claimed(make_training, tmp_path):
+    with pytest.raises(ValueError, match="There is no checkpoint checkpoint-7"):
+        make_training(mean_loss, resume_from_checkpoint="checkpoint-7")
+    assert not (tmp_path / "out").exists()
+
+
+def test_weight_decay_spares_biases_norms_and_alpha():
+    model = SDTTransformer2DModel(**TINY, qk_norm="rms_norm")
+    optimizer = build_optimizer(model, OptimizationArguments(adam_weight_decay=0.1))
+    decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
+    names = {name for name, p in model.named_parameters() if id(p) not in decayed}
+    assert all(name.endswith((".bias", ".log_alpha", ".norm_q.weight", ".norm_k.weight")) for name in names)
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters()))
 
 
 def test_batches_are_seeded_by_seed_process_and_number():

@@ -10,7 +10,8 @@ from .reference import reference_attention
 class _DenseSpatialDecayAttention(torch.autograd.Function):
     """softmax(Q K^T * scale + (u_i + u_j) d_ij) V, with u = 1/2 alpha G <= 0, so that the bias is M without its abs.
 
-    Logits and softmax share one buffer. Backward, with P the attention and S the logits: dS = P * (dP - sum_j dP P),
+    Logits and softmax share one buffer, and so do all steps of the backward pass: fresh buffers would cost more than
+    the arithmetic. With P the attention and S the logits, dS = P * (dP - sum_j dP P) and
     du_i = sum_j (dS_ij + dS_ji) d_ij; autograd carries du on to the gate and alpha.
     """
 
@@ -22,23 +23,26 @@ class _DenseSpatialDecayAttention(torch.autograd.Function):
         else:  # the decay stays in fp32 under autocast
             logits.add_(query @ key.transpose(-1, -2), alpha=scale)
         attention = torch.softmax(logits, dim=-1, out=logits).to(value.dtype)
-        ctx.save_for_backward(query, key, value, attention, distance)
+        output = attention @ value
+        ctx.save_for_backward(query, key, value, attention, output, distance)
         ctx.scale = scale
-        return attention @ value
+        return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output):
-        query, key, value, attention, distance = ctx.saved_tensors
+        query, key, value, attention, output, distance = ctx.saved_tensors
         grad_output = grad_output.to(value.dtype)
         grad_value = attention.transpose(-1, -2) @ grad_output
-        grad_attention = grad_output @ value.transpose(-1, -2)
-        grad_logits = torch._softmax_backward_data(grad_attention, attention, -1, attention.dtype)
-        grad_query = (grad_logits @ key) * ctx.scale
-        grad_key = (grad_logits.transpose(-1, -2) @ query) * ctx.scale
+        row_sum = (grad_output.to(distance.dtype) * output).sum(dim=-1, keepdim=True)  # sum_j dP_ij P_ij
+        grad_logits = (grad_output @ value.transpose(-1, -2)).to(distance.dtype)
+        grad_logits = grad_logits.sub_(row_sum).mul_(attention)
+        grad_scores = grad_logits.to(query.dtype)
+        grad_query = (grad_scores @ key).mul_(ctx.scale)
+        grad_key = (grad_scores.transpose(-1, -2) @ query).mul_(ctx.scale)
         grad_half_decay = None
         if ctx.needs_input_grad[3]:
-            weighted = grad_logits * distance  # promotes a low-precision gradient to the distance's fp32
+            weighted = grad_logits.mul_(distance)  # in place: its last use
             grad_half_decay = weighted.sum(dim=-1) + weighted.sum(dim=-2)
         return grad_query, grad_key, grad_value, grad_half_decay, None, None
 

@@ -14,9 +14,8 @@ from diffusers import DiffusionPipeline
 
 import sdt_diffusion  # noqa: F401  (lets diffusers find the pipeline's classes)
 from sdt_diffusion.data import DataArguments, load_images
-from sdt_diffusion.generation import class_labels_for, describe_sampling, generate, stack_samples
-from sdt_diffusion.metrics.label_accuracy import svm_label_accuracy
-from sdt_diffusion.training.arguments import parse_arguments
+from sdt_diffusion.evaluation import label_accuracy
+from sdt_diffusion.training.arguments import parse_arguments, require_at_least
 
 
 @dataclass
@@ -30,26 +29,22 @@ class EvaluationArguments:
     num_inference_steps: int = field(default=25, metadata={"help": "Sampling steps."})
     batch_size: int = field(default=250, metadata={"help": "Images at a time."})
 
+    def __post_init__(self):
+        require_at_least(self, 0, "seed")
+        require_at_least(self, 1, "num_images", "num_inference_steps", "batch_size")
+
 
 def main(argv):
     args, data_args = parse_arguments((EvaluationArguments, DataArguments), argv, description=__doc__)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pipe = DiffusionPipeline.from_pretrained(args.model).to(device)
-    resolution = data_args.resolution or pipe.transformer.config.sample_size * pipe.vae_scale_factor
-    images = load_images(data_args, resolution)
+    images = load_images(data_args, pipe.transformer.config.sample_size * pipe.vae_scale_factor)
     sampling = {
         "seed": args.seed,
         "guidance_scale": args.guidance_scale,
         "num_inference_steps": args.num_inference_steps,
     }
-    labels = class_labels_for(args.num_images, range(images.num_classes))
-    samples = stack_samples(generate(pipe, labels, batch_size=args.batch_size, output_type="np", **sampling))
-    accuracy = svm_label_accuracy(images, samples, labels)
-    print(
-        json.dumps(
-            {"label_accuracy": accuracy, "num_images": len(labels), "sampler": describe_sampling(pipe, sampling)}
-        )
-    )
+    print(json.dumps(label_accuracy(pipe, images, args.num_images, sampling, args.batch_size)))
 
 
 if __name__ == "__main__":

@@ -37,8 +37,8 @@ def parse(argv):
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     args = parser.parse_args(argv)
-    if args.num_images < 1 or args.batch_size < 1:
-        parser.error("--num_images and --batch_size must be at least 1.")
+    if min(args.num_images, args.batch_size, args.num_inference_steps) < 1 or args.seed < 0:
+        parser.error("--num_images, --batch_size and --num_inference_steps must be at least 1, --seed at least 0.")
     if args.output_dir.exists() and (not args.output_dir.is_dir() or any(args.output_dir.iterdir())):
         parser.error(f"--output_dir {args.output_dir} is not an empty folder: choose another.")
     return parser, args
@@ -72,8 +72,7 @@ def main(argv):
         if index < GRID_IMAGES:
             shown.append((classes.index(labels[index]), image))
     shown.sort(key=lambda pair: pair[0])
-    names = {label: name for name, label in reversed(pipe.labels.items())}
-    texts = [names.get(classes[rank], str(classes[rank])) for rank, _ in shown]
+    texts = [pipe.id2label.get(classes[rank], str(classes[rank])) for rank, _ in shown]
     columns = min(10, -int(-(len(shown) ** 0.5) // 1))
     image_grid([image for _, image in shown], texts, columns).save(args.output_dir / "grid.png")
     description = describe_sampling(pipe, sampling)

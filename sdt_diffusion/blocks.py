@@ -12,12 +12,16 @@ from torch import nn
 from .attention import BACKENDS, build_gate, check_variant, spatial_decay, spatial_decay_attention
 from .attention.dispatch import DEFAULT_BACKEND
 
+#: What diffusers' `FeedForward` knows.
+ACTIVATIONS = ("gelu", "gelu-approximate", "geglu", "geglu-approximate", "swiglu", "linear-silu")
+
 
 class SDTAttnProcessor:
     """Computes `SDTAttention` through `spatial_decay_attention`.
 
     `model.set_attention_backend(name)` of diffusers hands the decay to that backend as an additive mask: `native`,
     `_native_math`, `_native_efficient`, `_native_cudnn`, `flex` and `xformers` take one, the flash family refuses it.
+    The mask has the query's dtype: in bf16, decays of 16 to 32 are rounded to steps of 1/8. Our backends keep fp32.
 
     Args:
         backend: A name in `sdt_diffusion.attention.BACKENDS`, used while no diffusers backend is set.
@@ -223,6 +227,8 @@ class SDTBlock(nn.Module):
         **attention_kwargs,
     ):
         super().__init__()
+        if activation_fn not in ACTIVATIONS:
+            raise ValueError(f"Unknown activation_fn {activation_fn!r}: choose one of {', '.join(ACTIVATIONS)}.")
         self.conditioned = conditioning_dim is not None
         self.norm1 = (
             AdaLayerNormZero(dim, conditioning_dim, norm_eps) if self.conditioned else nn.LayerNorm(dim, eps=norm_eps)

@@ -1,5 +1,6 @@
 """Many samples from a pipeline, each with a seed of its own."""
 
+import copy
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -28,8 +29,9 @@ def stack_samples(samples: Iterable[tuple[int, np.ndarray]]) -> np.ndarray:
 def describe_sampling(pipe: SDTPipeline, sampling: dict[str, Any]) -> str:
     """The sampler in words, as it belongs beside every number: scheduler, steps, NFE, guidance, seed."""
     steps, guidance = sampling["num_inference_steps"], sampling["guidance_scale"]
-    pipe.scheduler.set_timesteps(steps)
-    evaluations = len(pipe.scheduler.timesteps) * (2 if guidance > 1 else 1)
+    scheduler = copy.deepcopy(pipe.scheduler)
+    scheduler.set_timesteps(steps)
+    evaluations = len(scheduler.timesteps) * (2 if guidance > 1 else 1)
     return (
         f"{type(pipe.scheduler).__name__}, {steps} steps, {evaluations} network evaluations, guidance {guidance:g}, "
         f"seed {sampling['seed']}"
@@ -68,6 +70,8 @@ def generate(
     pairs = list(zip(indices, class_labels, strict=True))
     shown = dict(getattr(pipe, "_progress_bar_config", {}))
     pipe.set_progress_bar_config(disable=True)  # one bar over all images instead of one a batch
+    training = pipe.transformer.training
+    pipe.transformer.eval()  # it may be in the middle of its training, where labels are dropped
     try:
         with tqdm(total=len(pairs), desc="Sampling", unit="image", disable=not progress) as bar:
             for start in range(0, len(pairs), batch_size):
@@ -83,4 +87,5 @@ def generate(
                 for (index, _), image in zip(batch, images, strict=True):
                     yield index, image
     finally:
+        pipe.transformer.train(training)
         pipe.set_progress_bar_config(**shown)

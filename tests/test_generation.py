@@ -36,6 +36,14 @@ def test_seeds_differ_by_seed_and_by_index():
     assert len(set(draws)) == len(draws)
 
 
+def test_a_model_in_training_samples_as_in_evaluation(make_pipe, make_model):
+    pipe = make_pipe(transformer=make_model(dropout=0.5, class_dropout_prob=0.9))
+    expected = samples(pipe, batch_size=10)
+    pipe.transformer.train()
+    assert np.array_equal(samples(pipe, batch_size=10), expected)
+    assert pipe.transformer.training
+
+
 def test_labels_take_turns():
     assert LABELS == [0, 2, 4, 0, 2, 4, 0, 2, 4, 0]
 

@@ -1,5 +1,8 @@
 import subprocess
 import sys
+from pathlib import Path
+
+PACKAGE = Path(__file__).parents[1] / "sdt_diffusion"
 
 
 def run(code):
@@ -25,7 +28,7 @@ def test_import_brings_nothing_that_diffusers_pipelines_do_not():
 def test_attention_needs_torch_only():
     code = (
         "import sys, importlib.util as u\n"
-        "spec = u.spec_from_file_location('attention', 'sdt_diffusion/attention/__init__.py')\n"
+        f"spec = u.spec_from_file_location('attention', r'{PACKAGE}/attention/__init__.py')\n"
         "module = u.module_from_spec(spec)\n"
         "sys.modules['attention'] = module\n"
         "spec.loader.exec_module(module)\n"

@@ -4,7 +4,7 @@
     accelerate launch train/train_dit.py --config my_run.yaml --seed 1     # a YAML file, and flags on top
     accelerate launch train/train_dit.py --resume_from_checkpoint latest   # ... with the flags of the run
 
-Without --config and --dataset it takes train/configs/digits.yaml; with a data set of yours the defaults are DiT's.
+Without --config, the digits take train/configs/digits.yaml; another --dataset starts from what --help shows.
 """
 
 import json
@@ -18,12 +18,12 @@ from diffusers import AutoModel
 
 from sdt_diffusion import SDTPipeline
 from sdt_diffusion.data import DataArguments, load_images
-from sdt_diffusion.generation import class_labels_for, describe_sampling, generate, stack_samples
-from sdt_diffusion.metrics.label_accuracy import svm_label_accuracy
+from sdt_diffusion.evaluation import label_accuracy
+from sdt_diffusion.generation import class_labels_for, generate
 from sdt_diffusion.plots import image_grid, plot_loss_curve
 from sdt_diffusion.sdt.arguments import ModelArguments
 from sdt_diffusion.sdt.latents import encode_pixels, vae_spatial_scale
-from sdt_diffusion.training.arguments import OptimizationArguments, RunArguments, merged, parse_arguments
+from sdt_diffusion.training.arguments import OptimizationArguments, RunArguments, parse_arguments, require_at_least
 from sdt_diffusion.training.checkpoint import move_into, write_atomically
 from sdt_diffusion.training.objectives import ObjectiveArguments, build_objective, diffusion_loss
 from sdt_diffusion.training.run import Training
@@ -44,13 +44,16 @@ class ValidationArguments:
         metadata={"help": "At the end, how many samples to judge by a support vector machine (small data only)."},
     )
 
+    def __post_init__(self):
+        require_at_least(self, 0, "validation_steps", "label_accuracy_samples")
+        require_at_least(self, 1, "num_validation_images", "num_inference_steps")
+
 
 def main(argv):
     arguments = parse_arguments(
         (ModelArguments, DataArguments, ObjectiveArguments, OptimizationArguments, RunArguments, ValidationArguments),
         argv,
-        default_config=DIGITS_CONFIG,
-        default_config_unless="--dataset",
+        recipes={"digits": DIGITS_CONFIG},
         description=__doc__,
     )
     model_args, data_args, objective_args, optimization_args, run_args, validation_args = arguments
@@ -59,14 +62,16 @@ def main(argv):
     if model_args.pretrained_vae_model_name_or_path is not None:
         vae = AutoModel.from_pretrained(model_args.pretrained_vae_model_name_or_path).eval().requires_grad_(False)
     scale = vae_spatial_scale(vae)
-    resolution = data_args.resolution or model_args.config()["sample_size"] * scale
-    if resolution % scale:
-        raise ValueError(f"--resolution {resolution} is not divisible by the VAE's factor {scale}.")
-    images = load_images(data_args, resolution)
+    sample_size = model_args.config()["sample_size"]
+    if not isinstance(sample_size, int):
+        raise ValueError(f"The images are squares; a sample_size of {sample_size} cannot be trained on.")
+    images = load_images(data_args, default_resolution=sample_size * scale)
+    if data_args.resolution % scale:
+        raise ValueError(f"--resolution {data_args.resolution} is not divisible by the VAE's factor {scale}.")
 
     set_seed(run_args.seed)
     model = model_args.build(
-        sample_size=resolution // scale,
+        sample_size=data_args.resolution // scale,
         in_channels=images.num_channels if vae is None else vae.config.latent_channels,
         num_classes=images.num_classes,
     )
@@ -76,9 +81,7 @@ def main(argv):
         clean = pixels if vae is None else encode_pixels(vae, pixels)
         return diffusion_loss(model, objective, clean, class_labels)
 
-    training = Training(
-        model, "transformer", compute_loss, images, run_args, optimization_args, data_args, merged(*arguments)
-    )
+    training = Training(model, "transformer", compute_loss, images, run_args, optimization_args, data_args, arguments)
     if vae is not None:
         vae.to(training.accelerator.device)
     pipe = SDTPipeline(
@@ -102,28 +105,21 @@ def main(argv):
     for step in training.steps():
         if validation_args.validation_steps and step % validation_args.validation_steps == 0:
             training.save_picture(f"samples/step-{step:07d}.png", sample_grid)
-    training.save_picture("samples.png", sample_grid)
+    output_dir = training.output_dir
     if training.accelerator.is_main_process:
-        output_dir = training.output_dir
         move_into(output_dir, pipe.save_pretrained)
         write_atomically(output_dir / "loss_curve.png", lambda path: plot_loss_curve(training.log.records, path))
+    training.save_picture("samples.png", sample_grid)
+    if training.accelerator.is_main_process:
         if validation_args.label_accuracy_samples:
-            report_label_accuracy(pipe, images, validation_args.label_accuracy_samples, sampling, output_dir)
+            results = label_accuracy(pipe, images, validation_args.label_accuracy_samples, sampling)
+            write_atomically(output_dir / "results.json", lambda path: path.write_text(json.dumps(results, indent=2)))
+            print(
+                "{label_accuracy:.1%} of {num_images} samples are taken for their label by an RBF SVM trained on the "
+                "{num_real_images} real images ({sampler}).".format(**results)
+            )
         print(f"Saved the pipeline, samples.png and loss_curve.png to {output_dir}")
     training.finish()
-
-
-def report_label_accuracy(pipe, images, num_samples, sampling, output_dir):
-    labels = class_labels_for(num_samples, range(images.num_classes))
-    samples = stack_samples(generate(pipe, labels, batch_size=250, output_type="np", **sampling))
-    accuracy = svm_label_accuracy(images, samples, labels)
-    sampler = describe_sampling(pipe, sampling)
-    results = {"label_accuracy": accuracy, "num_images": num_samples, "sampler": sampler}
-    write_atomically(output_dir / "results.json", lambda path: path.write_text(json.dumps(results, indent=2)))
-    print(
-        f"{accuracy:.1%} of {num_samples} samples are taken for their label by an RBF SVM trained on the "
-        f"{len(images)} real images ({sampler})."
-    )
 
 
 if __name__ == "__main__":

@@ -45,11 +45,11 @@ def spatial_decay_attention(
             each with its own one-dimensional decay, by the same queries and keys. Costs O(HW(H+W)) instead of
             O((HW)^2).
         scale: Factor of Q K^T; 1 / sqrt(head_dim) by default.
-        backend: A name in `BACKENDS`, or a function of the same signature. `none` uses
-            `torch.nn.functional.scaled_dot_product_attention` unless a function is given.
+        backend: A name in `BACKENDS`, or a function of the same signature. For `none`, `dense` is
+            `torch.nn.functional.scaled_dot_product_attention`. `torch.func` and second derivatives need `reference`.
 
     Returns:
-        Tensor of shape (batch, heads, tokens, value_dim) in the value's dtype.
+        Tensor of shape (batch, heads, tokens, value_dim), in the value's dtype or autocast's.
 
     Raises:
         ValueError: If the variant or backend is unknown, the grid does not match the tokens, or a gate is missing or
@@ -82,7 +82,7 @@ def spatial_decay_attention(
 
 
 def sdpa_attention(query, key, value, gate, alpha, grid_size, variant, scale):
-    """Plain attention by torch's fused kernels; the only thing `none` needs."""
+    """Plain attention by torch's fused kernels: all that `none` needs."""
     return F.scaled_dot_product_attention(query, key, value, scale=scale)
 
 
@@ -91,7 +91,7 @@ def _resolve_backend(backend, variant):
         return backend
     if backend not in BACKENDS:
         raise ValueError(f"Unknown attention backend {backend!r}: choose one of {', '.join(BACKENDS)}.")
-    return sdpa_attention if variant == "none" else BACKENDS[backend]
+    return sdpa_attention if variant == "none" and backend != "reference" else BACKENDS[backend]
 
 
 def _check_gate(gate, alpha, query):

@@ -8,7 +8,13 @@ from torch import nn
 
 
 def multi_scale_exponents(num_heads: int, initial_value: float, heads_range: float) -> list[float]:
-    """RMT's exponents a_h = initial_value + heads_range * h / num_heads: head h decays by log(1 - 2^-a_h) a patch."""
+    """RMT's exponents a_h = initial_value + heads_range * h / num_heads: head h decays by log(1 - 2^-a_h) a patch.
+
+    Raises:
+        ValueError: If an exponent is not positive: 2^-a has to be less than 1.
+    """
+    if initial_value <= 0 or initial_value + min(heads_range, 0) <= 0:
+        raise ValueError(f"Decay exponents from {initial_value} over a range of {heads_range} must be positive.")
     return [initial_value + heads_range * head / num_heads for head in range(num_heads)]
 
 
@@ -66,9 +72,9 @@ class ContextAwareGate(nn.Module):
             The gate G, shape (batch, heads, tokens), and alpha, shape (heads,).
         """
         with torch.autocast(hidden_states.device.type, enabled=False):
-            logits = _linear_fp32(self.proj, hidden_states)
+            logits = _project(self.proj, hidden_states)
             if self.conditioning_proj is not None:
-                logits = logits + _linear_fp32(self.conditioning_proj, conditioning).unsqueeze(1)
+                logits = logits + _project(self.conditioning_proj, conditioning).unsqueeze(1)
             return F.logsigmoid(logits).transpose(1, 2), self.log_alpha.to(logits.dtype).exp()
 
 
@@ -108,7 +114,7 @@ def build_gate(
     return ContextAwareGate(dim, num_heads, conditioning_dim, initial_value, heads_range)
 
 
-def _linear_fp32(linear: nn.Linear, x: torch.Tensor) -> torch.Tensor:
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    bias = None if linear.bias is None else linear.bias.to(dtype)
-    return F.linear(x.to(dtype), linear.weight.to(dtype), bias)
+def _project(linear: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Calls the module (offloading and LoRA hook into that) in its weight's dtype, fp32 unless somebody cast it."""
+    logits = linear(x.to(linear.weight.dtype))
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -64,6 +64,7 @@ def reference_attention(query, key, value, gate, alpha, grid_size, variant, scal
     The backend every other one is tested against. It differentiates any number of times and in forward mode, and holds
     several (tokens, tokens) tensors per head for the backward pass.
     """
-    logits = (query @ key.transpose(-1, -2)).to(gate.dtype) * scale
-    logits = logits + spatial_decay(gate, alpha, grid_size, variant)
+    logits = (query @ key.transpose(-1, -2)) * scale
+    if variant != "none":
+        logits = logits + spatial_decay(gate, alpha, grid_size, variant)
     return logits.softmax(dim=-1).to(value.dtype) @ value

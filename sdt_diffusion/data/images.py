@@ -60,13 +60,17 @@ class LabelledImages:
         if len(dataset) == 0:
             raise ValueError(f"The data set {name} is empty.")
         feature = dataset.features[label_column]
-        if not isinstance(feature, ClassLabel) and feature.dtype == "string":
+        if not isinstance(feature, ClassLabel) and "string" in feature.dtype:
             dataset = dataset.class_encode_column(label_column)
             feature = dataset.features[label_column]
         self.dataset = dataset.cast_column(image_column, Image(decode=False))  # decoding by hand can name the culprit
         self.image_column, self.label_column, self.name = image_column, label_column, name
         self.resolution, self.image_mode = resolution, image_mode
-        self.labels = np.asarray(dataset[label_column][:])
+        labels = dataset[label_column][:]
+        for row, label in enumerate(labels):
+            if not isinstance(label, int):
+                raise ValueError(f"{name}, row {row}: {label!r} in column {label_column!r} is no label.")
+        self.labels = np.asarray(labels)
         if isinstance(feature, ClassLabel):
             self.class_names = list(feature.names)
         else:
@@ -107,6 +111,8 @@ class LabelledImages:
         try:
             source = io.BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"]
             with Image.open(source) as opened:
+                if opened.mode.startswith(("I", "F")):
+                    raise ValueError(f"mode {opened.mode} has more than 8 bits a channel; convert it to 8 bits")
                 return center_crop(opened.convert(self.image_mode), self.resolution)
         except Exception as error:
             path = f" ({image['path']})" if image.get("path") else ""
@@ -129,21 +135,22 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     return image.crop((left, top, left + size, top + size))
 
 
-def load_images(args: DataArguments, resolution: int) -> LabelledImages:
+def load_images(args: DataArguments, default_resolution: int) -> LabelledImages:
     """Opens the data set that the arguments name.
 
     Args:
-        args: The arguments; their `resolution` has been resolved by the caller.
-        resolution: Side of the images in pixels.
+        args: The arguments, into which the values that they left open are filled.
+        default_resolution: Side of the images in pixels where the arguments leave it open.
 
     Raises:
         FileNotFoundError: If a path does not exist.
         ValueError: If nothing can be read there, or the columns cannot be told.
     """
+    args.resolution = args.resolution or default_resolution
+    args.image_mode = args.image_mode or ("L" if args.dataset == "digits" else "RGB")
     dataset = load_digits_dataset() if args.dataset == "digits" else _read(args.dataset, args.dataset_split)
     image_column, label_column = _columns(dataset, args)
-    image_mode = args.image_mode or ("L" if args.dataset == "digits" else "RGB")
-    return LabelledImages(dataset, image_column, label_column, resolution, image_mode, args.dataset)
+    return LabelledImages(dataset, image_column, label_column, args.resolution, args.image_mode, args.dataset)
 
 
 def load_digits_dataset():

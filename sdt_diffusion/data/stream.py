@@ -1,7 +1,6 @@
 """An endless, reshuffled stream of samples that can start anywhere."""
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import numpy as np
 import torch
@@ -26,7 +25,7 @@ class ShuffledStream(Dataset):
     def __init__(self, images, seed: int, random_flip: bool, start: int, stop: int):
         self.images, self.seed, self.random_flip = images, seed, random_flip
         self.start, self.stop = start, stop
-        self._order = lru_cache(maxsize=2)(self._make_order)
+        self._orders = {}
 
     def __len__(self) -> int:
         return self.stop - self.start
@@ -47,14 +46,12 @@ class ShuffledStream(Dataset):
     def __getitem__(self, offset: int) -> tuple[torch.Tensor, int]:
         return self.__getitems__([offset])[0]
 
-    def __getstate__(self):
-        return {**self.__dict__, "_order": None}  # a bound cache does not travel to worker processes
-
-    def __setstate__(self, state):
-        self.__dict__.update(state, _order=lru_cache(maxsize=2)(self._make_order))
-
-    def _make_order(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng([self.seed, epoch]).permutation(len(self.images))
+    def _order(self, epoch: int) -> np.ndarray:
+        if epoch not in self._orders:
+            previous = {epoch - 1: self._orders[epoch - 1]} if epoch - 1 in self._orders else {}
+            order = np.random.default_rng([self.seed, epoch]).permutation(len(self.images))
+            self._orders = {**previous, epoch: order}
+        return self._orders[epoch]
 
     def _coin(self, position: int) -> bool:
         return bool(np.random.default_rng([self.seed, 1, position]).integers(2))

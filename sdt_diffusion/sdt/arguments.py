@@ -39,6 +39,9 @@ class ModelArguments:
             raise ValueError(f"--model_overrides is not JSON: {error}") from error
         if not isinstance(further, dict):
             raise ValueError(f"--model_overrides must be a JSON object, not {self.model_overrides}.")
+        derived = sorted({"in_channels", "num_classes", "sample_size"} & set(further))
+        if derived:
+            raise ValueError(f"--model_overrides: {', '.join(derived)} follow from the data set and --resolution.")
         keys = ("spatial_decay", "qk_norm", "rotary", "local_position_kernel_size", "class_dropout_prob")
         own = {key: getattr(self, key) for key in keys}
         return SDTTransformer2DModel.preset_config(self.model, **{**own, **further, **overrides})

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
+from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.schedulers import DDPMScheduler, SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
@@ -37,13 +37,21 @@ class SDTPipeline(DiffusionPipeline):
     ):
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
-        id2label = {int(label): name for label, name in (id2label or {}).items()}  # JSON turns the keys into strings
-        self.register_to_config(id2label=id2label)
-        self.labels = {
-            word.strip(): label for label, name in sorted(id2label.items()) for word in (name, *name.split(","))
-        }
+        self.id2label = {int(label): name for label, name in (id2label or {}).items()}  # JSON has made them strings
+        self.register_to_config(id2label=self.id2label)
+        self._labels_of_name = labels_of_names(self.id2label)
         self.vae_scale_factor = vae_spatial_scale(vae)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+
+    @property
+    def labels(self) -> dict[str, int]:
+        """Class name to label id, for the names that mean one class only."""
+        return {name: ids[0] for name, ids in self._labels_of_name.items() if len(ids) == 1}
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether the running call skips its remaining steps; a step callback may set `_interrupt`."""
+        return self._interrupt
 
     @property
     def guidance_scale(self) -> float:
@@ -64,15 +72,20 @@ class SDTPipeline(DiffusionPipeline):
         """Maps class names to label ids.
 
         Raises:
-            ValueError: If a name is unknown.
+            ValueError: If a name is unknown, or means several classes.
         """
         names = [label] if isinstance(label, str) else list(label)
-        unknown = [name for name in names if name not in self.labels]
+        unknown = [name for name in names if name not in self._labels_of_name]
         if unknown:
-            known = ", ".join(repr(name) for name in list(self.labels)[:20]) or "none: the pipeline has no id2label"
-            more = f" and {len(self.labels) - 20} more" if len(self.labels) > 20 else ""
-            raise ValueError(f"Unknown class name(s) {', '.join(map(repr, unknown))}. Known names: {known}{more}.")
-        return [self.labels[name] for name in names]
+            known = list(dict.fromkeys(self.id2label.values()))
+            listed = ", ".join(map(repr, known[:20])) or "none: the pipeline has no id2label"
+            more = f" and {len(known) - 20} more" if len(known) > 20 else ""
+            raise ValueError(f"Unknown class name(s) {', '.join(map(repr, unknown))}. Known names: {listed}{more}.")
+        for name in names:
+            if len(self._labels_of_name[name]) > 1:
+                ids = ", ".join(map(str, self._labels_of_name[name]))
+                raise ValueError(f"{name!r} is a name of the classes {ids}: give the id.")
+        return [self._labels_of_name[name][0] for name in names]
 
     def prepare_class_labels(self, class_labels: Any) -> list[int]:
         """Turns ids, names, or a sequence or tensor of them into a list of label ids.
@@ -133,16 +146,14 @@ class SDTPipeline(DiffusionPipeline):
             latents, class_labels = torch.cat([latents, latents]), torch.cat([class_labels, null_class])
         # One timestep per sample: a scalar from the scheduler would make compiled models specialise on it.
         timestep = timestep.to(latents.device).expand(latents.shape[0])
-        prediction = self.transformer(latents.to(self.transformer.dtype), timestep, class_labels, return_dict=False)[0]
-        prediction = prediction.float()
+        with self.transformer.cache_context("cond_uncond"):
+            inputs = (latents.to(self.transformer.dtype), timestep, class_labels)
+            prediction = self.transformer(*inputs, return_dict=False)[0].float()
         if self.do_classifier_free_guidance:
             cond, uncond = prediction.chunk(2)
             guided = uncond[:, :channels] + self.guidance_scale * (cond - uncond)[:, :channels]
             prediction = torch.cat([guided, cond[:, channels:]], dim=1)
-        takes_variance = isinstance(self.scheduler, DDPMScheduler) and self.scheduler.config.variance_type in (
-            "learned",
-            "learned_range",
-        )
+        takes_variance = isinstance(self.scheduler, DDPMScheduler) and learns_variance(self.scheduler)
         return prediction if takes_variance else prediction[:, :channels]
 
     @torch.no_grad()
@@ -161,7 +172,7 @@ class SDTPipeline(DiffusionPipeline):
         return_dict: bool = True,
         callback_on_step_end: Callable[["SDTPipeline", int, torch.Tensor, dict], dict] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-    ) -> ImagePipelineOutput | tuple[PipelineImageInput]:
+    ) -> ImagePipelineOutput | tuple:
         """Generates images of the given classes.
 
         Args:
@@ -179,7 +190,7 @@ class SDTPipeline(DiffusionPipeline):
                 to 1) or "latent" (what the transformer works in).
             return_dict: Whether to return an `ImagePipelineOutput` instead of a tuple.
             callback_on_step_end: Called as `callback(pipe, step, timestep, {"latents": ...})` after each step; it
-                returns a dictionary that may hold replaced latents.
+                may return a dictionary with replaced latents.
             callback_on_step_end_tensor_inputs: What the callback gets; only "latents" exists.
 
         Returns:
@@ -190,9 +201,15 @@ class SDTPipeline(DiffusionPipeline):
         """
         label_ids = self.prepare_class_labels(class_labels)
         height, width = self._check_inputs(
-            height, width, num_images_per_prompt, output_type, callback_on_step_end_tensor_inputs
+            height,
+            width,
+            num_inference_steps,
+            num_images_per_prompt,
+            output_type,
+            callback_on_step_end_tensor_inputs,
         )
         self._guidance_scale = guidance_scale
+        self._interrupt = False
         device = self._execution_device
         class_labels = torch.tensor(label_ids, device=device).repeat_interleave(num_images_per_prompt)
 
@@ -205,14 +222,16 @@ class SDTPipeline(DiffusionPipeline):
 
         with self.progress_bar(total=num_inference_steps) as progress_bar:
             for i, t in enumerate(timesteps):
+                if self.interrupt:
+                    continue
                 model_input = latents
                 if hasattr(self.scheduler, "scale_model_input"):
                     model_input = self.scheduler.scale_model_input(latents, t)
                 prediction = self.predict(model_input, t, class_labels)
                 latents = self.scheduler.step(prediction, t, latents, return_dict=False, **step_kwargs)[0]
                 if callback_on_step_end is not None:
-                    outputs = callback_on_step_end(self, i, t, {"latents": latents})
-                    latents = outputs.pop("latents", latents)
+                    tensors = dict.fromkeys(callback_on_step_end_tensor_inputs, latents)
+                    latents = (callback_on_step_end(self, i, t, tensors) or {}).get("latents", latents)
                 if (i + 1) * num_inference_steps // len(timesteps) > progress_bar.n:
                     progress_bar.update()  # second-order schedulers have two timesteps a step
 
@@ -225,7 +244,7 @@ class SDTPipeline(DiffusionPipeline):
             return (images,)
         return ImagePipelineOutput(images=images)
 
-    def _check_inputs(self, height, width, num_images_per_prompt, output_type, tensor_inputs):
+    def _check_inputs(self, height, width, num_inference_steps, num_images_per_prompt, output_type, tensor_inputs):
         sample_size = self.transformer.config.sample_size
         trained = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
         height, width = (
@@ -238,6 +257,13 @@ class SDTPipeline(DiffusionPipeline):
                 f"An image of {height}x{width} is not divisible into patches: both sides must be multiples of {unit} "
                 f"(patch_size {self.transformer.config.patch_size}, VAE factor {self.vae_scale_factor})."
             )
+        if num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps must be at least 1, not {num_inference_steps}.")
+        if learns_variance(self.scheduler) and not isinstance(self.scheduler, DDPMScheduler):
+            raise ValueError(
+                f"{type(self.scheduler).__name__} with variance_type {self.scheduler.config.variance_type!r} cuts "
+                "predictions to three channels. Make it with sdt_diffusion.sdt.schedulers.swap_scheduler."
+            )
         if num_images_per_prompt < 1:
             raise ValueError(f"num_images_per_prompt must be at least 1, not {num_images_per_prompt}.")
         if output_type not in ("pil", "np", "pt", "latent"):
@@ -248,3 +274,21 @@ class SDTPipeline(DiffusionPipeline):
                 f"callback_on_step_end_tensor_inputs must be in {self._callback_tensor_inputs}, but has {unknown}."
             )
         return height, width
+
+
+def labels_of_names(id2label: dict[int, str]) -> dict[str, list[int]]:
+    """Class names, and the words of those that are lists separated by commas, to the labels that bear them.
+
+    The full name of a class is that class, even where it is one of several words for another.
+    """
+    full, words = {}, {}
+    for label, name in sorted(id2label.items()):
+        full.setdefault(name, []).append(label)
+        for word in {word.strip() for word in name.split(",")}:
+            words.setdefault(word, []).append(label)
+    return {**words, **full}
+
+
+def learns_variance(scheduler: SchedulerMixin) -> bool:
+    """Whether a scheduler's config expects the model to predict the variance too."""
+    return scheduler.config.get("variance_type") in ("learned", "learned_range")

@@ -1,5 +1,7 @@
 """Which schedulers can sample from which model, and how to swap one for another."""
 
+import inspect
+
 import diffusers
 from diffusers.schedulers import SchedulerMixin
 
@@ -44,13 +46,16 @@ def swap_scheduler(scheduler: SchedulerMixin, name: str) -> SchedulerMixin:
     if name not in known:
         kind = "flow-matching" if flow else f"{scheduler.config.prediction_type}"
         raise ValueError(f"{name!r} is no scheduler for this {kind} model: choose one of {', '.join(known)}.")
+    if name == type(scheduler).__name__:
+        return scheduler
     scheduler_class = getattr(diffusers, name)
     shift = scheduler.config.get("shift", scheduler.config.get("flow_shift", 1.0))
-    if name.startswith("FlowMatch"):
-        return scheduler_class(num_train_timesteps=scheduler.config.num_train_timesteps, shift=shift)
     config = dict(scheduler.config)
     # from_config would replace what equals the old class's defaults by the new one's: other betas, silently.
     config.pop("_use_default_values", None)
+    if name.startswith("FlowMatch"):
+        accepted = inspect.signature(scheduler_class.__init__).parameters
+        return scheduler_class(**{key: config[key] for key in accepted if key in config} | {"shift": shift})
     if flow:
         config.update(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
     if name != "DDPMScheduler" and str(config.get("variance_type")).startswith("learned"):

@@ -1,6 +1,7 @@
 """SDTTransformer2DModel: a class-conditional diffusion transformer with spatial decay attention, and its presets."""
 
 import inspect
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -48,6 +49,19 @@ PRESETS["SDT-digits"] = {
 }
 
 
+@lru_cache(maxsize=8)
+def position_embedding(
+    dim: int, grid_size: tuple[int, int], trained_grid_size: tuple[int, int], device: torch.device | None = None
+) -> torch.Tensor:
+    """DiT's sine-cosine embedding, shape (1, tokens, dim), of a grid that is rescaled to the trained one's extent."""
+    y, x = (
+        torch.arange(size, dtype=torch.float32) * (trained / size)
+        for size, trained in zip(grid_size, trained_grid_size, strict=True)
+    )
+    grid = torch.stack(torch.meshgrid(x, y, indexing="xy"))  # the first half of the embedding encodes x
+    return get_2d_sincos_pos_embed_from_grid(dim, grid, output_type="pt").float()[None].to(device)
+
+
 class SDTPatchEmbed(nn.Module):
     """Patches to tokens by one convolution, plus DiT's fixed 2D sine-cosine position embedding.
 
@@ -58,15 +72,7 @@ class SDTPatchEmbed(nn.Module):
         super().__init__()
         self.grid_size = grid_size
         self.proj = nn.Conv2d(in_channels, dim, kernel_size=patch_size, stride=patch_size)
-        self.register_buffer("pos_embed", self._position_embedding(grid_size), persistent=False)
-
-    def _position_embedding(self, grid_size: tuple[int, int]) -> torch.Tensor:
-        y, x = (
-            torch.arange(size, dtype=torch.float32) * (trained / size)
-            for size, trained in zip(grid_size, self.grid_size, strict=True)
-        )
-        grid = torch.stack(torch.meshgrid(x, y, indexing="xy"))  # the first half of the embedding encodes x
-        return get_2d_sincos_pos_embed_from_grid(self.proj.out_channels, grid, output_type="pt").float()[None]
+        self.register_buffer("pos_embed", position_embedding(dim, grid_size, grid_size), persistent=False)
 
     def forward(self, sample: torch.Tensor) -> torch.Tensor:
         """Maps (batch, channels, height, width) to (batch, tokens, dim), tokens in raster order."""
@@ -74,8 +80,9 @@ class SDTPatchEmbed(nn.Module):
         grid_size = tuple(tokens.shape[-2:])
         pos_embed = self.pos_embed
         if grid_size != self.grid_size:
-            pos_embed = self._position_embedding(grid_size).to(tokens.device)
-        return tokens.flatten(2).transpose(1, 2) + pos_embed.to(tokens.dtype)
+            pos_embed = position_embedding(self.proj.out_channels, grid_size, self.grid_size, tokens.device)
+        # Not autocast's dtype: the residual stream of a model in fp32 stays in fp32.
+        return (tokens.flatten(2).transpose(1, 2) + pos_embed).to(self.proj.weight.dtype)
 
 
 class TimestepClassEmbedding(nn.Module):
@@ -304,6 +311,11 @@ class SDTTransformer2DModel(
         if height % self.config.patch_size or width % self.config.patch_size:
             raise ValueError(
                 f"An input of {height}x{width} is not divisible by the model's patch_size {self.config.patch_size}."
+            )
+        if class_labels.shape != hidden_states.shape[:1]:
+            raise ValueError(
+                f"{hidden_states.shape[0]} inputs need as many class labels, not a tensor of shape "
+                f"{tuple(class_labels.shape)}."
             )
         # Reading labels back from an accelerator would stall it; pipeline and data set have checked them there.
         if class_labels.device.type == "cpu" and not torch.compiler.is_compiling():

@@ -1,5 +1,6 @@
 """Command lines and YAML files to dataclasses, and the arguments that all training scripts share."""
 
+import argparse
 import dataclasses
 import json
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from transformers import HfArgumentParser
 
 @dataclass
 class OptimizationArguments:
-    """How to optimise. Defaults are DiT's."""
+    """How to optimise. AdamW as in DiT, which has no clipping and a constant EMA (`ema_min_decay=0.9999`)."""
 
     learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate."})
     lr_scheduler: str = field(default="constant", metadata={"help": "A schedule of diffusers.optimization."})
@@ -22,10 +23,13 @@ class OptimizationArguments:
     adam_beta2: float = field(default=0.999, metadata={"help": "AdamW's beta2."})
     adam_weight_decay: float = field(default=0.0, metadata={"help": "AdamW's weight decay."})
     adam_epsilon: float = field(default=1e-8, metadata={"help": "AdamW's epsilon."})
-    max_grad_norm: float = field(default=1.0, metadata={"help": "Clip gradients to this norm."})
+    max_grad_norm: float = field(default=1.0, metadata={"help": "Clip gradients to this norm; 0 for not."})
     use_ema: bool = field(default=True, metadata={"help": "Average the weights; the average is what is saved."})
     ema_decay: float = field(default=0.9999, metadata={"help": "Decay of the average, reached by a ramp."})
     ema_min_decay: float = field(default=0.0, metadata={"help": "Decay from the start; DiT's constant is 0.9999."})
+
+    def __post_init__(self):
+        require_at_least(self, 0, "learning_rate", "lr_warmup_steps", "adam_weight_decay", "max_grad_norm")
 
 
 @dataclass
@@ -44,7 +48,9 @@ class RunArguments:
         default=None, metadata={"help": "Threads of a process on CPU; all cores, shared by its processes, by default."}
     )
     allow_tf32: bool = field(default=False, metadata={"help": "TF32 matrix products on CUDA."})
-    checkpointing_steps: int = field(default=5000, metadata={"help": "Steps between checkpoints."})
+    checkpointing_steps: int = field(
+        default=5000, metadata={"help": "Steps between checkpoints; 0 for one at the end."}
+    )
     checkpoints_total_limit: int | None = field(default=None, metadata={"help": "Checkpoints to keep."})
     resume_from_checkpoint: str | None = field(
         default=None, metadata={"help": "'latest', or the path of a checkpoint-N folder."}
@@ -52,6 +58,30 @@ class RunArguments:
     logging_steps: int = field(default=10, metadata={"help": "Steps between logged losses."})
     report_to: str = field(default="tensorboard", metadata={"help": "Tracker of accelerate, or 'none'."})
     logging_dir: str = field(default="logs", metadata={"help": "The tracker's folder in output_dir."})
+
+    def __post_init__(self):
+        require_at_least(self, 0, "seed", "checkpointing_steps")
+        require_at_least(
+            self,
+            1,
+            "train_batch_size",
+            "gradient_accumulation_steps",
+            "max_train_steps",
+            "logging_steps",
+            "cpu_threads",
+        )
+
+
+def require_at_least(arguments: Any, least: float, *names: str) -> None:
+    """Refuses values that are too small.
+
+    Raises:
+        ValueError: Names the first such argument.
+    """
+    for name in names:
+        value = getattr(arguments, name)
+        if value is not None and not value >= least:
+            raise ValueError(f"--{name} must be at least {least}, not {value}.")
 
 
 #: Keys a resumed run may change: none of them alters what an already made step did.
@@ -78,41 +108,46 @@ RESUMABLE_CHANGES = frozenset(
 def parse_arguments(
     dataclass_types: Sequence[type],
     argv: Sequence[str],
-    default_config: Path | None = None,
-    default_config_unless: str | None = None,
+    recipes: dict[str, Path] | None = None,
     description: str | None = None,
 ) -> tuple[Any, ...]:
     """Parses a command line into dataclasses, over values from a YAML file.
 
-    `--config FILE` names the YAML file, a flat mapping of the same keys; the command line wins. Unknown keys and flags
-    are errors that name them.
+    `--config FILE` names the YAML file, a flat mapping of the same keys; the command line wins. Unknown keys and
+    flags, and values that do not fit, are errors that name them.
 
     Args:
         dataclass_types: The dataclasses.
         argv: Command line without the program's name.
-        default_config: YAML file to use when `--config` is not given,
-        default_config_unless: ... nor this flag.
+        recipes: `--dataset` value -> YAML file that is used when `--config` is not given.
         description: Shown by `--help`.
 
     Returns:
         An instance of each dataclass.
     """
-    parser = HfArgumentParser(dataclass_types, description=description, allow_abbrev=False)
-    parser.add_argument("--config", type=Path, default=None, help="YAML file of these arguments.")
-    given = parser.parse_known_args(argv)[0].config
-    names_flag = any(arg.split("=")[0] == default_config_unless for arg in argv)
-    config_file = given or (None if names_flag else default_config)
+    parser = HfArgumentParser(
+        dataclass_types,
+        description=description,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", type=Path, help="YAML file of these arguments.")
+    first_look = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first_look.add_argument("--config", type=Path)
+    first_look.add_argument("--dataset", default="digits")
+    given = first_look.parse_known_args(argv)[0]
+    config_file = given.config or (recipes or {}).get(given.dataset)
     values = _read_yaml(parser, config_file) if config_file else {}
     known = {f.name for dataclass_type in dataclass_types for f in dataclasses.fields(dataclass_type)}
     unknown = sorted(set(values) - known)
     if unknown:
         parser.error(f"{config_file}: unknown key(s) {', '.join(unknown)}; known: {', '.join(sorted(known))}")
     # As flags, values from the file are checked and converted like those of the command line.
-    flags = []
-    for key, value in values.items():
-        if value is not None:
-            flags += [f"--{key}", value if isinstance(value, str) else json.dumps(value)]
-    *parsed, _, rest = parser.parse_args_into_dataclasses([*flags, *argv], return_remaining_strings=True)
+    flags = [f"--{key}={value}" for key, value in values.items()]
+    try:
+        *parsed, _, rest = parser.parse_args_into_dataclasses([*flags, *argv], return_remaining_strings=True)
+    except ValueError as error:
+        parser.error(str(error))
     if rest:
         parser.error(f"unknown argument(s) {' '.join(rest)}")
     return tuple(parsed)
@@ -128,8 +163,13 @@ def _read_yaml(parser, path):
         parser.error(f"--config: there is no file {path}")
     try:
         values = yaml.safe_load(path.read_text()) or {}
+        as_written = yaml.load(path.read_text(), Loader=yaml.BaseLoader)  # "no" and 1e-4 as they stand, for argparse
     except yaml.YAMLError as error:
         parser.error(f"{path} is not valid YAML: {error}")
     if not isinstance(values, dict):
         parser.error(f"{path} must hold a mapping of argument names to values")
-    return values
+    text = {}
+    for key, value in values.items():
+        if value is not None:
+            text[str(key)] = json.dumps(value) if isinstance(value, (dict, list)) else as_written[str(key)]
+    return text

@@ -15,7 +15,7 @@ from .arguments import RESUMABLE_CHANGES
 logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "training_config.yaml"
-#: Written last into a checkpoint: its step, and the size of every file.
+#: Written last into a checkpoint: its step, its run's config, and the size of every file.
 MANIFEST_FILE = "checkpoint.json"
 
 
@@ -51,6 +51,7 @@ def save_checkpoint(
     step: int,
     save: Callable[[Path], Any],
     total_limit: int | None = None,
+    config: dict[str, Any] | None = None,
     is_main_process: bool = True,
     wait_for_everyone: Callable[[], None] = lambda: None,
 ) -> Path:
@@ -63,6 +64,7 @@ def save_checkpoint(
         step: Optimizer steps done.
         save: Fills the folder it is given.
         total_limit: Checkpoints to keep, `None` for all.
+        config: The run's config, kept in the manifest.
         is_main_process: Whether this process is the main one.
         wait_for_everyone: Barrier of the processes.
 
@@ -80,7 +82,9 @@ def save_checkpoint(
         if is_main_process:
             files = [file for file in partial.rglob("*") if file.is_file()]
             sizes = {str(file.relative_to(partial)): file.stat().st_size for file in files}
-            (partial / MANIFEST_FILE).write_text(json.dumps({"step": step, "files": sizes}, indent=2))
+            (partial / MANIFEST_FILE).write_text(
+                json.dumps({"step": step, "config": config or {}, "files": sizes}, indent=2)
+            )
             for file in (*files, partial / MANIFEST_FILE, partial):
                 _sync(file)
             shutil.rmtree(path, ignore_errors=True)  # an incomplete one, that the run started over from before
@@ -103,15 +107,15 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
     return sorted(folders, key=lambda path: int(path.name.removeprefix("checkpoint-")))
 
 
-def checkpoint_step(path: Path) -> int:
-    """The optimizer steps a checkpoint has behind it."""
-    return json.loads((path / MANIFEST_FILE).read_text())["step"]
+def read_manifest(path: Path) -> dict[str, Any]:
+    """What a checkpoint says of itself: its `step`, the `config` of its run, and the size of its `files`."""
+    return json.loads((path / MANIFEST_FILE).read_text())
 
 
 def is_complete(path: Path) -> bool:
     """Whether a checkpoint has its manifest and every file in its full size."""
     try:
-        sizes = json.loads((path / MANIFEST_FILE).read_text())["files"]
+        sizes = read_manifest(path)["files"]
         return all((path / name).stat().st_size == size for name, size in sizes.items())
     except (OSError, ValueError, KeyError):
         return False
@@ -144,39 +148,56 @@ def find_checkpoint(output_dir: Path, wanted: str) -> Path | None:
     return path
 
 
-def claim_output_dir(output_dir: Path, config: dict[str, Any], resume: bool) -> None:
-    """Makes `output_dir` the folder of this run, or refuses to touch another's checkpoints or pipeline.
+def check_output_dir(output_dir: Path, config: dict[str, Any], resume: bool) -> None:
+    """Refuses a folder that holds another run, or this one if it is not to be continued. Writes nothing.
 
     Args:
-        output_dir: The run's folder; made if need be.
-        config: The run's resolved arguments, which are written there.
+        output_dir: The run's folder.
+        config: The run's resolved arguments.
         resume: Whether the run continues what the folder holds.
 
     Raises:
-        ValueError: If the folder holds another run or another pipeline, or one to continue and `resume` is not set.
+        ValueError: Says what the folder holds, and what to do.
     """
     config_file = output_dir / CONFIG_FILE
     results = list_checkpoints(output_dir) + list(output_dir.glob("model_index.json"))
-    if results and not config_file.is_file():
-        raise ValueError(f"{output_dir} holds {results[0].name} of something else. Give another --output_dir.")
-    if results:
-        saved = yaml.safe_load(config_file.read_text()) or {}
-        differences = [
-            f"{key}: {saved.get(key)!r} there, {config.get(key)!r} now"
-            for key in sorted((set(saved) | set(config)) - RESUMABLE_CHANGES)
-            if saved.get(key) != config.get(key)
-        ]
-        if differences:
-            raise ValueError(
-                f"{output_dir} holds a run with another config: {'; '.join(differences)}. Give another --output_dir."
-            )
-        if not resume:
+    if config_file.is_file():
+        check_same_run(str(output_dir), yaml.safe_load(config_file.read_text()) or {}, config)
+        if results and not resume:
             raise ValueError(
                 f"{output_dir} already holds this run. Continue it with --resume_from_checkpoint latest, or give "
                 "another --output_dir."
             )
+    elif results:
+        raise ValueError(f"{output_dir} holds {results[0].name} of something else. Give another --output_dir.")
+
+
+def check_same_run(where: str, saved: dict[str, Any], config: dict[str, Any]) -> None:
+    """Refuses to mix two runs.
+
+    Args:
+        where: What the saved config belongs to.
+        saved: Its config.
+        config: The config of this run.
+
+    Raises:
+        ValueError: Lists the keys that differ, but for those that may.
+    """
+    differences = [
+        f"{key}: {saved.get(key)!r} there, {config.get(key)!r} now"
+        for key in sorted((set(saved) | set(config)) - RESUMABLE_CHANGES)
+        if saved.get(key) != config.get(key)
+    ]
+    if differences:
+        raise ValueError(
+            f"{where} is of a run with another config: {'; '.join(differences)}. Give another --output_dir."
+        )
+
+
+def write_config(output_dir: Path, config: dict[str, Any]) -> None:
+    """Marks the folder as this run's."""
     output_dir.mkdir(parents=True, exist_ok=True)
-    write_atomically(config_file, lambda path: path.write_text(yaml.safe_dump(config, sort_keys=False)))
+    write_atomically(output_dir / CONFIG_FILE, lambda path: path.write_text(yaml.safe_dump(config, sort_keys=False)))
 
 
 def _sync(path: Path) -> None:

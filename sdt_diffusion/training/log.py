@@ -19,12 +19,16 @@ class TrainingLog:
     def __init__(self, output_dir: Path, start_step: int):
         self.path = output_dir / LOG_FILE
         self.records = [record for record in read_log(output_dir) if record["step"] <= start_step]
-        lines = "".join(json.dumps(record) + "\n" for record in self.records)
-        write_atomically(self.path, lambda path: path.write_text(lines))
+        self._rewritten = False
 
     def append(self, record: dict[str, float]) -> None:
         """Adds a record, which has a `step`."""
         self.records.append(record)
+        if not self._rewritten:
+            lines = "".join(json.dumps(record) + "\n" for record in self.records)
+            write_atomically(self.path, lambda path: path.write_text(lines))
+            self._rewritten = True
+            return
         with self.path.open("a") as file:
             file.write(json.dumps(record) + "\n")
 

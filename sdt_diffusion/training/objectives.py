@@ -1,6 +1,6 @@
 """What the model learns to predict: noise or velocity under a DDPM schedule, or the flow from data to noise."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal, NamedTuple
 
 import torch
@@ -26,6 +26,13 @@ class ObjectiveArguments:
     logit_mean: float = field(default=0.0, metadata={"help": "Mean of logit-normal times."})
     logit_std: float = field(default=1.0, metadata={"help": "Standard deviation of logit-normal times."})
     mode_scale: float = field(default=1.29, metadata={"help": "Scale of the 'mode' distribution of times."})
+
+    def __post_init__(self):
+        of_ddpm = ("prediction_type", "snr_gamma")
+        of_flow = ("weighting_scheme", "logit_mean", "logit_std", "mode_scale")
+        for f in fields(self):
+            if f.name in (of_ddpm if self.objective == "flow" else of_flow) and getattr(self, f.name) != f.default:
+                raise ValueError(f"--{f.name} does not apply to --objective {self.objective}.")
 
 
 class Noised(NamedTuple):
@@ -103,5 +110,10 @@ def diffusion_loss(
     """Weighted mean squared error of the model's prediction on a freshly noised batch, in fp32."""
     noised = objective.noised(clean)
     prediction = model(noised.sample, noised.timestep, class_labels, return_dict=False)[0]
+    if prediction.shape != noised.target.shape:
+        raise ValueError(
+            f"The model predicts {tuple(prediction.shape)}, but the target is {tuple(noised.target.shape)}: training "
+            "needs out_channels equal to in_channels."
+        )
     error = (prediction.float() - noised.target.float()).square().mean(dim=tuple(range(1, clean.ndim)))
     return (noised.weight * error).mean()

@@ -1,10 +1,9 @@
 """The training loop."""
 
-import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +18,21 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ..data import DataArguments, ShuffledStream
-from .arguments import OptimizationArguments, RunArguments
-from .checkpoint import checkpoint_step, claim_output_dir, find_checkpoint, save_checkpoint, write_atomically
+from .arguments import OptimizationArguments, RunArguments, merged
+from .checkpoint import (
+    check_output_dir,
+    check_same_run,
+    find_checkpoint,
+    read_manifest,
+    save_checkpoint,
+    write_atomically,
+    write_config,
+)
 from .ema import ModelEMA
 from .log import TrainingLog
 
-logger = logging.getLogger(__name__)
+#: Steps in a row that fp16's gradient scaler may skip.
+MAX_SKIPPED_STEPS = 50
 
 
 class NonFiniteLossError(RuntimeError):
@@ -46,10 +54,10 @@ class Training:
         run: Length, place and pace.
         optimization: How to optimise.
         data: Flip and workers of the data.
-        config: All resolved arguments, to be kept beside the run.
+        arguments: All dataclasses of arguments of the script, to be kept beside the run.
 
     Raises:
-        ValueError: If the output folder is another run's, or the checkpoint asked for is not usable.
+        ValueError: If the output folder or the checkpoint is another run's, or the checkpoint is not usable.
     """
 
     def __init__(
@@ -61,21 +69,24 @@ class Training:
         run: RunArguments,
         optimization: OptimizationArguments,
         data: DataArguments,
-        config: dict[str, Any],
+        arguments: Sequence[Any],
     ):
         self.name, self.compute_loss, self.images = name, compute_loss, images
-        self.run, self.optimization, self.data, self.config = run, optimization, data, config
+        self.run, self.optimization, self.data = run, optimization, data
         self.output_dir = Path(run.output_dir)
         self.accelerator = build_accelerator(run)
-        checkpoint = None
-        if run.resume_from_checkpoint is not None:
-            checkpoint = find_checkpoint(self.output_dir, run.resume_from_checkpoint)
-            if checkpoint is None:
-                logger.warning("There is no checkpoint in %s yet: starting from the beginning.", self.output_dir)
-        self.accelerator.wait_for_everyone()  # nobody looks for checkpoints in a folder that is being claimed
-        if self.accelerator.is_main_process:
-            claim_output_dir(self.output_dir, config, resume=run.resume_from_checkpoint is not None)
-        self.accelerator.wait_for_everyone()
+        run.mixed_precision = self.accelerator.mixed_precision
+        self.config = merged(*arguments)
+        # A step of more processes sees other images, with other noise.
+        self.checkpoint_config = {**self.config, "num_processes": self.accelerator.num_processes}
+
+        resume = run.resume_from_checkpoint is not None
+        check_output_dir(self.output_dir, self.config, resume)
+        checkpoint = find_checkpoint(self.output_dir, run.resume_from_checkpoint) if resume else None
+        if checkpoint is not None:
+            check_same_run(str(checkpoint), read_manifest(checkpoint)["config"], self.checkpoint_config)
+        elif resume:
+            self.accelerator.print(f"There is no checkpoint in {self.output_dir} yet: starting from the beginning.")
 
         self.ema = ModelEMA(model, optimization, self.accelerator.device) if optimization.use_ema else None
         self.optimizer = build_optimizer(model, optimization)
@@ -92,20 +103,20 @@ class Training:
         self.accelerator.register_save_state_pre_hook(self._save_models)
         self.accelerator.register_load_state_pre_hook(self._load_models)
 
-        self.step = 0
+        self.step, self.skipped_steps = 0, 0
         if checkpoint is not None:
             self.accelerator.load_state(str(checkpoint))
-            self.step = checkpoint_step(checkpoint)
-            logger.info("Resumed from %s at step %d.", checkpoint, self.step)
-        if self.accelerator.is_main_process:
-            self.log = TrainingLog(self.output_dir, self.step)
-            scalars = {key: value for key, value in config.items() if isinstance(value, (int, float, str, bool))}
-            self.accelerator.init_trackers("sdt_diffusion", config=scalars)
+            self.step = read_manifest(checkpoint)["step"]
+            self.accelerator.print(f"Resumed from {checkpoint}, after step {self.step}.")
+        self.log = TrainingLog(self.output_dir, self.step)
+        scalars = {key: value for key, value in self.config.items() if isinstance(value, (int, float, str, bool))}
+        self.accelerator.init_trackers("sdt_diffusion", config=scalars)
+        self.accelerator.wait_for_everyone()  # nobody looks at the folder when the first step marks it as this run's
 
     @property
     def unwrapped_model(self) -> nn.Module:
         """The model without the wrappers of DDP or torch.compile."""
-        return self.accelerator.unwrap_model(self.model)
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 
     @property
     def trained_model(self) -> nn.Module:
@@ -123,7 +134,8 @@ class Training:
             disable=not accelerator.is_local_main_process,
         )
         images_per_step = run.train_batch_size * run.gradient_accumulation_steps * accelerator.num_processes
-        losses, since, window_start = [], time.perf_counter(), self.step
+        losses, seconds, since, window_start = [], 0.0, time.perf_counter(), self.step
+        first_step = self.step
         self.model.train()
         for index, (images, labels) in enumerate(self._batches(), self.step * run.gradient_accumulation_steps):
             seed_batch(run.seed, accelerator.process_index, index)
@@ -133,34 +145,36 @@ class Training:
                 losses.append(accelerator.reduce(loss.detach().float(), "mean").item())
                 self._check_finite(losses[-1], "loss")
                 if accelerator.sync_gradients:
-                    norm = accelerator.clip_grad_norm_(self.model.parameters(), self.optimization.max_grad_norm)
-                    if accelerator.scaler is None:  # fp16's scaler skips overflowing steps by itself
-                        self._check_finite(float(norm), "gradient norm")
+                    norm = self._clip_gradients()
                 self.optimizer.step()
                 self.lr_scheduler.step()
                 self.optimizer.zero_grad()
             if not accelerator.sync_gradients:
                 continue
 
+            if self.step == first_step and accelerator.is_main_process:
+                write_config(self.output_dir, self.config)
             self.step += 1
             if self.ema is not None:
                 self.ema.step(self.unwrapped_model, self.step)
             progress_bar.update()
-            if self.step % run.logging_steps == 0 or self.step == run.max_train_steps:
-                now = time.perf_counter()
+            seconds += time.perf_counter() - since  # without checkpoints and what the caller does
+            last = self.step == run.max_train_steps
+            if self.step % run.logging_steps == 0 or last:
                 record = {
                     "loss": sum(losses) / len(losses),
-                    "grad_norm": float(norm),
+                    "grad_norm": norm,
                     "learning_rate": self.lr_scheduler.get_last_lr()[0],
-                    "images_per_second": (self.step - window_start) * images_per_step / (now - since),
+                    "images_per_second": (self.step - window_start) * images_per_step / seconds,
                 }
                 self._log(record)
                 progress_bar.set_postfix_str(f"loss {record['loss']:.4f}, {record['images_per_second']:.0f} images/s")
-                losses, since, window_start = [], now, self.step
-            if self.step % run.checkpointing_steps == 0 or self.step == run.max_train_steps:
+                losses, seconds, window_start = [], 0.0, self.step
+            if last or (run.checkpointing_steps and self.step % run.checkpointing_steps == 0):
                 self.save_checkpoint()
             yield self.step
             self.model.train()
+            since = time.perf_counter()
         progress_bar.close()
 
     def save_checkpoint(self) -> None:
@@ -170,6 +184,7 @@ class Training:
             self.step,
             self.accelerator.save_state,
             self.run.checkpoints_total_limit,
+            self.checkpoint_config,
             self.accelerator.is_main_process,
             self.accelerator.wait_for_everyone,
         )
@@ -180,11 +195,12 @@ class Training:
             return
         picture = make()
         path = self.output_dir / name
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, picture.save)
         for tracker in self.accelerator.trackers:
             if hasattr(tracker, "log_images"):
-                tracker.log_images({path.parent.name: np.asarray(picture)[None]}, step=self.step, dataformats="NHWC")
+                layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                tracker.log_images({"samples": np.asarray(picture)[None]}, step=self.step, **layout)
 
     def finish(self) -> None:
         """Closes the trackers."""
@@ -210,6 +226,19 @@ class Training:
             pin_memory=self.accelerator.device.type == "cuda",
         )
         return self.accelerator.prepare_data_loader(loader)
+
+    def _clip_gradients(self) -> float:
+        """Clips, and returns the norm before; stops the run if it will not become finite again."""
+        max_norm = self.optimization.max_grad_norm or math.inf
+        norm = float(self.accelerator.clip_grad_norm_(self.model.parameters(), max_norm))
+        if self.accelerator.scaler is not None and not math.isfinite(norm):
+            # fp16's scaler skips such a step and lowers its scale; it needs a few to find it, but not without end.
+            self.skipped_steps += 1
+            if self.skipped_steps < MAX_SKIPPED_STEPS:
+                return norm
+        self.skipped_steps = 0 if math.isfinite(norm) else self.skipped_steps
+        self._check_finite(norm, "gradient norm")
+        return norm
 
     def _check_finite(self, value: float, what: str) -> None:
         if not math.isfinite(value):
@@ -251,8 +280,10 @@ def build_accelerator(run: RunArguments) -> Accelerator:
         project_config=ProjectConfiguration(project_dir=run.output_dir, logging_dir=str(logging_dir)),
     )
     if accelerator.device.type == "cpu":  # `accelerate launch` asks for one thread, however many cores there are
+        affinity = getattr(os, "sched_getaffinity", None)
+        cores = len(affinity(0)) if affinity else os.cpu_count() or 1
         local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        torch.set_num_threads(run.cpu_threads or max(1, (os.cpu_count() or 1) // local_processes))
+        torch.set_num_threads(run.cpu_threads or max(1, cores // local_processes))
     return accelerator
 
 

@@ -53,15 +53,19 @@ def test_equals_a_dense_softmax_with_the_decay_added(variant):
     torch.testing.assert_close(output, expected)
 
 
-@both_forms
-def test_none_equals_sdpa(decomposed):
+@pytest.mark.parametrize("backend", list(BACKENDS))
+def test_none_is_plain_attention_in_one_and_in_two_passes(backend):
     query, key, value, _, _ = inputs()
-    output = spatial_decay_attention(query, key, value, None, None, GRID, variant="none", decomposed=decomposed)
-    if not decomposed:
-        expected = F.scaled_dot_product_attention(query, key, value)
-    else:
-        expected = two_passes(query, key, value, torch.zeros(2, 2, 12).double(), torch.ones(2).double(), GRID)
-    torch.testing.assert_close(output, expected)
+    no_decay = (torch.zeros(2, 2, 12).double(), torch.ones(2).double())
+    for decomposed, expected in (
+        (False, F.scaled_dot_product_attention(query, key, value)),
+        (False, dense(query, key, value, 0)),
+        (True, two_passes(query, key, value, *no_decay, GRID)),
+    ):
+        output = spatial_decay_attention(
+            query, key, value, None, None, GRID, variant="none", decomposed=decomposed, backend=backend
+        )
+        torch.testing.assert_close(output, expected)
 
 
 @given(st.tuples(st.integers(1, 4), st.integers(1, 4)), st.integers(0, 99))

@@ -44,7 +44,7 @@ def test_digits_are_scikit_learns():
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    images = load_images(DataArguments(), resolution=8)
+    images = load_images(DataArguments(), default_resolution=8)
     assert (len(images), images.num_classes, images.num_channels) == (1797, 10, 1)
     assert np.array_equal(images.labels, digits.target)
     pixels = torch.stack([image for image, _ in images.__getitems__(range(50))])
@@ -55,7 +55,7 @@ def test_digits_are_scikit_learns():
 
 
 def test_folder_labels_are_its_subfolders(folder):
-    images = load_images(DataArguments(dataset=str(folder)), resolution=8)
+    images = load_images(DataArguments(dataset=str(folder)), default_resolution=8)
     assert images.class_names == ["cat", "dog"]
     assert images.labels.tolist() == [0, 0, 1, 1]
     pixels, label = images[3]
@@ -73,20 +73,21 @@ def test_files_and_saved_datasets_give_the_same(tmp_path, ending):
     else:
         dataset.save_to_disk(tmp_path / "saved")
         path = next((tmp_path / "saved").glob("*.arrow"))
-        on_disk = load_images(DataArguments(dataset=str(tmp_path / "saved")), resolution=8)
+        on_disk = load_images(DataArguments(dataset=str(tmp_path / "saved")), default_resolution=8)
         assert on_disk.labels.tolist() == [0, 2, 1]
-    images = load_images(DataArguments(dataset=str(path)), resolution=8)
+    images = load_images(DataArguments(dataset=str(path)), default_resolution=8)
     assert images.labels.tolist() == [0, 2, 1]
     assert images.class_names == ["0", "1", "2"]
     assert images[1][0].shape == (3, 8, 8)
 
 
-def test_names_as_labels_are_numbered(tmp_path):
-    features = Features({"image": ImageFeature(), "label": Value("string")})
+@pytest.mark.parametrize("dtype", ["string", "large_string"])
+def test_names_as_labels_are_numbered(tmp_path, dtype):
+    features = Features({"image": ImageFeature(), "label": Value(dtype)})
     Dataset.from_dict({"image": [picture(i) for i in range(3)], "label": ["dog", "cat", "dog"]}, features).to_parquet(
         tmp_path / "x.parquet"
     )
-    images = load_images(DataArguments(dataset=str(tmp_path / "x.parquet")), resolution=8)
+    images = load_images(DataArguments(dataset=str(tmp_path / "x.parquet")), default_resolution=8)
     assert images.class_names == ["cat", "dog"]
     assert images.labels.tolist() == [1, 0, 1]
 
@@ -99,7 +100,7 @@ def test_any_mode_becomes_the_one_asked_for(tmp_path, mode):
     for name in "ab":
         picture(0, mode=mode).save(tmp_path / name / f"x.{ending}")
     for image_mode, channels in (("RGB", 3), ("L", 1)):
-        images = load_images(DataArguments(dataset=str(tmp_path), image_mode=image_mode), resolution=8)
+        images = load_images(DataArguments(dataset=str(tmp_path), image_mode=image_mode), default_resolution=8)
         assert images[0][0].shape == (channels, 8, 8)
 
 
@@ -127,7 +128,7 @@ class TestBadInput:
     def test_corrupt_file_is_named(self, folder):
         path = folder / "dog" / "a.png"
         path.write_bytes(path.read_bytes()[:60])
-        images = load_images(DataArguments(dataset=str(folder)), resolution=8)
+        images = load_images(DataArguments(dataset=str(folder)), default_resolution=8)
         images[3]
         with pytest.raises(CorruptImageError, match=r"row 2 \(.*dog/a\.png\) of .*images"):
             images[2]
@@ -136,35 +137,49 @@ class TestBadInput:
         rows = [{"bytes": png_bytes(picture(0)), "path": None}, {"bytes": b"no picture", "path": None}]
         features = Features({"img": ImageFeature(), "label": ClassLabel(names=["a", "b"])})
         Dataset.from_dict({"img": rows, "label": [0, 1]}, features).to_parquet(tmp_path / "x.parquet")
-        images = load_images(DataArguments(dataset=str(tmp_path / "x.parquet")), resolution=8)
+        images = load_images(DataArguments(dataset=str(tmp_path / "x.parquet")), default_resolution=8)
         with pytest.raises(CorruptImageError, match=r"row 1 of .*x\.parquet"):
             images.__getitems__([0, 1])
 
     @pytest.mark.parametrize("name", ["/nowhere/images", "./nowhere", "data.parquet"])
     def test_missing_paths(self, name):
         with pytest.raises(FileNotFoundError, match="There is no file or folder"):
-            load_images(DataArguments(dataset=name), resolution=8)
+            load_images(DataArguments(dataset=name), default_resolution=8)
 
     def test_empty_folder(self, tmp_path):
         with pytest.raises(ValueError, match=f"Cannot read the data set {tmp_path}"):
-            load_images(DataArguments(dataset=str(tmp_path)), resolution=8)
+            load_images(DataArguments(dataset=str(tmp_path)), default_resolution=8)
 
     def test_file_of_another_kind(self, tmp_path):
         (tmp_path / "x.csv").write_text("a,b")
         with pytest.raises(ValueError, match=r"x\.csv: only \.parquet and \.arrow files and folders"):
-            load_images(DataArguments(dataset=str(tmp_path / "x.csv")), resolution=8)
+            load_images(DataArguments(dataset=str(tmp_path / "x.csv")), default_resolution=8)
 
     def test_folder_without_subfolders_has_no_labels(self, tmp_path):
         picture(0).save(tmp_path / "a.png")
         with pytest.raises(ValueError, match=r"Cannot tell the label column.*names of subfolders"):
-            load_images(DataArguments(dataset=str(tmp_path)), resolution=8)
+            load_images(DataArguments(dataset=str(tmp_path)), default_resolution=8)
 
     def test_labels_out_of_range(self, tmp_path):
         table([0, -1, 1]).to_parquet(tmp_path / "x.parquet")
         with pytest.raises(ValueError, match=r"row 1: label -1 in column 'label' is outside 0\.\.1"):
-            load_images(DataArguments(dataset=str(tmp_path / "x.parquet")), resolution=8)
+            load_images(DataArguments(dataset=str(tmp_path / "x.parquet")), default_resolution=8)
+
+    @pytest.mark.parametrize(("label", "dtype"), [(None, "int64"), (0.7, "float64")])
+    def test_labels_that_are_none(self, tmp_path, label, dtype):
+        table([0, label], label=Value(dtype)).to_parquet(tmp_path / "x.parquet")
+        with pytest.raises(ValueError, match=r"row \d: .* in column 'label' is no label"):
+            load_images(DataArguments(dataset=str(tmp_path / "x.parquet")), default_resolution=8)
+
+    def test_sixteen_bits_are_refused_rather_than_cut(self, folder):
+        Image.fromarray(np.full((10, 10), 40_000, np.uint16)).save(folder / "cat" / "a.png")
+        images = load_images(DataArguments(dataset=str(folder)), default_resolution=8)
+        with pytest.raises(CorruptImageError, match=r"cat/a\.png.*mode I;16 has more than 8 bits a channel"):
+            images[0]
 
     def test_unknown_column(self, tmp_path):
         table([0, 1]).to_parquet(tmp_path / "x.parquet")
         with pytest.raises(ValueError, match=r"no column 'picture' \(--image_column\); it has \['img', 'label'\]"):
-            load_images(DataArguments(dataset=str(tmp_path / "x.parquet"), image_column="picture"), resolution=8)
+            load_images(
+                DataArguments(dataset=str(tmp_path / "x.parquet"), image_column="picture"), default_resolution=8
+            )

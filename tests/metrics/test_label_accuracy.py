@@ -7,7 +7,7 @@ from sdt_diffusion.metrics.label_accuracy import svm_label_accuracy
 
 @pytest.fixture(scope="module")
 def digits():
-    images = load_images(DataArguments(), resolution=8)
+    images = load_images(DataArguments(), default_resolution=8)
     pixels = np.stack([image.permute(1, 2, 0).numpy() for image, _ in images.__getitems__(range(len(images)))])
     return images, pixels / 2 + 0.5
 

@@ -6,7 +6,13 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    FirstBlockCacheConfig,
+)
 
 from sdt_diffusion import SDTPipeline
 
@@ -39,6 +45,20 @@ def test_a_class_may_be_given_in_many_forms(make_pipe, labels):
 
 def test_every_word_of_a_class_name_is_known(make_pipe):
     assert make_pipe().get_label_ids(["bee", "honey bee", "bee, honey bee", "elk"]) == [1, 1, 1, 4]
+
+
+def test_a_full_name_wins_over_a_word_and_shared_words_are_refused(make_model):
+    names = {0: "maillot", 1: "maillot, tank suit", 2: "crane", 3: "crane", 4: "tank, suit"}
+    pipe = SDTPipeline(make_model(), DDIMScheduler(), id2label=names)
+    assert pipe.get_label_ids(["maillot", "tank suit", "tank"]) == [0, 1, 4]
+    with pytest.raises(ValueError, match="'crane' is a name of the classes 2, 3: give the id"):
+        pipe.get_label_ids("crane")
+
+
+def test_learned_variance_under_a_scheduler_that_cuts_it_is_refused(make_pipe, make_model):
+    scheduler = DPMSolverMultistepScheduler(variance_type="learned_range")
+    with pytest.raises(ValueError, match=r"cuts predictions to three channels.*swap_scheduler"):
+        make_pipe(scheduler, transformer=make_model(out_channels=6))([0])
 
 
 def test_guidance_extrapolates_all_channels_from_the_null_class(make_pipe):
@@ -107,6 +127,29 @@ def test_callback_sees_every_step_and_may_replace_latents_and_guidance(make_pipe
     assert torch.equal(latents, torch.zeros_like(latents))
     assert pipe.num_timesteps == 3
     assert not pipe.do_classifier_free_guidance
+
+
+def test_a_callback_may_return_nothing_and_may_interrupt(make_pipe):
+    pipe = make_pipe()
+    steps = []
+
+    def callback(pipe, step, timestep, kwargs):
+        steps.append(step)
+        pipe._interrupt = step == 1
+
+    pipe([0], num_inference_steps=5, callback_on_step_end=callback)
+    assert steps == [0, 1]
+    pipe([0], num_inference_steps=5, callback_on_step_end=lambda *_: steps.append("again"))
+    assert steps[2:] == ["again"] * 5
+
+
+def test_caches_work_in_the_pipeline(make_pipe, make_model):
+    pipe = make_pipe(transformer=make_model(num_layers=3))
+    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=1e6))
+    calls = []
+    pipe.transformer.transformer_blocks[2].ff.register_forward_hook(lambda *_: calls.append(1))
+    pipe([0], num_inference_steps=4)
+    assert len(calls) == 1
 
 
 def test_given_latents_replace_the_noise(make_pipe):
@@ -196,7 +239,9 @@ class TestBadInput:
             make_pipe()([0, label])
 
     def test_unknown_class_name(self, make_pipe):
-        with pytest.raises(ValueError, match=r"Unknown class name\(s\) 'wolf'.*'ant', 'bee, honey bee', 'bee'"):
+        with pytest.raises(
+            ValueError, match=r"Unknown class name\(s\) 'wolf'\. Known names: 'ant', 'bee, honey bee', 'cat'"
+        ):
             make_pipe()(["ant", "wolf"])
 
     @pytest.mark.parametrize("label", [1.0, True, None, [[1]]])
@@ -214,6 +259,8 @@ class TestBadInput:
             pipe([0], output_type="jpg")
         with pytest.raises(ValueError, match="2 generators were given for a batch of 1"):
             pipe([0], generator=[seeded(), seeded()])
+        with pytest.raises(ValueError, match="num_inference_steps must be at least 1, not 0"):
+            pipe([0], num_inference_steps=0)
         with pytest.raises(ValueError, match="num_images_per_prompt must be at least 1"):
             pipe([0], num_images_per_prompt=0)
         with pytest.raises(ValueError, match=r"callback_on_step_end_tensor_inputs must be in \['latents'\]"):

@@ -5,13 +5,14 @@ import numpy as np
 import pytest
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.cache_utils import CacheMixin
 
 from sdt_diffusion.sdt.schedulers import DIFFUSION_SCHEDULERS, FLOW_SCHEDULERS, is_flow, swap_scheduler
 
 MEAN, STD = 0.4, 0.5
 
 
-class GaussianDenoiser(diffusers.ModelMixin, ConfigMixin):
+class GaussianDenoiser(diffusers.ModelMixin, ConfigMixin, CacheMixin):
     """What a perfectly trained model predicts when every pixel of the data is N(0.4, 0.5^2)."""
 
     @register_to_config
@@ -72,6 +73,12 @@ def test_swapping_back_and_forth_keeps_the_kind():
     assert is_flow(there)
     back = swap_scheduler(there, "FlowMatchEulerDiscreteScheduler")
     assert back.config.shift == 3.0
+
+
+def test_swapping_keeps_what_the_other_scheduler_knows_too():
+    saved = diffusers.FlowMatchEulerDiscreteScheduler(shift=2.0, use_karras_sigmas=True)
+    assert swap_scheduler(saved, "FlowMatchEulerDiscreteScheduler").config.use_karras_sigmas
+    assert swap_scheduler(saved, "UniPCMultistepScheduler").config.use_karras_sigmas
 
 
 def test_learned_variance_is_dropped_where_it_would_cut_channels():

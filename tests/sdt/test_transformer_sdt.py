@@ -1,3 +1,4 @@
+import accelerate
 import diffusers
 import pytest
 import torch
@@ -6,6 +7,7 @@ from diffusers import DiTTransformer2DModel, FirstBlockCacheConfig
 from sdt_diffusion import SDTTransformer2DModel
 from sdt_diffusion.attention import SPATIAL_DECAY_VARIANTS
 from sdt_diffusion.sdt import PRESETS
+from sdt_diffusion.sdt.transformer_sdt import position_embedding
 from tests.conftest import TINY, randomise
 
 OPTIONS = [
@@ -66,13 +68,20 @@ class TestAgainstDiT:
 
 
 @pytest.mark.parametrize(
-    ("name", "millions"), [("SDT-S/2", 32.9), ("SDT-B/2", 130.3), ("SDT-L/2", 457.8), ("SDT-XL/2", 674.8)]
+    ("name", "dit", "sdt"),
+    [
+        ("SDT-S/2", 32.9, 32.9),
+        ("SDT-B/2", 130.3, 130.5),
+        ("SDT-L/2", 457.8, 458.6),
+        ("SDT-XL/2", 674.8, 675.8),
+    ],
 )
-def test_presets_have_dits_parameters_and_gates_add_little(name, millions):
+def test_presets_have_dits_parameters_and_gates_add_little(name, dit, sdt):
     with torch.device("meta"):
         plain = SDTTransformer2DModel.from_preset(name, spatial_decay="none").num_parameters()
         gated = SDTTransformer2DModel.from_preset(name).num_parameters()
-    assert plain / 1e6 == pytest.approx(millions, abs=0.05)
+    assert plain / 1e6 == pytest.approx(dit, abs=0.05)
+    assert gated / 1e6 == pytest.approx(sdt, abs=0.05)
     assert 0 < gated - plain < 0.002 * plain
 
 
@@ -107,7 +116,7 @@ def test_other_grids_than_the_trained_one_work(make_model, options):
 def test_position_embedding_is_rescaled_to_the_trained_extent(make_model):
     embed = make_model().pos_embed
     trained = embed.pos_embed[0].view(4, 4, -1)
-    finer = embed._position_embedding((8, 8))[0].view(8, 8, -1)
+    finer = position_embedding(32, (8, 8), embed.grid_size)[0].view(8, 8, -1)
     torch.testing.assert_close(finer[::2, ::2], trained)
 
 
@@ -176,12 +185,14 @@ def test_compiles_without_a_graph_break_and_never_again(make_model, variant):
     images, timestep, labels = batch()
     expected = model(images, timestep, labels).sample
     torch.testing.assert_close(compiled(images, timestep, labels).sample, expected, rtol=1e-4, atol=1e-4)
-    compiled(images, timestep, labels).sample.sum().backward()
-    with torch.compiler.set_stance("fail_on_recompile"):
-        for seed in range(3):
-            other, _, _ = batch(seed=seed)
-            t, y = torch.tensor([1.0, 500.0]) + seed, torch.tensor([seed, 5])
-            compiled(other, t, y).sample.sum().backward()
+    for training in (False, True):
+        model.train(training)
+        compiled(images, timestep, labels).sample.sum().backward()
+        with torch.compiler.set_stance("fail_on_recompile"):
+            for seed in range(3):
+                other, _, _ = batch(seed=seed)
+                t, y = torch.tensor([1.0, 500.0]) + seed, torch.tensor([seed, 5])
+                compiled(other, t, y).sample.sum().backward()
 
 
 @pytest.mark.parametrize("variant", ["context", "raster", "none"])
@@ -233,6 +244,24 @@ def test_autocast_is_close_to_fp32(make_model):
     assert (output.float() - expected).norm() < 0.05 * expected.norm()
 
 
+def test_the_residual_stream_stays_in_fp32_under_autocast(make_model):
+    model = make_model()
+    dtypes = []
+    for block in model.transformer_blocks:
+        block.register_forward_pre_hook(lambda module, args: dtypes.append(args[0].dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(*batch())
+    assert dtypes == [torch.float32] * 2
+
+
+def test_offloaded_weights_are_fetched_for_every_module(make_model):
+    model = make_model()
+    expected = model(*batch()).sample
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    assert model.transformer_blocks[0].attn.gate.proj.weight.device.type == "meta"
+    torch.testing.assert_close(model(*batch()).sample, expected)
+
+
 def test_scalar_timesteps_are_taken_for_the_whole_batch(make_model):
     model = make_model()
     images, _, labels = batch()
@@ -253,6 +282,12 @@ class TestBadInput:
         with pytest.raises(ValueError, match="Unknown spatial_decay 'gaussian'"):
             SDTTransformer2DModel(**TINY, spatial_decay="gaussian")
 
+    def test_unknown_activation_and_decays_that_are_none(self):
+        with pytest.raises(ValueError, match="Unknown activation_fn 'relu6'"):
+            SDTTransformer2DModel(**TINY, activation_fn="relu6")
+        with pytest.raises(ValueError, match=r"Decay exponents from 0\.0 over a range of 6\.0 must be positive"):
+            SDTTransformer2DModel(**TINY, decay_initial_value=0.0)
+
     def test_sizes_that_do_not_divide(self):
         with pytest.raises(ValueError, match="sample_size 9x9 is not divisible by patch_size 2"):
             SDTTransformer2DModel(**{**TINY, "sample_size": 9})
@@ -268,6 +303,8 @@ class TestBadInput:
             model(torch.randn(2, 4, 8, 8), timestep, labels)
         with pytest.raises(ValueError, match="8x7 is not divisible by the model's patch_size 2"):
             model(images[..., :7], timestep, labels)
+        with pytest.raises(ValueError, match=r"2 inputs need as many class labels, not a tensor of shape \(1,\)"):
+            model(images, timestep, labels[:1])
         for label in (-1, 6):
             with pytest.raises(ValueError, match=r"must lie in 0\.\.5 \(5 is the null class\)"):
                 model(images, timestep, torch.tensor([0, label]))

@@ -1,4 +1,5 @@
 import pytest
+import yaml
 
 from sdt_diffusion.data import DataArguments
 from sdt_diffusion.sdt.arguments import ModelArguments
@@ -30,15 +31,32 @@ def test_command_line_wins_over_yaml_which_wins_over_defaults(config):
     assert ModelArguments(model_overrides=values["model_overrides"]).config()["num_layers"] == 2
 
 
-def test_default_config_yields_to_a_named_flag(config):
-    path = config("seed: 3\n")
-    assert parse(default_config=path, default_config_unless="--dataset")["seed"] == 3
-    for flag in (["--dataset", "digits"], ["--dataset=digits"]):
-        assert parse(*flag, default_config=path, default_config_unless="--dataset")["seed"] == 0
+def test_a_data_set_brings_its_recipe_unless_a_config_is_given(config, tmp_path):
+    recipes = {"digits": config("seed: 3\n")}
+    assert parse(recipes=recipes)["seed"] == 3
+    assert parse("--dataset=digits", recipes=recipes)["seed"] == 3
+    assert parse("--dataset", "images", recipes=recipes)["seed"] == 0
+    other = tmp_path / "other.yaml"
+    other.write_text("train_batch_size: 2\n")
+    assert parse("--config", str(other), recipes=recipes)["seed"] == 0
+
+
+def test_yaml_values_mean_what_they_say(config):
+    path = config("mixed_precision: no\nadam_epsilon: 1e-7\noutput_dir: -x\nrandom_flip: yes\n")
+    values = parse("--config", str(path))
+    assert values["mixed_precision"] == "no"
+    assert values["adam_epsilon"] == 1e-7
+    assert values["output_dir"] == "-x"
+    assert values["random_flip"] is True
+
+
+def test_the_written_config_is_one_that_can_be_read(config):
+    values = parse("--seed", "5", "--model_overrides", '{"num_layers": 2}')
+    assert parse("--config", str(config(yaml.safe_dump(values)))) == values
 
 
 @pytest.mark.parametrize(
-    ("yaml", "message"),
+    ("text", "message"),
     [
         ("learning_rat: 1\nseeds: 2", "run.yaml: unknown key(s) learning_rat, seeds; known: adam_beta1"),
         ("seed: many", "argument --seed: invalid int value: 'many'"),
@@ -47,9 +65,9 @@ def test_default_config_yields_to_a_named_flag(config):
         ("seed: [", "is not valid YAML"),
     ],
 )
-def test_bad_yaml_is_refused_with_the_reason(config, capsys, yaml, message):
+def test_bad_yaml_is_refused_with_the_reason(config, capsys, text, message):
     with pytest.raises(SystemExit):
-        parse("--config", str(config(yaml)))
+        parse("--config", str(config(text)))
     assert message in capsys.readouterr().err
 
 
@@ -59,6 +77,9 @@ def test_bad_yaml_is_refused_with_the_reason(config, capsys, yaml, message):
         (["--learning_rat", "1"], "unknown argument(s) --learning_rat 1"),
         (["--learn", "1"], "unknown argument(s) --learn 1"),
         (["--config", "nowhere.yaml"], "there is no file nowhere.yaml"),
+        (["--seed", "-1"], "--seed must be at least 0, not -1"),
+        (["--logging_steps", "0"], "--logging_steps must be at least 1, not 0"),
+        (["--learning_rate", "nan"], "--learning_rate must be at least 0, not nan"),
     ],
 )
 def test_bad_flags_are_refused_with_the_reason(capsys, argv, message):
@@ -78,7 +99,12 @@ def test_model_arguments_override_the_preset():
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
-    [("{", "is not JSON"), ("[1]", "must be a JSON object"), ('{"depth": 1}', r"Unknown config key\(s\) depth")],
+    [
+        ("{", "is not JSON"),
+        ("[1]", "must be a JSON object"),
+        ('{"depth": 1}', r"Unknown config key\(s\) depth"),
+        ('{"num_classes": 3}', "num_classes follow from the data set"),
+    ],
 )
 def test_bad_model_overrides_are_refused(overrides, message):
     with pytest.raises(ValueError, match=message):

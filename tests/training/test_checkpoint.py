@@ -4,14 +4,16 @@ import pytest
 import yaml
 
 from sdt_diffusion.training.checkpoint import (
-    checkpoint_step,
-    claim_output_dir,
+    check_output_dir,
+    check_same_run,
     find_checkpoint,
     is_complete,
     list_checkpoints,
     move_into,
+    read_manifest,
     save_checkpoint,
     write_atomically,
+    write_config,
 )
 
 
@@ -34,7 +36,7 @@ def test_a_checkpoint_is_whole_and_knows_its_step(tmp_path):
     path = save_checkpoint(tmp_path, 7, save)
     assert path == tmp_path / "checkpoint-7"
     assert is_complete(path)
-    assert checkpoint_step(path) == 7
+    assert read_manifest(path)["step"] == 7
     assert names(tmp_path) == ["checkpoint-7"]
 
 
@@ -88,9 +90,9 @@ def test_a_checkpoint_may_be_named_by_path_or_by_name(tmp_path):
 def test_the_limit_deletes_the_oldest(tmp_path):
     for step in (2, 10, 9, 100):
         save_checkpoint(tmp_path, step, save, total_limit=2)
-    assert [checkpoint_step(path) for path in list_checkpoints(tmp_path)] == [10, 100]
+    assert [read_manifest(path)["step"] for path in list_checkpoints(tmp_path)] == [10, 100]
     save_checkpoint(tmp_path, 101, save, total_limit=0)
-    assert [checkpoint_step(path) for path in list_checkpoints(tmp_path)] == [101]
+    assert [read_manifest(path)["step"] for path in list_checkpoints(tmp_path)] == [101]
 
 
 def test_files_are_replaced_whole_or_not_at_all(tmp_path):
@@ -126,38 +128,43 @@ def test_moving_into_a_folder_replaces_only_what_is_new(tmp_path):
     assert names(tmp_path) == ["kept", "model_index.json", "transformer"]
 
 
-class TestClaimingTheOutputFolder:
+class TestTheOutputFolder:
     config = {"model": "SDT-S/2", "seed": 0, "max_train_steps": 10}  # noqa: RUF012
+    other = {"model": "SDT-B/2", "seed": 1, "max_train_steps": 10}  # noqa: RUF012
 
-    def test_a_new_folder_gets_the_config(self, tmp_path):
-        claim_output_dir(tmp_path / "a" / "b", self.config, resume=False)
+    def test_a_new_folder_is_free_and_untouched_by_the_question(self, tmp_path):
+        check_output_dir(tmp_path / "a", self.config, resume=False)
+        check_output_dir(tmp_path / "a", self.config, resume=True)
+        assert names(tmp_path) == []
+        write_config(tmp_path / "a" / "b", self.config)
         assert yaml.safe_load((tmp_path / "a" / "b" / "training_config.yaml").read_text()) == self.config
 
-    def test_another_runs_folder_is_refused_and_left_alone(self, tmp_path):
-        claim_output_dir(tmp_path, self.config, resume=False)
-        save_checkpoint(tmp_path, 1, save)
-        before = (tmp_path / "training_config.yaml").read_text()
+    @pytest.mark.parametrize("steps", [0, 1])
+    def test_another_runs_folder_is_refused_from_its_first_step(self, tmp_path, steps):
+        write_config(tmp_path, self.config)
+        for step in range(steps):
+            save_checkpoint(tmp_path, step + 1, save)
         for resume in (False, True):
             with pytest.raises(ValueError, match=r"another config: model: 'SDT-S/2' there, 'SDT-B/2' now; seed: 0"):
-                claim_output_dir(tmp_path, {**self.config, "model": "SDT-B/2", "seed": 1}, resume)
-        assert (tmp_path / "training_config.yaml").read_text() == before
+                check_output_dir(tmp_path, self.other, resume)
 
     def test_the_same_run_continues_only_when_asked_to(self, tmp_path):
-        claim_output_dir(tmp_path, self.config, resume=False)
+        write_config(tmp_path, self.config)
+        check_output_dir(tmp_path, self.config, resume=False)  # nothing came of it yet
         save_checkpoint(tmp_path, 1, save)
         with pytest.raises(ValueError, match=r"already holds this run.*--resume_from_checkpoint latest"):
-            claim_output_dir(tmp_path, self.config, resume=False)
-        claim_output_dir(tmp_path, {**self.config, "max_train_steps": 20}, resume=True)
-        assert yaml.safe_load((tmp_path / "training_config.yaml").read_text())["max_train_steps"] == 20
-
-    def test_a_run_that_came_to_nothing_may_be_started_over(self, tmp_path):
-        claim_output_dir(tmp_path, self.config, resume=False)
-        claim_output_dir(tmp_path, {**self.config, "seed": 1}, resume=False)
-        assert yaml.safe_load((tmp_path / "training_config.yaml").read_text())["seed"] == 1
+            check_output_dir(tmp_path, self.config, resume=False)
+        check_output_dir(tmp_path, {**self.config, "max_train_steps": 20}, resume=True)
 
     @pytest.mark.parametrize("name", ["model_index.json", "checkpoint-4"])
-    def test_somebody_elses_work_is_not_overwritten(self, tmp_path, name):
+    def test_somebody_elses_work_is_refused(self, tmp_path, name):
         (tmp_path / name).mkdir()
-        with pytest.raises(ValueError, match=f"holds {name} of something else"):
-            claim_output_dir(tmp_path, self.config, resume=False)
-        assert names(tmp_path) == [name]
+        for resume in (False, True):
+            with pytest.raises(ValueError, match=f"holds {name} of something else"):
+                check_output_dir(tmp_path, self.config, resume)
+
+    def test_a_checkpoint_knows_its_run(self, tmp_path):
+        manifest = read_manifest(save_checkpoint(tmp_path, 1, save, config=self.config))
+        check_same_run("it", manifest["config"], self.config)
+        with pytest.raises(ValueError, match="it is of a run with another config: model: 'SDT-S/2' there"):
+            check_same_run("it", manifest["config"], self.other)

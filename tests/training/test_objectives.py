@@ -76,6 +76,21 @@ def test_loss_of_predicting_zero_is_the_targets_power(objective):
     assert loss.item() == pytest.approx(1.0 if objective == "ddpm" else 1 + 0.7**2, rel=0.05)
 
 
+@pytest.mark.parametrize("args", [{"objective": "flow", "snr_gamma": 5.0}, {"objective": "ddpm", "logit_std": 2.0}])
+def test_arguments_of_the_other_objective_are_refused(args):
+    with pytest.raises(ValueError, match=f"does not apply to --objective {args['objective']}"):
+        ObjectiveArguments(**args)
+
+
+def test_a_prediction_of_another_shape_is_refused():
+    class Wide(torch.nn.Module):
+        def forward(self, sample, timestep, class_labels, return_dict):
+            return (torch.cat([sample, sample], 1),)
+
+    with pytest.raises(ValueError, match=r"predicts \(2, 2, 4, 4\), but the target is \(2, 1, 4, 4\)"):
+        diffusion_loss(Wide(), build_objective(ObjectiveArguments()), torch.zeros(2, 1, 4, 4), None)
+
+
 @pytest.mark.parametrize("args", [{"objective": "flow"}, {"objective": "ddpm", "prediction_type": "v_prediction"}])
 def test_saved_scheduler_fits_the_objective_also_after_from_config(args, tmp_path):
     objective = build_objective(ObjectiveArguments(**args))

@@ -1,12 +1,14 @@
+import json
 import math
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from PIL import Image
 
 from sdt_diffusion import SDTTransformer2DModel
 from sdt_diffusion.data import DataArguments
-from sdt_diffusion.training.arguments import OptimizationArguments, RunArguments, merged
+from sdt_diffusion.training.arguments import OptimizationArguments, RunArguments
 from sdt_diffusion.training.run import NonFiniteLossError, Training, build_optimizer, seed_batch
 from tests.conftest import TINY
 
@@ -28,16 +30,16 @@ def make_training(tmp_path):
             output_dir=str(tmp_path / output_dir),
             train_batch_size=4,
             max_train_steps=6,
-            checkpointing_steps=2,
             report_to="none",
             cpu_threads=1,
-            **kwargs,
+            **{"checkpointing_steps": 2, **kwargs},
         )
         optimization, data = OptimizationArguments(learning_rate=1e-2), DataArguments()
         torch.manual_seed(0)
         model = SDTTransformer2DModel(**TINY)
-        config = merged(run, optimization, data)
-        return Training(model, "transformer", compute_loss, Images(), run, optimization, data, config)
+        return Training(
+            model, "transformer", compute_loss, Images(), run, optimization, data, (run, optimization, data)
+        )
 
     return make
 
@@ -106,7 +108,49 @@ def test_latest_without_a_checkpoint_starts_from_the_beginning(make_training):
     assert training.step == 0
 
 
-def test_a_missing_checkpoint_is_refused_before_the_folder_is_claimed(make_training, tmp_path):
+def test_a_folder_is_the_runs_from_its_first_step(make_training):
+    training = make_training(mean_loss)
+    assert not (training.output_dir / "training_config.yaml").exists()
+    next(training.steps())
+    assert (training.output_dir / "training_config.yaml").exists()
+
+
+def test_no_interval_means_one_checkpoint_at_the_end(make_training):
+    training = make_training(mean_loss, checkpointing_steps=0)
+    list(training.steps())
+    assert [path.name for path in training.output_dir.glob("checkpoint-*")] == ["checkpoint-6"]
+
+
+def test_a_checkpoint_of_another_run_or_process_count_is_refused(make_training):
+    first = make_training(mean_loss)
+    list(first.steps())
+    checkpoint = first.output_dir / "checkpoint-4"
+    with pytest.raises(ValueError, match=r"checkpoint-4 is of a run with another config: seed: 0 there, 1 now"):
+        make_training(mean_loss, "other", seed=1, resume_from_checkpoint=str(checkpoint))
+    manifest = json.loads((checkpoint / "checkpoint.json").read_text())
+    manifest["config"]["num_processes"] = 2
+    (checkpoint / "checkpoint.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match="num_processes: 2 there, 1 now"):
+        make_training(mean_loss, resume_from_checkpoint=str(checkpoint))
+
+
+def test_pictures_reach_every_tracker_in_the_form_it_takes(make_training):
+    class Tracker:
+        def __init__(self, name):
+            self.name = name
+
+        def log_images(self, values, step, **kwargs):
+            self.seen = ({key: value.shape for key, value in values.items()}, step, kwargs)
+
+    training = make_training(mean_loss)
+    training.accelerator.trackers = [Tracker("tensorboard"), Tracker("wandb")]
+    training.save_picture("samples/a.png", lambda: Image.new("RGB", (6, 4)))
+    assert (training.output_dir / "samples" / "a.png").is_file()
+    assert training.accelerator.trackers[0].seen == ({"samples": (1, 4, 6, 3)}, 0, {"dataformats": "NHWC"})
+    assert training.accelerator.trackers[1].seen == ({"samples": (1, 4, 6, 3)}, 0, {})
+
+
+def test_a_missing_checkpoint_is_refused_before_anything_is_written(make_training, tmp_path):
     with pytest.raises(ValueError, match="There is no checkpoint checkpoint-7"):
         make_training(mean_loss, resume_from_checkpoint="checkpoint-7")
     assert not (tmp_path / "out").exists()

@@ -9,6 +9,7 @@ counts. Peak memory is taken in a fresh process for each, on CUDA from the alloc
 """
 
 import argparse
+import ctypes
 import multiprocessing
 import statistics
 import time
@@ -100,6 +101,20 @@ def peak_memory(*measurement):
     return queue.get()
 
 
+def keep_freed_memory():
+    """Tells glibc not to hand freed memory back to the system.
+
+    It does so when the top of the heap is free, and the next step faults it all in again: up to a fifth of a training
+    step, for whichever contestant happens to lie at the top.
+    """
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-1, 2**30)  # M_TRIM_THRESHOLD; setting it ends the tuning of the other, so:
+        libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, at what glibc tunes it to at most
+    except (OSError, AttributeError):
+        print("Not glibc: freed memory may go back to the system, and some of the noise with it.")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="SDT-S/2")
@@ -113,6 +128,7 @@ def main():
     parser.add_argument("--no_memory", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    keep_freed_memory()
 
     print(f"{args.preset}, batch {args.batch_size}, {args.dtype}, {args.device}, {args.threads} threads")
     print(f"torch {torch.__version__}, medians of {args.rounds} interleaved rounds, ratios to `{BASELINE}`\n")

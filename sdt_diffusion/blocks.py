@@ -10,7 +10,6 @@ from diffusers.models.embeddings import apply_rotary_emb
 from torch import nn
 
 from .attention import BACKENDS, build_gate, check_variant, spatial_decay, spatial_decay_attention
-from .attention.dispatch import DEFAULT_BACKEND
 
 #: What diffusers' `FeedForward` knows.
 ACTIVATIONS = ("gelu", "gelu-approximate", "geglu", "geglu-approximate", "swiglu", "linear-silu")
@@ -24,14 +23,15 @@ class SDTAttnProcessor:
     The mask has the query's dtype: in bf16, decays of 16 to 32 are rounded to steps of 1/8. Our backends keep fp32.
 
     Args:
-        backend: A name in `sdt_diffusion.attention.BACKENDS`, used while no diffusers backend is set.
+        backend: A name in `sdt_diffusion.attention.BACKENDS`, used while no diffusers backend is set; the best for the
+            device by default.
     """
 
     _attention_backend = None
     _parallel_config = None
 
-    def __init__(self, backend: str = DEFAULT_BACKEND):
-        if backend not in BACKENDS:
+    def __init__(self, backend: str | None = None):
+        if backend is not None and backend not in BACKENDS:
             raise ValueError(f"Unknown attention backend {backend!r}: choose one of {', '.join(BACKENDS)}.")
         self.backend = backend
 

@@ -7,22 +7,18 @@ from .geometry import manhattan_distance
 from .reference import reference_attention
 
 
-class _DenseSpatialDecayAttention(torch.autograd.Function):
+class _DenseAttention(torch.autograd.Function):
     """softmax(Q K^T * scale + (u_i + u_j) d_ij) V, with u = 1/2 alpha G <= 0, so that the bias is M without its abs.
 
-    Logits and softmax share one buffer, and so do all steps of the backward pass: fresh buffers would cost more than
-    the arithmetic. With P the attention and S the logits, dS = P * (dP - sum_j dP P) and
+    A compiler fuses bias and softmax. Backward, with P the attention and S the logits: dS = P * (dP - sum_j dP P),
     du_i = sum_j (dS_ij + dS_ji) d_ij; autograd carries du on to the gate and alpha.
     """
 
     @staticmethod
     def forward(ctx, query, key, value, half_decay, distance, scale):
         logits = (half_decay[..., :, None] + half_decay[..., None, :]).mul_(distance)
-        if query.dtype == logits.dtype:
-            logits.flatten(0, 1).baddbmm_(_heads(query), _heads(key).transpose(1, 2), alpha=scale)
-        else:  # the decay stays in fp32 under autocast
-            logits.add_(query @ key.transpose(-1, -2), alpha=scale)
-        attention = torch.softmax(logits, dim=-1, out=logits).to(value.dtype)
+        logits = logits.add_(query @ key.transpose(-1, -2), alpha=scale)  # in the decay's fp32, also under autocast
+        attention = torch.softmax(logits, dim=-1).to(value.dtype)
         output = attention @ value
         ctx.save_for_backward(query, key, value, attention, output, distance)
         ctx.scale = scale
@@ -47,10 +43,6 @@ class _DenseSpatialDecayAttention(torch.autograd.Function):
         return grad_query, grad_key, grad_value, grad_half_decay, None, None
 
 
-def _heads(x: torch.Tensor) -> torch.Tensor:
-    return x.flatten(0, 1)
-
-
 def dense_attention(query, key, value, gate, alpha, grid_size, variant, scale):
     """Spatial decay attention on materialised logits; `raster`, whose decay is no product with a distance, by formula.
 
@@ -58,9 +50,13 @@ def dense_attention(query, key, value, gate, alpha, grid_size, variant, scale):
     """
     if variant == "raster":
         return reference_attention(query, key, value, gate, alpha, grid_size, variant, scale)
+    return _DenseAttention.apply(query, key, value, *half_decay_and_distance(gate, alpha, grid_size, variant), scale)
+
+
+def half_decay_and_distance(gate, alpha, grid_size, variant):
+    """u = 1/2 alpha G, shape (batch, heads, tokens), and d, shape (tokens, tokens): M_ij = (u_i + u_j) d_ij."""
     distance = manhattan_distance(grid_size, gate.device, gate.dtype)
     if variant == "content":
         distance = distance.clamp(max=1)
     half_decay = gate * (alpha[:, None] / 2)
-    half_decay = half_decay.expand(*query.shape[:-1]).contiguous()  # or the logits inherit the gate's strides
-    return _DenseSpatialDecayAttention.apply(query, key, value, half_decay, distance, scale)
+    return half_decay.contiguous(), distance  # or the logits would inherit the gate's strides

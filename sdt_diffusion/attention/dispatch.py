@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
+from .blockwise import blockwise_attention
 from .dense import dense_attention
 from .reference import check_variant, reference_attention
 
@@ -13,8 +14,13 @@ from .reference import check_variant, reference_attention
 BACKENDS: dict[str, Callable[..., torch.Tensor]] = {
     "reference": reference_attention,
     "dense": dense_attention,
+    "blockwise": blockwise_attention,
 }
-DEFAULT_BACKEND = "dense"
+
+
+def default_backend(query: torch.Tensor) -> str:
+    """`blockwise` on a CPU; `dense` on accelerators and for compilers, which fuse it."""
+    return "blockwise" if query.device.type == "cpu" and not torch.compiler.is_compiling() else "dense"
 
 
 def spatial_decay_attention(
@@ -28,7 +34,7 @@ def spatial_decay_attention(
     variant: str = "context",
     decomposed: bool = False,
     scale: float | None = None,
-    backend: str | Callable[..., torch.Tensor] = DEFAULT_BACKEND,
+    backend: str | Callable[..., torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Attention that decays with distance on the patch grid: softmax(Q K^T / sqrt(d) + M) V.
 
@@ -45,8 +51,9 @@ def spatial_decay_attention(
             each with its own one-dimensional decay, by the same queries and keys. Costs O(HW(H+W)) instead of
             O((HW)^2).
         scale: Factor of Q K^T; 1 / sqrt(head_dim) by default.
-        backend: A name in `BACKENDS`, or a function of the same signature. For `none`, `dense` is
-            `torch.nn.functional.scaled_dot_product_attention`. `torch.func` and second derivatives need `reference`.
+        backend: A name in `BACKENDS`, or a function of the same signature; `default_backend` chooses by default. For
+            `none`, all but `reference` are `torch.nn.functional.scaled_dot_product_attention`. `torch.func` and second
+            derivatives need `reference`.
 
     Returns:
         Tensor of shape (batch, heads, tokens, value_dim), in the value's dtype or autocast's.
@@ -66,7 +73,7 @@ def spatial_decay_attention(
         gate = alpha = None
     else:
         gate = _check_gate(gate, alpha, query)
-    attend = _resolve_backend(backend, variant)
+    attend = _resolve_backend(default_backend(query) if backend is None else backend, variant)
     query, key = query.to(value.dtype), key.to(value.dtype)  # normalised queries are fp32 under autocast
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     if not decomposed:

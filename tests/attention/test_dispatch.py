@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdt_diffusion.attention import BACKENDS, SPATIAL_DECAY_VARIANTS, spatial_decay, spatial_decay_attention
+from sdt_diffusion.attention import BACKENDS, SPATIAL_DECAY_VARIANTS, blockwise, spatial_decay, spatial_decay_attention
+from sdt_diffusion.attention.dispatch import default_backend
 
 GRID = (3, 4)
 decaying = pytest.mark.parametrize("variant", [v for v in SPATIAL_DECAY_VARIANTS if v != "none"])
@@ -98,6 +99,19 @@ def test_backends_equal_the_reference_forward_and_backward(backend, decomposed, 
         torch.testing.assert_close(result, expected)
 
 
+@pytest.mark.parametrize("scratch", [0, 1152, 2304])
+def test_blocks_of_heads_give_what_all_heads_give(monkeypatch, scratch):
+    monkeypatch.setattr(blockwise, "SCRATCH_BYTES", scratch)
+    test_backends_equal_the_reference_forward_and_backward(variant="context", decomposed=False, backend="blockwise")
+
+
+def test_the_backend_fits_the_device_and_the_compiler():
+    assert default_backend(torch.zeros(1)) == "blockwise"
+    assert default_backend(torch.zeros(1, device="meta")) == "dense"
+    compiled = torch.compile(lambda x: x + (default_backend(x) == "dense"), fullgraph=True, backend="eager")
+    assert compiled(torch.zeros(1)).item() == 1
+
+
 @both_forms
 @decaying
 def test_gradients_by_finite_differences(variant, decomposed):
@@ -159,7 +173,7 @@ def test_bad_arguments_are_refused():
     query, key, value, gate, alpha = inputs()
     with pytest.raises(ValueError, match="Unknown spatial_decay 'spatial'"):
         spatial_decay_attention(query, key, value, gate, alpha, GRID, variant="spatial")
-    with pytest.raises(ValueError, match=r"Unknown attention backend 'cuda'.*reference, dense"):
+    with pytest.raises(ValueError, match=r"Unknown attention backend 'cuda'.*reference, dense, blockwise"):
         spatial_decay_attention(query, key, value, gate, alpha, GRID, backend="cuda")
     with pytest.raises(ValueError, match="needs `gate` and `alpha`"):
         spatial_decay_attention(query, key, value, None, None, GRID)

@@ -1,0 +1,79 @@
+"""Blockwise backend for CPUs: a few heads at a time, in logits that stay in the cache and are never kept."""
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from .dense import half_decay_and_distance
+from .reference import reference_attention
+
+#: Bytes of logits at a time, unless that leaves threads without a head of their own.
+SCRATCH_BYTES = 2**21
+
+
+class _BlockwiseAttention(torch.autograd.Function):
+    """As the dense backend, a block of samples or heads after the other.
+
+    The backward pass computes the attention again: that costs less than to write it to memory and read it back, and
+    the memory for the logits does not grow with the batch.
+    """
+
+    @staticmethod
+    def forward(ctx, query, key, value, half_decay, distance, scale):
+        output = torch.empty_like(value)
+        for block in _blocks(half_decay, distance):
+            attention = _attention(query[block], key[block], half_decay[block], distance, scale)
+            output[block] = attention.to(value.dtype) @ value[block]
+        ctx.save_for_backward(query, key, value, half_decay, distance, output)
+        ctx.scale = scale
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output):
+        query, key, value, half_decay, distance, output = ctx.saved_tensors
+        grad_output = grad_output.to(value.dtype)
+        grad_query, grad_key, grad_value = (torch.empty_like(x) for x in (query, key, value))
+        grad_half_decay = torch.empty_like(half_decay)
+        for block in _blocks(half_decay, distance):
+            attention = _attention(query[block], key[block], half_decay[block], distance, ctx.scale)
+            grad = grad_output[block]
+            grad_value[block] = attention.to(value.dtype).transpose(-1, -2) @ grad
+            row_sum = (grad.to(distance.dtype) * output[block]).sum(dim=-1, keepdim=True)
+            grad_logits = (grad @ value[block].transpose(-1, -2)).to(distance.dtype).sub_(row_sum).mul_(attention)
+            grad_scores = grad_logits.to(query.dtype)
+            grad_query[block] = (grad_scores @ key[block]).mul_(ctx.scale)
+            grad_key[block] = (grad_scores.transpose(-1, -2) @ query[block]).mul_(ctx.scale)
+            weighted = grad_logits.mul_(distance)
+            grad_half_decay[block] = weighted.sum(dim=-1) + weighted.sum(dim=-2)
+        return grad_query, grad_key, grad_value, grad_half_decay, None, None
+
+
+def _blocks(half_decay, distance):
+    """Slices of (batch, heads): several samples while their logits fit, else some heads of one sample."""
+    batch, heads, _ = half_decay.shape
+    size = max(torch.get_num_threads(), SCRATCH_BYTES // (distance.numel() * distance.element_size()))
+    samples, heads_at_once = max(1, size // heads), min(size, heads)
+    for first_sample in range(0, batch, samples):
+        for first_head in range(0, heads, heads_at_once):
+            yield slice(first_sample, first_sample + samples), slice(first_head, first_head + heads_at_once)
+
+
+def _attention(query, key, half_decay, distance, scale):
+    logits = (half_decay[..., :, None] + half_decay[..., None, :]).mul_(distance)
+    if query.dtype == logits.dtype:
+        logits.flatten(0, 1).baddbmm_(query.flatten(0, 1), key.flatten(0, 1).transpose(1, 2), alpha=scale)
+    else:
+        logits.add_(query @ key.transpose(-1, -2), alpha=scale)
+    return torch.softmax(logits, dim=-1, out=logits)
+
+
+def blockwise_attention(query, key, value, gate, alpha, grid_size, variant, scale):
+    """Spatial decay attention block by block; `raster`, whose decay is no product with a distance, by formula.
+
+    Needs gate <= 0 and alpha > 0, which the gate's log sigmoid and exp guarantee.
+    """
+    if variant == "raster":
+        return reference_attention(query, key, value, gate, alpha, grid_size, variant, scale)
+    half_decay, distance = half_decay_and_distance(gate, alpha, grid_size, variant)
+    with torch.autocast(query.device.type, enabled=False):  # the operands have their dtypes
+        return _BlockwiseAttention.apply(query, key, value, half_decay, distance, scale)

@@ -62,10 +62,7 @@ def main(argv):
     if model_args.pretrained_vae_model_name_or_path is not None:
         vae = AutoModel.from_pretrained(model_args.pretrained_vae_model_name_or_path).eval().requires_grad_(False)
     scale = vae_spatial_scale(vae)
-    sample_size = model_args.config()["sample_size"]
-    if not isinstance(sample_size, int):
-        raise ValueError(f"The images are squares; a sample_size of {sample_size} cannot be trained on.")
-    images = load_images(data_args, default_resolution=sample_size * scale)
+    images = load_images(data_args, default_resolution=model_args.config()["sample_size"] * scale)
     if data_args.resolution % scale:
         raise ValueError(f"--resolution {data_args.resolution} is not divisible by the VAE's factor {scale}.")
 

@@ -1,7 +1,6 @@
 """Blockwise backend for CPUs: a few heads at a time, in logits that stay in the cache and are never kept."""
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from .dense import half_decay_and_distance
 from .reference import reference_attention
@@ -9,43 +8,76 @@ from .reference import reference_attention
 #: Bytes of logits at a time, unless that leaves threads without a head of their own.
 SCRATCH_BYTES = 2**21
 
+# Operators, so that compiled models call them as they are: a compiler would unroll the loops.
 
-class _BlockwiseAttention(torch.autograd.Function):
-    """As the dense backend, a block of samples or heads after the other.
 
-    The backward pass computes the attention again: that costs less than to write it to memory and read it back, and
-    the memory for the logits does not grow with the batch.
-    """
+@torch.library.custom_op("sdt_diffusion::blockwise_attention", mutates_args=())
+def _forward(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    half_decay: torch.Tensor,
+    distance: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """As the dense backend, a block of samples or heads after the other."""
+    output = torch.empty_like(value)
+    for block in _blocks(half_decay, distance):
+        attention = _attention(query[block], key[block], half_decay[block], distance, scale)
+        output[block] = attention.to(value.dtype) @ value[block]
+    return output
 
-    @staticmethod
-    def forward(ctx, query, key, value, half_decay, distance, scale):
-        output = torch.empty_like(value)
-        for block in _blocks(half_decay, distance):
-            attention = _attention(query[block], key[block], half_decay[block], distance, scale)
-            output[block] = attention.to(value.dtype) @ value[block]
-        ctx.save_for_backward(query, key, value, half_decay, distance, output)
-        ctx.scale = scale
-        return output
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_output):
-        query, key, value, half_decay, distance, output = ctx.saved_tensors
-        grad_output = grad_output.to(value.dtype)
-        grad_query, grad_key, grad_value = (torch.empty_like(x) for x in (query, key, value))
-        grad_half_decay = torch.empty_like(half_decay)
-        for block in _blocks(half_decay, distance):
-            attention = _attention(query[block], key[block], half_decay[block], distance, ctx.scale)
-            grad = grad_output[block]
-            grad_value[block] = attention.to(value.dtype).transpose(-1, -2) @ grad
-            row_sum = (grad.to(distance.dtype) * output[block]).sum(dim=-1, keepdim=True)
-            grad_logits = (grad @ value[block].transpose(-1, -2)).to(distance.dtype).sub_(row_sum).mul_(attention)
-            grad_scores = grad_logits.to(query.dtype)
-            grad_query[block] = (grad_scores @ key[block]).mul_(ctx.scale)
-            grad_key[block] = (grad_scores.transpose(-1, -2) @ query[block]).mul_(ctx.scale)
-            weighted = grad_logits.mul_(distance)
-            grad_half_decay[block] = weighted.sum(dim=-1) + weighted.sum(dim=-2)
-        return grad_query, grad_key, grad_value, grad_half_decay, None, None
+@torch.library.custom_op("sdt_diffusion::blockwise_attention_backward", mutates_args=())
+def _backward(
+    grad_output: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    half_decay: torch.Tensor,
+    distance: torch.Tensor,
+    output: torch.Tensor,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Computes the attention again: cheaper than to write it to memory and read it back, and nothing is kept."""
+    grad_query, grad_key, grad_value = (torch.empty_like(x) for x in (query, key, value))
+    grad_half_decay = torch.empty_like(half_decay)
+    for block in _blocks(half_decay, distance):
+        attention = _attention(query[block], key[block], half_decay[block], distance, scale)
+        grad = grad_output[block]
+        grad_value[block] = attention.to(value.dtype).transpose(-1, -2) @ grad
+        row_sum = (grad.to(distance.dtype) * output[block]).sum(dim=-1, keepdim=True)
+        grad_logits = (grad @ value[block].transpose(-1, -2)).to(distance.dtype).sub_(row_sum).mul_(attention)
+        grad_scores = grad_logits.to(query.dtype)
+        grad_query[block] = (grad_scores @ key[block]).mul_(scale)
+        grad_key[block] = (grad_scores.transpose(-1, -2) @ query[block]).mul_(scale)
+        weighted = grad_logits.mul_(distance)
+        grad_half_decay[block] = weighted.sum(dim=-1) + weighted.sum(dim=-2)
+    return grad_query, grad_key, grad_value, grad_half_decay
+
+
+@_forward.register_fake
+def _(query, key, value, half_decay, distance, scale):
+    return torch.empty_like(value)
+
+
+@_backward.register_fake
+def _(grad_output, query, key, value, half_decay, distance, output, scale):
+    return tuple(torch.empty_like(x) for x in (query, key, value, half_decay))
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, ctx.scale = inputs
+    ctx.save_for_backward(*tensors, output)
+
+
+def _autograd(ctx, grad_output):
+    query, key, value, half_decay, distance, output = ctx.saved_tensors
+    grad_output = grad_output.to(value.dtype)
+    return *_backward(grad_output, query, key, value, half_decay, distance, output, ctx.scale), None, None
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)
 
 
 def _blocks(half_decay, distance):
@@ -76,4 +108,4 @@ def blockwise_attention(query, key, value, gate, alpha, grid_size, variant, scal
         return reference_attention(query, key, value, gate, alpha, grid_size, variant, scale)
     half_decay, distance = half_decay_and_distance(gate, alpha, grid_size, variant)
     with torch.autocast(query.device.type, enabled=False):  # the operands have their dtypes
-        return _BlockwiseAttention.apply(query, key, value, half_decay, distance, scale)
+        return _forward(query, key, value, half_decay, distance, scale)

@@ -19,8 +19,8 @@ BACKENDS: dict[str, Callable[..., torch.Tensor]] = {
 
 
 def default_backend(query: torch.Tensor) -> str:
-    """`blockwise` on a CPU; `dense` on accelerators and for compilers, which fuse it."""
-    return "blockwise" if query.device.type == "cpu" and not torch.compiler.is_compiling() else "dense"
+    """`blockwise` on a CPU, `dense` on accelerators."""
+    return "blockwise" if query.device.type == "cpu" else "dense"
 
 
 def spatial_decay_attention(

@@ -95,7 +95,9 @@ def save_checkpoint(
             shutil.rmtree(partial, ignore_errors=True)
         raise
     if is_main_process and total_limit is not None:
-        for old in list_checkpoints(output_dir)[: -max(1, total_limit)]:
+        # Damaged ones do not count: a later one of those must not cost the run the one it has just written.
+        others = [other for other in list_checkpoints(output_dir) if other != path and is_complete(other)]
+        for old in others[: max(0, len(others) + 1 - max(1, total_limit))]:
             shutil.rmtree(old)
     wait_for_everyone()
     return path

@@ -123,6 +123,11 @@ class Training:
         """What the run is for: the averaged model, or without an average the model itself."""
         return self.unwrapped_model if self.ema is None else self.ema.model
 
+    @property
+    def images_per_step(self) -> int:
+        """Images of an optimizer step, over all processes."""
+        return self.run.train_batch_size * self.run.gradient_accumulation_steps * self.accelerator.num_processes
+
     def steps(self) -> Iterator[int]:
         """Trains to `max_train_steps`, yielding the steps done after each one (and its checkpoint, if one was due)."""
         run, accelerator = self.run, self.accelerator
@@ -133,7 +138,6 @@ class Training:
             unit="step",
             disable=not accelerator.is_local_main_process,
         )
-        images_per_step = run.train_batch_size * run.gradient_accumulation_steps * accelerator.num_processes
         losses, seconds, since, window_start = [], 0.0, time.perf_counter(), self.step
         first_step = self.step
         self.model.train()
@@ -165,7 +169,7 @@ class Training:
                     "loss": sum(losses) / len(losses),
                     "grad_norm": norm,
                     "learning_rate": self.lr_scheduler.get_last_lr()[0],
-                    "images_per_second": (self.step - window_start) * images_per_step / seconds,
+                    "images_per_second": (self.step - window_start) * self.images_per_step / seconds,
                 }
                 self._log(record)
                 progress_bar.set_postfix_str(f"loss {record['loss']:.4f}, {record['images_per_second']:.0f} images/s")
@@ -209,13 +213,12 @@ class Training:
     def _batches(self):
         """Batches from the position reached to the end of the run, on this process's device."""
         run = self.run
-        images_per_step = run.train_batch_size * run.gradient_accumulation_steps * self.accelerator.num_processes
         stream = ShuffledStream(
             self.images,
             run.seed,
             self.data.random_flip,
-            start=self.step * images_per_step,
-            stop=run.max_train_steps * images_per_step,
+            start=self.step * self.images_per_step,
+            stop=run.max_train_steps * self.images_per_step,
         )
         if len(stream) == 0:
             return []
@@ -231,13 +234,10 @@ class Training:
         """Clips, and returns the norm before; stops the run if it will not become finite again."""
         max_norm = self.optimization.max_grad_norm or math.inf
         norm = float(self.accelerator.clip_grad_norm_(self.model.parameters(), max_norm))
-        if self.accelerator.scaler is not None and not math.isfinite(norm):
-            # fp16's scaler skips such a step and lowers its scale; it needs a few to find it, but not without end.
-            self.skipped_steps += 1
-            if self.skipped_steps < MAX_SKIPPED_STEPS:
-                return norm
-        self.skipped_steps = 0 if math.isfinite(norm) else self.skipped_steps
-        self._check_finite(norm, "gradient norm")
+        self.skipped_steps = 0 if math.isfinite(norm) else self.skipped_steps + 1
+        # fp16's scaler skips such a step and lowers its scale; it needs a few to find it, but not without end.
+        if self.accelerator.scaler is None or self.skipped_steps >= MAX_SKIPPED_STEPS:
+            self._check_finite(norm, "gradient norm")
         return norm
 
     def _check_finite(self, value: float, what: str) -> None:

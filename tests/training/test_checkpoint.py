@@ -95,6 +95,13 @@ def test_the_limit_deletes_the_oldest(tmp_path):
     assert [read_manifest(path)["step"] for path in list_checkpoints(tmp_path)] == [101]
 
 
+def test_the_limit_never_deletes_the_checkpoint_just_written(tmp_path):
+    damaged = save_checkpoint(tmp_path, 10, save)
+    (damaged / "state").unlink()
+    path = save_checkpoint(tmp_path, 6, save, total_limit=1)  # the run goes on from before the damage
+    assert find_checkpoint(tmp_path, "latest") == path
+
+
 def test_files_are_replaced_whole_or_not_at_all(tmp_path):
     path = tmp_path / "curve.png"
     write_atomically(path, lambda p: p.write_text("old"))

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from ..files import sync, write_atomically
 from .arguments import RESUMABLE_CHANGES
 
 logger = logging.getLogger(__name__)
@@ -17,33 +17,6 @@ logger = logging.getLogger(__name__)
 CONFIG_FILE = "training_config.yaml"
 #: Written last into a checkpoint: its step, its run's config, and the size of every file.
 MANIFEST_FILE = "checkpoint.json"
-
-
-def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Calls `write` with a temporary path of the same ending, and moves the file to `path` when it returns."""
-    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
-    try:
-        write(partial)
-        _sync(partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def move_into(folder: Path, save: Callable[[Path], Any]) -> None:
-    """Calls `save` with a temporary folder, then moves what it holds into `folder`, replacing what is there."""
-    partial = folder / ".partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        save(partial)
-        # Folders before files: model_index.json comes once the components it names are there.
-        for path in sorted(partial.iterdir(), key=lambda path: (path.is_file(), path.name)):
-            if path.is_dir():
-                shutil.rmtree(folder / path.name, ignore_errors=True)
-            path.replace(folder / path.name)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def save_checkpoint(
@@ -86,10 +59,10 @@ def save_checkpoint(
                 json.dumps({"step": step, "config": config or {}, "files": sizes}, indent=2)
             )
             for file in (*files, partial / MANIFEST_FILE, partial):
-                _sync(file)
+                sync(file)
             shutil.rmtree(path, ignore_errors=True)  # an incomplete one, that the run started over from before
             partial.rename(path)
-            _sync(output_dir)
+            sync(output_dir)
     except BaseException:
         if is_main_process:
             shutil.rmtree(partial, ignore_errors=True)
@@ -200,11 +173,3 @@ def write_config(output_dir: Path, config: dict[str, Any]) -> None:
     """Marks the folder as this run's."""
     output_dir.mkdir(parents=True, exist_ok=True)
     write_atomically(output_dir / CONFIG_FILE, lambda path: path.write_text(yaml.safe_dump(config, sort_keys=False)))
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from .checkpoint import write_atomically
+from ..files import write_atomically
 
 LOG_FILE = "log.jsonl"
 

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ..data import DataArguments, ShuffledStream
+from ..files import write_atomically
 from .arguments import OptimizationArguments, RunArguments, merged
 from .checkpoint import (
     check_output_dir,
@@ -25,7 +26,6 @@ from .checkpoint import (
     find_checkpoint,
     read_manifest,
     save_checkpoint,
-    write_atomically,
     write_config,
 )
 from .ema import ModelEMA

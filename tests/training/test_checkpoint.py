@@ -9,10 +9,8 @@ from sdt_diffusion.training.checkpoint import (
     find_checkpoint,
     is_complete,
     list_checkpoints,
-    move_into,
     read_manifest,
     save_checkpoint,
-    write_atomically,
     write_config,
 )
 
@@ -100,39 +98,6 @@ def test_the_limit_never_deletes_the_checkpoint_just_written(tmp_path):
     (damaged / "state").unlink()
     path = save_checkpoint(tmp_path, 6, save, total_limit=1)  # the run goes on from before the damage
     assert find_checkpoint(tmp_path, "latest") == path
-
-
-def test_files_are_replaced_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "curve.png"
-    write_atomically(path, lambda p: p.write_text("old"))
-
-    def half(partial):
-        assert partial.suffix == ".png"
-        partial.write_text("ne")
-        raise OSError("full")
-
-    with pytest.raises(OSError, match="full"):
-        write_atomically(path, half)
-    assert path.read_text() == "old"
-    assert names(tmp_path) == ["curve.png"]
-
-
-def test_moving_into_a_folder_replaces_only_what_is_new(tmp_path):
-    (tmp_path / "transformer").mkdir()
-    (tmp_path / "transformer" / "old").write_text("")
-    (tmp_path / "kept").write_text("")
-
-    def save_pipeline(folder):
-        (folder / "transformer").mkdir()
-        (folder / "transformer" / "new").write_text("")
-        (folder / "model_index.json").write_text("{}")
-
-    move_into(tmp_path, save_pipeline)
-    assert names(tmp_path) == ["kept", "model_index.json", "transformer"]
-    assert names(tmp_path / "transformer") == ["new"]
-    with pytest.raises(OSError, match="No space"):
-        move_into(tmp_path, fail)
-    assert names(tmp_path) == ["kept", "model_index.json", "transformer"]
 
 
 class TestTheOutputFolder:

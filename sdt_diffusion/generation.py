@@ -21,6 +21,12 @@ def class_labels_for(num_images: int, classes: Sequence[int]) -> list[int]:
     return [classes[index % len(classes)] for index in range(num_images)]
 
 
+def random_class_labels(num_images: int, classes: Sequence[int], seed: int) -> list[int]:
+    """Labels of samples 0 to num_images - 1, each drawn from the classes by its own seed."""
+    draws = (np.random.default_rng([seed, index, 1]).integers(len(classes)) for index in range(num_images))
+    return [classes[draw] for draw in draws]
+
+
 def stack_samples(samples: Iterable[tuple[int, np.ndarray]]) -> np.ndarray:
     """The images of `generate(..., output_type="np")` in one array, shape (n, height, width, channels)."""
     return np.stack([image for _, image in samples])

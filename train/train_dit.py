@@ -18,7 +18,7 @@ from diffusers import AutoModel
 
 from sdt_diffusion import SDTPipeline
 from sdt_diffusion.data import DataArguments, load_images
-from sdt_diffusion.evaluation import label_accuracy
+from sdt_diffusion.evaluation.label_accuracy import label_accuracy
 from sdt_diffusion.files import move_into, write_atomically
 from sdt_diffusion.generation import class_labels_for, generate
 from sdt_diffusion.plots import image_grid, plot_loss_curve

@@ -148,8 +148,8 @@ def load_images(args: DataArguments, default_resolution: int) -> LabelledImages:
     """
     args.resolution = args.resolution or default_resolution
     args.image_mode = args.image_mode or ("L" if args.dataset == "digits" else "RGB")
-    dataset = load_digits_dataset() if args.dataset == "digits" else _read(args.dataset, args.dataset_split)
-    image_column, label_column = _columns(dataset, args)
+    dataset = read_dataset(args)
+    image_column, label_column = find_image_column(dataset, args), _label_column(dataset, args)
     return LabelledImages(dataset, image_column, label_column, args.resolution, args.image_mode, args.dataset)
 
 
@@ -166,13 +166,22 @@ def load_digits_dataset():
     return Dataset.from_dict(columns, features=features)
 
 
-def _read(name, split):
+def read_dataset(args: DataArguments):
+    """The `datasets.Dataset` that the arguments name.
+
+    Raises:
+        FileNotFoundError: If a path does not exist.
+        ValueError: If nothing can be read there.
+    """
     from datasets import load_dataset, load_from_disk
 
+    name, split = args.dataset, args.dataset_split
+    if name == "digits":
+        return load_digits_dataset()
     path = Path(name).expanduser()
     looks_local = path.suffix in FILE_FORMATS or name.startswith(("/", ".", "~"))
     if not path.exists() and looks_local:
-        raise FileNotFoundError(f"There is no file or folder {path}; give --dataset an existing path or a Hub name.")
+        raise FileNotFoundError(f"There is no file or folder {path}; give an existing path or a name on the Hub.")
     try:
         if path.is_file():
             if path.suffix not in FILE_FORMATS:
@@ -185,31 +194,42 @@ def _read(name, split):
         raise ValueError(f"Cannot read the data set {name} (split {split!r}): {error}") from error
 
 
-def _columns(dataset, args):
-    from datasets import ClassLabel
+def find_image_column(dataset, args: DataArguments) -> str:
+    """The column of images: the one that the arguments name, or the only one of that type.
+
+    Raises:
+        ValueError: If there is none or more than one.
+    """
     from datasets import Image as ImageFeature
 
-    def column(given, role, flag, matches):
-        if given is not None:
-            if given not in dataset.features:
-                raise ValueError(
-                    f"{args.dataset} has no column {given!r} ({flag}); it has {sorted(dataset.features)}."
-                )
-            return given
-        found = [name for name, feature in dataset.features.items() if matches(name, feature)]
-        if len(found) != 1:
-            raise ValueError(
-                f"Cannot tell the {role} column of {args.dataset} ({len(found)} candidates among "
-                f"{sorted(dataset.features)}): give {flag}."
-                + (" In a folder, labels are the names of subfolders." if role == "label" else "")
-            )
-        return found[0]
+    return _column(
+        dataset, args, args.image_column, "image", "--image_column", lambda _, f: isinstance(f, ImageFeature)
+    )
 
-    image = column(args.image_column, "image", "--image_column", lambda _, f: isinstance(f, ImageFeature))
-    label = column(
+
+def _label_column(dataset, args):
+    from datasets import ClassLabel
+
+    return _column(
+        dataset,
+        args,
         args.label_column,
         "label",
         "--label_column",
         lambda name, f: isinstance(f, ClassLabel) or name in ("label", "labels", "cls", "class"),
     )
-    return image, label
+
+
+def _column(dataset, args, given, role, flag, matches):
+    if given is not None:
+        if given not in dataset.features:
+            raise ValueError(f"{args.dataset} has no column {given!r} ({flag}); it has {sorted(dataset.features)}.")
+        return given
+    found = [name for name, feature in dataset.features.items() if matches(name, feature)]
+    if len(found) != 1:
+        raise ValueError(
+            f"Cannot tell the {role} column of {args.dataset} ({len(found)} candidates among "
+            f"{sorted(dataset.features)}): give {flag}."
+            + (" In a folder, labels are the names of subfolders." if role == "label" else "")
+        )
+    return found[0]

@@ -1,11 +1,11 @@
-"""Judging a pipeline by its samples."""
+"""Judging a pipeline for small images by a classifier of pixels."""
 
 from typing import Any
 
-from .data import LabelledImages
-from .generation import class_labels_for, describe_sampling, generate, stack_samples
-from .metrics.label_accuracy import svm_label_accuracy
-from .sdt import SDTPipeline
+from ..data import LabelledImages
+from ..generation import class_labels_for, describe_sampling, generate, stack_samples
+from ..metrics.label_accuracy import svm_label_accuracy
+from ..sdt import SDTPipeline
 
 
 def label_accuracy(

@@ -1,0 +1,1 @@
+"""What eval/ runs: from arguments to numbers, tables and pictures."""

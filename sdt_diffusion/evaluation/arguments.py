@@ -1,0 +1,90 @@
+"""The arguments of the scripts in eval/."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from ..metrics.evaluate import METRICS
+from ..training.arguments import require_at_least
+
+
+@dataclass
+class ExtractorArguments:
+    """What to compare images by."""
+
+    extractor: str = field(
+        default="inception",
+        metadata={
+            "help": "inception (torch-fidelity's), cleanfid_clean, cleanfid_legacy_pytorch, "
+            "cleanfid_legacy_tensorflow, dinov2, pixels, or the folder of an image classifier."
+        },
+    )
+    extractor_weights: str | None = field(
+        default=None, metadata={"help": "File (dinov2: folder) of its weights, instead of the published ones."}
+    )
+    dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that read and resize images."})
+
+    def __post_init__(self):
+        require_at_least(self, 0, "dataloader_num_workers")
+
+
+@dataclass
+class SamplingArguments:
+    """How to sample, with --model."""
+
+    model: str | None = field(default=None, metadata={"help": "Folder or Hub name of a saved pipeline."})
+    num_samples: int | None = field(
+        default=None, metadata={"help": "Samples; 50000 with --model, all there are with --samples by default."}
+    )
+    class_labels: Literal["balanced", "random"] = field(
+        default="balanced", metadata={"help": "The classes in turn, or each sample's drawn by its seed."}
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of the samples."})
+    guidance_scale: float = field(default=1.5, metadata={"help": "Classifier-free guidance; 1 for none."})
+    num_inference_steps: int = field(default=250, metadata={"help": "Sampling steps."})
+    scheduler: str | None = field(
+        default=None, metadata={"help": "Class name of another diffusers scheduler than the saved one."}
+    )
+    batch_size: int = field(default=64, metadata={"help": "Samples at a time on each process."})
+    dtype: Literal["float32", "bfloat16", "float16"] = field(
+        default="float32", metadata={"help": "The pipeline's arithmetic."}
+    )
+    samples_dir: str | None = field(
+        default=None, metadata={"help": "Where samples are kept; a folder beside --output by default."}
+    )
+
+    def __post_init__(self):
+        require_at_least(self, 0, "seed")
+        require_at_least(self, 1, "num_samples", "num_inference_steps", "batch_size")
+
+
+@dataclass
+class FidArguments:
+    """What to compare, and what to say of it."""
+
+    reference: str = field(
+        metadata={
+            "help": "Folder of images, data set (file, Hub name or 'digits'), .npz of ADM's tools, or statistics of "
+            "eval/make_reference.py."
+        }
+    )
+    output: Path = field(metadata={"help": "JSON file for the numbers; a picture and samples go beside it."})
+    samples: str | None = field(
+        default=None, metadata={"help": "Folder of images, .npz of ADM's layout, or --samples_dir of another run."}
+    )
+    metrics: list[str] = field(
+        default_factory=list, metadata={"help": f"Of {', '.join(METRICS)}; all the extractor can give by default."}
+    )
+    samples_npz: Path | None = field(
+        default=None, metadata={"help": "Also write the samples to this .npz, for ADM's evaluation."}
+    )
+    num_features: int = field(
+        default=10_000, metadata={"help": "Images of the reference, at random, for precision, recall and KID."}
+    )
+    inception_splits: int = field(default=10, metadata={"help": "Splits of the Inception Score."})
+    kid_subsets: int = field(default=100, metadata={"help": "Subsets of KID."})
+    kid_subset_size: int = field(default=1000, metadata={"help": "Images in one."})
+
+    def __post_init__(self):
+        require_at_least(self, 1, "num_features", "inception_splits", "kid_subsets")
+        require_at_least(self, 2, "kid_subset_size")

@@ -1,0 +1,168 @@
+"""Samples against a reference: numbers, the record of how they came about, and a picture."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from diffusers import DiffusionPipeline
+from PIL import Image
+
+from ..data.raw_images import RawImageArguments, RawImages, SubsetImages, open_images, save_npz_images
+from ..files import write_atomically
+from ..generation import class_labels_for, random_class_labels
+from ..metrics.evaluate import (
+    FULL_COUNT,
+    METRICS,
+    check_counts,
+    check_metrics,
+    compute_metrics,
+    format_table,
+    warnings_about,
+)
+from ..metrics.extraction import summarise
+from ..metrics.extractors import FeatureExtractor
+from ..plots import image_grid
+from ..sample_folder import MANIFEST_FILE, SampleFolder, sample_into
+from ..sdt import SDTPipeline
+from ..sdt.schedulers import swap_scheduler
+from .arguments import FidArguments, SamplingArguments
+from .reference import Reference
+
+
+def compare(
+    args: FidArguments,
+    sampling_args: SamplingArguments,
+    extractor: FeatureExtractor,
+    image_args: RawImageArguments,
+    num_workers: int = 0,
+) -> str | None:
+    """Compares samples with a reference and writes `--output`, a picture beside it, and, if asked for, an `.npz`.
+
+    Called by all processes. What can be refused is refused before anything is sampled.
+
+    Args:
+        args: What to compare.
+        sampling_args: How to sample, if there are no samples yet.
+        extractor: What to compare by.
+        image_args: How to read the reference's images.
+        num_workers: Processes that read images.
+
+    Returns:
+        The table, on the main process.
+
+    Raises:
+        ValueError: If the arguments do not fit together, or images or statistics cannot be used.
+    """
+    _check_outputs(args)
+    metrics = args.metrics or [name for name, needs in METRICS.items() if needs.kind in extractor.provides]
+    check_metrics(metrics, extractor)
+    reference = Reference.open(args.reference, image_args)
+    reference.check(metrics, extractor)
+    if (args.samples is None) == (sampling_args.model is None):
+        raise ValueError("Give either --model, to sample from, or --samples.")
+    pipe = samples = None
+    if sampling_args.model is not None:
+        pipe = load_pipeline(sampling_args, PartialState().device)
+        num_samples = sampling_args.num_samples or FULL_COUNT
+    else:
+        samples = open_samples(args.samples, sampling_args.num_samples, image_args)
+        num_samples = len(samples)
+    num_reference = reference.count_features(args.num_features)
+    check_counts(metrics, num_samples, num_reference, args.inception_splits, args.kid_subset_size)
+
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    statistics = [METRICS[name].statistics for name in metrics if METRICS[name].statistics]
+    with_features = any(METRICS[name].features for name in metrics)
+    how = {"extractor": extractor, "statistics": statistics, "num_workers": num_workers}
+    how["feature_folder"] = args.output.parent
+    expected = reference.summarise(num_features=args.num_features if with_features else 0, **how)
+    if samples is None:
+        samples = draw_samples(pipe, sampling_args, num_samples, args.output)
+    splits = args.inception_splits if "inception_score" in metrics else 0
+    num_features = None if with_features else 0
+    found = summarise(samples, num_features=num_features, inception_splits=splits, desc="Samples", **how)
+    if not PartialState().is_main_process:
+        return None
+
+    device = PartialState().device
+    values = compute_metrics(metrics, found, expected, args.kid_subsets, args.kid_subset_size, device)
+    record = {
+        **values,
+        "samples": found.provenance,
+        "reference": {"path": args.reference, **expected.provenance},
+        "settings": {
+            "inception_splits": args.inception_splits,
+            "kid_subsets": args.kid_subsets,
+            "kid_subset_size": args.kid_subset_size,
+            "reference_features": num_reference if with_features else 0,
+        },
+        "warnings": warnings_about(found, expected, metrics),
+    }
+    if args.samples_npz:
+        write_atomically(args.samples_npz, lambda path: save_npz_images(path, samples))
+    write_atomically(args.output.with_suffix(".png"), side_by_side(samples, reference.images).save)
+    write_atomically(args.output, lambda path: path.write_text(json.dumps(record, indent=2)))
+    return format_table(values, record, extractor.name)
+
+
+def open_samples(name: str, count: int | None, image_args: RawImageArguments) -> RawImages:
+    """Samples as they are: of another run, from a folder of images, or from an `.npz`; `count` of them at random."""
+    if (Path(name) / MANIFEST_FILE).is_file():
+        images = SampleFolder(Path(name))
+    else:
+        images = open_images(name, RawImageArguments(image_mode=image_args.image_mode), "--samples")
+    return images if count in (None, len(images)) else SubsetImages(images, count)
+
+
+def load_pipeline(args: SamplingArguments, device: torch.device) -> SDTPipeline:
+    """The pipeline to sample from, with the scheduler asked for."""
+    pipe = DiffusionPipeline.from_pretrained(args.model, dtype=getattr(torch, args.dtype)).to(device)
+    if args.scheduler:
+        pipe.scheduler = swap_scheduler(pipe.scheduler, args.scheduler)
+    return pipe
+
+
+def draw_samples(pipe: SDTPipeline, args: SamplingArguments, num_samples: int, output: Path) -> SampleFolder:
+    """Samples of the pipeline in `--samples_dir`, or in a folder beside the output."""
+    classes = range(pipe.transformer.config.num_classes)
+    if args.class_labels == "balanced":
+        labels = class_labels_for(num_samples, classes)
+    else:
+        labels = random_class_labels(num_samples, classes, args.seed)
+    sampling = {
+        "seed": args.seed,
+        "guidance_scale": args.guidance_scale,
+        "num_inference_steps": args.num_inference_steps,
+    }
+    folder = Path(args.samples_dir) if args.samples_dir else output.with_suffix(".samples")
+    return sample_into(folder, pipe, labels, sampling, args.batch_size)
+
+
+def side_by_side(samples: RawImages, reference: RawImages | None, columns: int = 12, rows: int = 3) -> Image.Image:
+    """A picture of some samples above some images of the reference: a wrong range, crop or channel order shows."""
+    images, texts = [], []
+    for name, source in (("samples", samples), ("reference", reference)):
+        if source is None:
+            continue
+        if len(images) % columns:  # a row of its own for the reference
+            blank = Image.new("RGB", images[0].size, "white")
+            images += [blank] * (columns - len(images) % columns)
+            texts += ["samples"] * (len(images) - len(texts))
+        shown = np.linspace(0, len(source) - 1, min(len(source), columns * rows)).astype(int)
+        images += [Image.fromarray(source[int(index)].squeeze()) for index in shown]
+        texts += [name] * len(shown)
+    return image_grid(images, texts, columns)
+
+
+def _check_outputs(args):
+    for path, ending in ((args.output, ".json"), (args.samples_npz, ".npz")):
+        if path is None:
+            continue
+        if path.suffix != ending:
+            raise ValueError(f"{path} must end in {ending}.")
+        if path.exists():
+            raise ValueError(f"{path} exists already; give another name, or delete it.")
+    if args.samples_npz:
+        args.samples_npz.parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,214 @@
+"""Samples against a reference: which metrics need what, and their numbers."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .extractors import FeatureExtractor
+from .frechet import frechet_distance
+from .kid import kernel_distance
+from .precision_recall import NEIGHBORHOOD, precision_recall
+from .summary import FeatureSummary
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a metric needs: of which features it takes Gaussians, or whether it takes the features themselves."""
+
+    statistics: str | None = None
+    features: bool = False
+    logits: bool = False
+
+    @property
+    def kind(self) -> str:
+        """The kind of features."""
+        return self.statistics or ("logits" if self.logits else "pool")
+
+
+METRICS = {
+    "fid": Needs(statistics="pool"),
+    "sfid": Needs(statistics="spatial"),
+    "inception_score": Needs(logits=True),
+    "precision": Needs(features=True),
+    "recall": Needs(features=True),
+    "kid": Needs(features=True),
+}
+
+#: Images of a full evaluation.
+FULL_COUNT = 50_000
+
+
+def check_metrics(names: Sequence[str], extractor: FeatureExtractor) -> None:
+    """Refuses metrics that do not exist or that the extractor has no features for.
+
+    Raises:
+        ValueError: Says which are possible.
+    """
+    possible = [name for name, needs in METRICS.items() if needs.kind in extractor.provides]
+    for name in names:
+        if name not in METRICS:
+            raise ValueError(f"--metrics {name}: there are {', '.join(METRICS)}.")
+        if name not in possible:
+            raise ValueError(f"--metrics {name}: the extractor {extractor.name} gives {', '.join(possible)}.")
+
+
+def check_reference(
+    path: str, reference: FeatureSummary, names: Sequence[str], extractor: FeatureExtractor, has_images: bool
+) -> None:
+    """Refuses saved statistics that another extractor made, or that lack what the metrics need.
+
+    Args:
+        path: Of the file.
+        reference: What it holds.
+        names: Keys of `METRICS`.
+        extractor: The extractor.
+        has_images: Whether features can be extracted from images beside the statistics.
+
+    Raises:
+        ValueError: Says what differs or is missing.
+    """
+    differences = [
+        f"{key}: {reference.provenance[key]!r} there, {value!r} now"
+        for key, value in extractor.identity.items()
+        if key in reference.provenance and reference.provenance[key] != value
+    ]
+    if differences:
+        raise ValueError(f"{path} was made by another extractor ({'; '.join(differences)}).")
+    for name in names:
+        needs = METRICS[name]
+        if needs.statistics and needs.statistics not in reference.statistics:
+            raise ValueError(f"--metrics {name}: {path} has no statistics of {needs.statistics} features.")
+        if needs.features and reference.features is None and not has_images:
+            raise ValueError(
+                f"--metrics {name}: {path} has no features; make it by eval/make_reference.py with --num_features, or "
+                "name the images themselves."
+            )
+
+
+def check_counts(
+    names: Sequence[str], samples: int, reference: int | None, inception_splits: int, kid_subset_size: int
+) -> None:
+    """Refuses numbers of images that are too small for a metric, before anything is sampled.
+
+    Args:
+        names: Keys of `METRICS`.
+        samples: Number of samples.
+        reference: Number of the reference's features, `None` for none.
+        inception_splits: Splits of the Inception Score.
+        kid_subset_size: Images of each set in a subset of KID.
+
+    Raises:
+        ValueError: Says what there is and what it takes.
+    """
+    least = {"fid": 2, "sfid": 2, "inception_score": inception_splits, "kid": kid_subset_size}
+    for name in names:
+        needed = least.get(name, NEIGHBORHOOD + 1)
+        sides = {"samples": samples, **({"images in the reference": reference} if METRICS[name].features else {})}
+        for side, count in sides.items():
+            if count is not None and count < needed:
+                flag = " (--kid_subset_size)" if name == "kid" else ""
+                raise ValueError(f"--metrics {name} takes at least {needed} {side}{flag}; there are {count}.")
+
+
+def compute_metrics(
+    names: Sequence[str],
+    samples: FeatureSummary,
+    reference: FeatureSummary,
+    kid_subsets: int = 100,
+    kid_subset_size: int = 1000,
+    device: torch.device | str = "cpu",
+) -> dict[str, float]:
+    """The metrics, and the spread of those that are averages.
+
+    Args:
+        names: Keys of `METRICS`.
+        samples: Of the samples.
+        reference: Of the reference.
+        kid_subsets: Subsets of KID.
+        kid_subset_size: Images of each set in one.
+        device: Where to compute with features.
+
+    Raises:
+        ValueError: If there are fewer images than a metric needs, or dimensions differ.
+    """
+    values = {}
+    for name in names:
+        kind = METRICS[name].statistics
+        if kind:
+            values[name] = frechet_distance(samples.statistics[kind], reference.statistics[kind])
+    if "inception_score" in names:
+        values["inception_score"], values["inception_score_std"] = samples.inception_score
+    if "precision" in names or "recall" in names:
+        both = precision_recall(samples.features, reference.features, device=device)
+        values |= {name: value for name, value in zip(("precision", "recall"), both, strict=True) if name in names}
+    if "kid" in names:
+        values["kid"], values["kid_std"] = kernel_distance(
+            samples.features, reference.features, kid_subsets, kid_subset_size, device=device
+        )
+    # What is beyond these digits depends on how many threads made the sums.
+    return {name: round(value, 9 if name.startswith("kid") else 6) for name, value in values.items()}
+
+
+def label(name: str, count: int, extractor: str) -> str:
+    """A metric's name for a table: with the number of images, and the extractor where it is not Inception.
+
+    FID-5k is not FID: the fewer samples, the higher it is.
+    """
+    title = {"fid": "FID", "sfid": "sFID", "inception_score": "Inception Score", "kid": "KID"}.get(name, name)
+    if name == "fid" and "inception" not in extractor and not extractor.startswith("cleanfid"):
+        title = f"FD({extractor})"
+    if count == FULL_COUNT:
+        return title if name not in ("fid", "sfid") else f"{title}-50k"
+    return f"{title}-{count // 1000}k" if count % 1000 == 0 else f"{title}-{count}"
+
+
+def warnings_about(samples: FeatureSummary, reference: FeatureSummary, names: Sequence[str]) -> list[str]:
+    """What a reader of the numbers should know."""
+    warnings = []
+    count = samples.provenance["count"]
+    if count < FULL_COUNT and {"fid", "sfid"} & set(names):
+        warnings.append(f"{count} samples: not comparable with numbers of {FULL_COUNT}, which are lower.")
+    for side, summary in (("samples", samples), ("reference", reference)):
+        for kind, statistics in summary.statistics.items():
+            if statistics.rank_deficient:
+                warnings.append(
+                    f"The covariance of the {side}' {kind} features is rank-deficient: {statistics.count} images for "
+                    f"{len(statistics.mean)} dimensions."
+                )
+    if not reference.provenance:
+        warnings.append("The reference does not say how it was made: extractor and resizing are taken on trust.")
+    formats = [summary.provenance.get("format", "") for summary in (samples, reference)]
+    if formats.count("JPEG") == 1:
+        warnings.append(f"One side is JPEG ({' against '.join(formats)}): FID sees its traces.")
+    shapes = [summary.provenance.get("shape") for summary in (samples, reference)]
+    if all(shapes) and shapes[0] != shapes[1]:
+        warnings.append(f"Samples are of shape {tuple(shapes[0])}, the reference's images {tuple(shapes[1])}.")
+    return warnings
+
+
+def format_table(values: dict[str, float], record: dict[str, Any], extractor: str) -> str:
+    """The numbers, and how they were made, in two columns.
+
+    Args:
+        values: Of `compute_metrics`.
+        record: With the provenance of `samples` and `reference`, and `warnings`.
+        extractor: Its name.
+    """
+    samples, reference = record["samples"], record["reference"]
+    rows = []
+    for name, value in values.items():
+        if not name.endswith("_std"):
+            spread = f" ± {values[f'{name}_std']:.4g}" if f"{name}_std" in values else ""
+            rows.append((label(name, samples["count"], extractor), f"{value:.6g}{spread}"))
+    rows += [
+        ("extractor", f"{extractor}, weights {samples['weights']}"),
+        ("resize", samples["resize"]),
+        ("samples", f"{samples['count']}, {samples['images']}"),
+        ("sampler", samples.get("sampler", "unknown")),
+        ("reference", f"{reference.get('count', 'unknown number')}, {reference['path']}"),
+        *(("note", text) for text in record["warnings"]),
+    ]
+    width = max(len(key) for key, _ in rows)
+    return "\n".join(f"{key:<{width}}  {value}" for key, value in rows)

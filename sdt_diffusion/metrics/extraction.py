@@ -1,0 +1,158 @@
+"""From images to what metrics need of them, on all processes, in memory that does not grow with their number."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from ..data import CorruptImageError
+from ..data.raw_images import RawImages
+from .extractors import FeatureExtractor
+from .feature_file import FeatureFile
+from .frechet import RunningStatistics
+from .inception_score import RunningInceptionScore
+from .summary import FeatureSummary
+
+#: Seed of the random subset of images whose features are kept.
+SUBSET_SEED = 2020
+
+
+def summarise(
+    images: RawImages,
+    extractor: FeatureExtractor,
+    statistics: Sequence[str] = ("pool",),
+    num_features: int | None = 0,
+    inception_splits: int = 0,
+    feature_folder: Path = Path(),
+    num_workers: int = 0,
+    desc: str = "Features",
+) -> FeatureSummary | None:
+    """Extracts features of images and keeps what was asked for.
+
+    Called by all processes. They share the images batch by batch; the features come together in the order of the
+    images, and the sums are made in that order, whoever extracted them.
+
+    Args:
+        images: The images.
+        extractor: The extractor.
+        statistics: Kinds of features of which to take mean and covariance.
+        num_features: Images, at random, whose pooled features to keep; 0 for none, `None` for all.
+        inception_splits: Splits of the Inception Score; 0 for none.
+        feature_folder: On which disk to keep features; they leave nothing behind.
+        num_workers: Processes that read and prepare images.
+        desc: What the progress bar says.
+
+    Returns:
+        The summary on the main process, `None` on the others.
+
+    Raises:
+        CorruptImageError: If an image cannot be used; the message names it.
+        ValueError: If there are too few images, or features that are not finite.
+    """
+    state = PartialState()
+    gaussians = {kind: RunningStatistics() for kind in statistics}
+    score = RunningInceptionScore(len(images), inception_splits) if inception_splits else None
+    kept = _subset(len(images), num_features)
+    store = None
+    kinds = {*statistics, *(["pool"] if len(kept) else []), *(["logits"] if score else [])}
+    with tqdm(total=len(images), desc=desc, unit="image", disable=not state.is_main_process) as bar:
+        for start, features in _features_in_order(images, extractor, kinds, num_workers, state):
+            bar.update(len(next(iter(features.values()))))
+            if not state.is_main_process:
+                continue
+            for kind, gaussian in gaussians.items():
+                gaussian.update(features[kind])
+            if score:
+                score.update(features["logits"])
+            if len(kept):
+                pool = features["pool"].cpu().numpy()
+                store = store or FeatureFile(feature_folder, len(kept), pool.shape[1])
+                first, last = np.searchsorted(kept, [start, start + len(pool)])
+                store.append(pool[kept[first:last] - start])
+    if not state.is_main_process:
+        return None
+    return FeatureSummary(
+        {kind: gaussian.result() for kind, gaussian in gaussians.items()},
+        store,
+        score.result() if score else None,
+        {**images.describe(), **extractor.identity},
+    )
+
+
+def _subset(count, num_features):
+    if num_features is None or num_features >= count:
+        return np.arange(count)
+    return np.sort(np.random.RandomState(SUBSET_SEED).choice(count, num_features, replace=False))
+
+
+def _features_in_order(images, extractor, kinds, num_workers, state) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
+    """Batches of features in the order of the images, on all processes: index of the first, and the features."""
+    size = extractor.batch_size
+    batches = [range(start, min(start + size, len(images))) for start in range(0, len(images), size)]
+    rounds = -(-len(batches) // state.num_processes)
+    # Who has nothing to do in the last round extracts the last batch once more: all must take part in the gathering.
+    mine = [min(r * state.num_processes + state.process_index, len(batches) - 1) for r in range(rounds)]
+    loader = DataLoader(
+        _Prepared(images, extractor),
+        batch_sampler=[list(batches[batch]) for batch in mine],
+        num_workers=num_workers,
+        collate_fn=list,
+    )
+    for r, prepared in enumerate(loader):
+        for item in prepared:
+            if isinstance(item, CorruptImageError):
+                raise item
+        prepared += [prepared[-1]] * (size - len(prepared))
+        with _exact_arithmetic(), torch.no_grad():
+            features = extractor(torch.stack(prepared).to(state.device))
+        features = {kind: gather(features[kind].contiguous()) for kind in sorted(kinds)}
+        for process in range(state.num_processes):
+            batch = r * state.num_processes + process
+            if batch < len(batches):
+                indices = batches[batch]
+                rows = slice(process * size, process * size + len(indices))
+                yield indices.start, _finite({kind: features[kind][rows] for kind in kinds}, images, indices.start)
+
+
+def _finite(features, images, start):
+    for kind, values in features.items():
+        bad = (~torch.isfinite(values)).any(dim=1).nonzero()
+        if len(bad):
+            raise ValueError(f"The {kind} features of {images.name_of(start + int(bad[0]))} are not finite.")
+    return features
+
+
+class _Prepared(torch.utils.data.Dataset):
+    """Images as the extractor wants them; errors as items, since a worker would wrap them in its own traceback."""
+
+    def __init__(self, images: RawImages, extractor: FeatureExtractor):
+        self.images, self.prepare = images, extractor.prepare
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> torch.Tensor | CorruptImageError:
+        try:
+            return self.prepare(self.images[index])
+        except CorruptImageError as error:
+            return error
+        except ValueError as error:
+            return CorruptImageError(f"Cannot use {self.images.name_of(index)}: {error}")
+
+
+@contextmanager
+def _exact_arithmetic():
+    """On CUDA: no TF32, which is cuDNN's default and has 10 bits of precision, and the same algorithm every time."""
+    matmul = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+            yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = matmul

@@ -1,0 +1,107 @@
+"""Networks saved by transformers: DINOv2, and any image classifier."""
+
+import numpy as np
+import torch
+from torch import nn
+
+from ...fingerprint import fingerprint
+from .base import FeatureExtractor, as_rgb
+
+IMAGENET_MEAN = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
+IMAGENET_STD = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
+
+
+class DINOv2(FeatureExtractor):
+    """The class token of DINOv2 (Stein et al. 2023 take ViT-L/14) for images resized to 224 x 224.
+
+    Args:
+        weights: Folder or Hub name of a transformers `Dinov2Model`.
+        device: Where to run.
+
+    Raises:
+        FileNotFoundError: If the model cannot be loaded.
+    """
+
+    name = "dinov2"
+    resize = "224x224 bicubic of Pillow, antialiased, not rounded"
+    provides = frozenset({"pool"})
+
+    def __init__(self, weights: str | None = None, device: torch.device | str = "cpu"):
+        from cleanfid.resize import make_resizer
+        from transformers import AutoModel
+
+        self.network = _load(AutoModel, weights or "facebook/dinov2-large", "a DINOv2 model").eval()
+        if self.network.config.model_type != "dinov2":
+            raise ValueError(f"--extractor_weights {weights} holds a {self.network.config.model_type}, not a DINOv2.")
+        self.fingerprint = fingerprint(self.network)
+        self.network.to(device)
+        self._resizer = make_resizer("PIL", False, "bicubic", (224, 224))
+
+    def prepare(self, image: np.ndarray) -> torch.Tensor:
+        pixels = torch.from_numpy(self._resizer(as_rgb(image))).permute(2, 0, 1) / 255
+        return (pixels - IMAGENET_MEAN) / IMAGENET_STD
+
+    def __call__(self, batch: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"pool": self.network(batch).last_hidden_state[:, 0]}
+
+
+class ImageClassifier(FeatureExtractor):
+    """Logits of an image classifier, and what goes into its last linear layer.
+
+    Args:
+        folder: Folder or Hub name of a model for `AutoModelForImageClassification` with its image processor.
+        device: Where to run.
+
+    Raises:
+        FileNotFoundError: If the model cannot be loaded.
+        ValueError: If it does not end in a linear layer.
+    """
+
+    provides = frozenset({"pool", "logits"})
+
+    def __init__(self, folder: str, device: torch.device | str = "cpu"):
+        from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+        self.name = f"classifier {folder}"
+        self.resize = "the classifier's image processor"
+        self.network = _load(AutoModelForImageClassification, folder, "an image classifier").eval()
+        self._processor = _load(AutoImageProcessor, folder, "an image processor")
+        self._channels = getattr(self.network.config, "num_channels", 3)
+        self.fingerprint = fingerprint(self.network)
+        heads = [
+            module
+            for module in self.network.modules()
+            if isinstance(module, nn.Linear) and module.out_features == self.network.config.num_labels
+        ]
+        if not heads:
+            raise ValueError(f"{folder} does not end in a linear layer, whose inputs would be its features.")
+        heads[-1].register_forward_pre_hook(self._keep_input)
+        self.network.to(device)
+
+    def _keep_input(self, module, inputs):
+        self._pool = inputs[0]
+
+    def prepare(self, image: np.ndarray) -> torch.Tensor:
+        image = as_rgb(image) if self._channels == 3 else image
+        if image.shape[2] != self._channels:
+            raise ValueError(f"the classifier takes {self._channels} channels, not {image.shape[2]}")
+        return self._processor(image, return_tensors="pt", input_data_format="channels_last")["pixel_values"][0]
+
+    def __call__(self, batch: torch.Tensor) -> dict[str, torch.Tensor]:
+        logits = self.network(batch).logits
+        return {"pool": self._pool.flatten(1), "logits": logits}
+
+    @property
+    def identity(self) -> dict[str, str]:
+        return {**super().identity, "extractor": "classifier"}  # the same weights in another folder are the same
+
+
+def _load(auto_class, name, what):
+    try:
+        return auto_class.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        first_line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise FileNotFoundError(
+            f"{name} cannot be loaded as {what} ({first_line}): name a folder written by save_pretrained, with "
+            "config.json, model.safetensors and, for a classifier, preprocessor_config.json."
+        ) from error

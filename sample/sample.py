@@ -1,4 +1,4 @@
-"""Samples images of given classes from a saved pipeline: PNG files and a labelled grid.
+"""Samples images of given classes from a saved pipeline: PNG files, a labelled grid, and ADM's .npz if wanted.
 
     python sample/sample.py --model outputs/digits --classes 3 7 --num_images 64 --output_dir outputs/threes_and_sevens
 
@@ -14,6 +14,8 @@ import torch
 from diffusers import DiffusionPipeline
 
 import sdt_diffusion  # noqa: F401  (lets diffusers find the pipeline's classes)
+from sdt_diffusion.data.raw_images import FolderImages, save_npz_images
+from sdt_diffusion.files import write_atomically
 from sdt_diffusion.generation import class_labels_for, describe_sampling, generate
 from sdt_diffusion.plots import image_grid
 from sdt_diffusion.sdt.schedulers import swap_scheduler
@@ -34,6 +36,7 @@ def parse(argv):
     parser.add_argument("--guidance_scale", type=float, default=4.0)
     parser.add_argument("--num_inference_steps", type=int, default=50)
     parser.add_argument("--scheduler", help="Class name of another diffusers scheduler than the saved one.")
+    parser.add_argument("--npz", action="store_true", help="Also write samples.npz in the layout of ADM's evaluation.")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     args = parser.parse_args(argv)
@@ -65,20 +68,24 @@ def main(argv):
         "num_inference_steps": args.num_inference_steps,
     }
     labels = class_labels_for(args.num_images, classes)
-    args.output_dir.mkdir(parents=True, exist_ok=True)
+    folder = args.output_dir / "images"
+    folder.mkdir(parents=True)
     shown = []
     for index, image in generate(pipe, labels, batch_size=args.batch_size, **sampling):
-        image.save(args.output_dir / f"{index:06d}-class{labels[index]}.png")
+        image.save(folder / f"{index:06d}-class{labels[index]}.png")
         if index < GRID_IMAGES:
             shown.append((classes.index(labels[index]), image))
     shown.sort(key=lambda pair: pair[0])
     texts = [pipe.id2label.get(classes[rank], str(classes[rank])) for rank, _ in shown]
     columns = min(10, -int(-(len(shown) ** 0.5) // 1))
     image_grid([image for _, image in shown], texts, columns).save(args.output_dir / "grid.png")
+    if args.npz:
+        images = FolderImages(folder, image.mode)
+        write_atomically(args.output_dir / "samples.npz", lambda path: save_npz_images(path, images))
     description = describe_sampling(pipe, sampling)
     record = {"model": args.model, "sampler": description, "dtype": args.dtype, **sampling, "labels": labels}
     (args.output_dir / "samples.json").write_text(json.dumps(record, indent=2))
-    print(f"Saved {args.num_images} images and grid.png to {args.output_dir} ({description}).")
+    print(f"Saved {args.num_images} images and their grid.png to {args.output_dir} ({description}).")
 
 
 if __name__ == "__main__":

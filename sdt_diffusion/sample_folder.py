@@ -14,7 +14,7 @@ from .fingerprint import fingerprint
 from .generation import describe_sampling, generate
 from .sdt import SDTPipeline
 
-MANIFEST_FILE = "samples.json"
+MANIFEST_FILE = "manifest.json"
 
 
 class SampleFolder(RawImages):

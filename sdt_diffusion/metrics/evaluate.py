@@ -170,11 +170,11 @@ def warnings_about(samples: FeatureSummary, reference: FeatureSummary, names: Se
     count = samples.provenance["count"]
     if count < FULL_COUNT and {"fid", "sfid"} & set(names):
         warnings.append(f"{count} samples: not comparable with numbers of {FULL_COUNT}, which are lower.")
-    for side, summary in (("samples", samples), ("reference", reference)):
+    for whose, summary in (("samples'", samples), ("reference's", reference)):
         for kind, statistics in summary.statistics.items():
             if statistics.rank_deficient:
                 warnings.append(
-                    f"The covariance of the {side}' {kind} features is rank-deficient: {statistics.count} images for "
+                    f"The covariance of the {whose} {kind} features is rank-deficient: {statistics.count} images for "
                     f"{len(statistics.mean)} dimensions."
                 )
     if not reference.provenance:

@@ -1,6 +1,7 @@
 """What metrics need to know of a set of images: statistics and features, with the record of how they came about."""
 
 import json
+import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from .frechet import GaussianStatistics
 STATISTICS_KEYS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 FEATURES_KEY = "features"
 PROVENANCE_KEY = "provenance"
+#: What a damaged `.npz` makes NumPy raise.
+NPZ_ERRORS = (zipfile.BadZipFile, OSError, ValueError, EOFError)
 
 
 @dataclass
@@ -79,7 +82,7 @@ def load_summary(path: Path) -> FeatureSummary:
     """
     try:
         arrays, provenance = (_read_safetensors if path.suffix == ".safetensors" else _read_npz)(path)
-    except (SafetensorError, OSError, ValueError, EOFError) as error:
+    except (SafetensorError, *NPZ_ERRORS) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     statistics = {}
     for kind, (mean_key, covariance_key) in STATISTICS_KEYS.items():
@@ -100,7 +103,7 @@ def has_statistics(path: Path) -> bool:
         try:
             with np.load(path) as archive:
                 return "mu" in archive.files
-        except (OSError, ValueError, EOFError) as error:
+        except NPZ_ERRORS as error:
             raise ValueError(f"{path} is no whole .npz file: {error}") from error
     return path.suffix == ".safetensors"
 

@@ -7,18 +7,17 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
+from process import ROOT, run
 from safetensors.torch import load_file
 
 from sdt_diffusion.training.log import read_log
 
-ROOT = Path(__file__).parents[2]
 TRAIN = [sys.executable, "train/train_dit.py"]
 SMALL = [
     *("--cpu_threads", "1", "--model_overrides", '{"num_layers": 1, "dropout": 0.1}'),
@@ -26,14 +25,6 @@ SMALL = [
     *("--max_train_steps", "30", "--lr_warmup_steps", "5", "--checkpointing_steps", "6", "--logging_steps", "5"),
     *("--validation_steps", "10", "--num_inference_steps", "2", "--label_accuracy_samples", "0"),
 ]
-
-
-def run(*command, check=True):
-    result = subprocess.run(
-        [str(word) for word in command], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert not check or result.returncode == 0, result.stderr
-    return result
 
 
 def weights(folder):
@@ -173,25 +164,29 @@ class TestSampling:
     @pytest.fixture(scope="class")
     def sampled(self, trained, tmp_path_factory):
         output_dir = tmp_path_factory.mktemp("samples") / "a"
-        argv = ("--classes", "3", "7", "--num_images", "10", "--num_inference_steps", "4")
+        argv = ("--classes", "3", "7", "--num_images", "10", "--num_inference_steps", "4", "--npz")
         result = run(sys.executable, "sample/sample.py", "--model", trained[0], *argv, "--output_dir", output_dir)
         return output_dir, result
 
     def test_leaves_a_file_per_sample_and_a_grid(self, sampled):
         output_dir, result = sampled
-        names = [path.name for path in sorted(output_dir.glob("0*.png"))]
+        names = [path.name for path in sorted((output_dir / "images").iterdir())]
         assert names[:3] == ["000000-class3.png", "000001-class7.png", "000002-class3.png"]
         assert len(names) == 10
-        assert Image.open(output_dir / names[0]).size == (8, 8)
+        assert Image.open(output_dir / "images" / names[0]).size == (8, 8)
         assert np.array(Image.open(output_dir / "grid.png")).std() > 1
+        first = np.array(Image.open(output_dir / "images" / names[0]))
+        packed = np.load(output_dir / "samples.npz")["arr_0"]
+        assert packed.shape == (10, 8, 8, 3)
+        assert np.array_equal(packed[0], np.repeat(first[..., None], 3, axis=2))
         assert "FlowMatchEulerDiscreteScheduler, 4 steps, 8 network evaluations, guidance 4, seed 0" in result.stdout
 
     def test_another_batch_size_and_count_give_the_same_pictures(self, trained, sampled, tmp_path):
         argv = ("--classes", "3", "7", "--num_images", "5", "--num_inference_steps", "4", "--batch_size", "2")
         run(sys.executable, "sample/sample.py", "--model", trained[0], *argv, "--output_dir", tmp_path / "b")
-        for path in sorted((tmp_path / "b").glob("0*.png")):
+        for path in sorted((tmp_path / "b" / "images").iterdir()):
             first, second = (
-                np.array(Image.open(folder / path.name)).astype(int) for folder in (sampled[0], path.parent)
+                np.array(Image.open(folder / path.name)).astype(int) for folder in (sampled[0] / "images", path.parent)
             )
             assert np.abs(first - second).max() <= 1  # a rounding of 1e-6 may cross the edge of a grey level
 

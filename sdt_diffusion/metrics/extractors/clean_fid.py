@@ -9,7 +9,7 @@ import torch
 
 from ...fingerprint import fingerprint
 from .base import FeatureExtractor, as_rgb
-from .weights import find_weights, load_state_dict
+from .weights import brief, find_weights, load_state_dict
 
 #: Mode -> how images come to the network's size.
 MODES = {
@@ -64,7 +64,7 @@ def _torchscript_inception(weights, resize_inside):
         try:
             return InceptionV3W(folder, download=False, resize_inside=resize_inside)
         except (RuntimeError, AttributeError) as error:
-            raise ValueError(f"{path} is not the TorchScript Inception: {str(error).splitlines()[0]}") from error
+            raise ValueError(f"{path} is not the TorchScript Inception: {brief(error)}") from error
 
 
 def _pytorch_inception(weights, resize_inside):
@@ -77,4 +77,4 @@ def _pytorch_inception(weights, resize_inside):
         try:
             return inception_pytorch.InceptionV3(output_blocks=[3], resize_input=False)
         except RuntimeError as error:
-            raise ValueError(f"{path} does not hold pytorch-fid's Inception: {error}") from error
+            raise ValueError(f"{path} does not hold pytorch-fid's Inception: {brief(error)}") from error

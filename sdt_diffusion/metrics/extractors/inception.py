@@ -5,7 +5,7 @@ import torch
 
 from ...fingerprint import fingerprint
 from .base import FeatureExtractor, as_rgb
-from .weights import find_weights, load_state_dict
+from .weights import brief, find_weights, load_state_dict
 
 
 class TorchFidelityInception(FeatureExtractor):
@@ -37,7 +37,7 @@ class TorchFidelityInception(FeatureExtractor):
                 "inception", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(path)
             )
         except RuntimeError as error:
-            raise ValueError(f"{path} does not hold torch-fidelity's Inception: {error}") from error
+            raise ValueError(f"{path} does not hold torch-fidelity's Inception: {brief(error)}") from error
         self.fingerprint = fingerprint(self.network)
         self.network.to(device)
         self.network.Mixed_6d.branch1x1.register_forward_hook(self._keep_spatial)

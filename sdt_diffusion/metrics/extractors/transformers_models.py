@@ -6,6 +6,7 @@ from torch import nn
 
 from ...fingerprint import fingerprint
 from .base import FeatureExtractor, as_rgb
+from .weights import brief
 
 IMAGENET_MEAN = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
 IMAGENET_STD = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
@@ -100,8 +101,7 @@ def _load(auto_class, name, what):
     try:
         return auto_class.from_pretrained(name)
     except (OSError, ValueError) as error:
-        first_line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise FileNotFoundError(
-            f"{name} cannot be loaded as {what} ({first_line}): name a folder written by save_pretrained, with "
+            f"{name} cannot be loaded as {what} ({brief(error)}): name a folder written by save_pretrained, with "
             "config.json, model.safetensors and, for a classifier, preprocessor_config.json."
         ) from error

@@ -1,6 +1,7 @@
 """Weight files of feature extractors: given, cached or downloaded."""
 
 import os
+import textwrap
 from pathlib import Path
 
 import torch
@@ -38,4 +39,9 @@ def load_state_dict(path: Path) -> dict[str, torch.Tensor]:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ValueError(f"{path} is no state dict: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{path} is no state dict: {brief(error)}") from error
+
+
+def brief(error: Exception) -> str:
+    """The beginning of an error's text: those of networks list every key."""
+    return textwrap.shorten(str(error), 160) or type(error).__name__

@@ -1,0 +1,99 @@
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    Dinov2Config,
+    Dinov2Model,
+    ResNetConfig,
+    ResNetForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessor,
+)
+
+from sdt_diffusion.metrics.extractors import build_extractor
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+IMAGE = np.random.default_rng(0).integers(0, 256, (20, 20, 3), dtype=np.uint8)
+
+
+def extract(extractor, *images):
+    with torch.no_grad():
+        return extractor(torch.stack([extractor.prepare(image) for image in images]))
+
+
+@pytest.fixture
+def vit(tmp_path):
+    torch.manual_seed(0)
+    model = ViTForImageClassification(ViTConfig(**SMALL, image_size=16, patch_size=8, num_labels=7)).eval()
+    model.save_pretrained(tmp_path)
+    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(tmp_path)
+    return tmp_path, model
+
+
+def test_dinov2_gives_its_class_token_for_images_of_224_pixels(tmp_path):
+    torch.manual_seed(0)
+    model = Dinov2Model(Dinov2Config(**SMALL, image_size=224, patch_size=14)).eval()
+    model.save_pretrained(tmp_path)
+    extractor = build_extractor("dinov2", str(tmp_path))
+    prepared = extractor.prepare(np.full((50, 40, 3), 255, dtype=np.uint8))
+    assert prepared.shape == (3, 224, 224)
+    white = (1 - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor([0.229, 0.224, 0.225])
+    torch.testing.assert_close(prepared.amax(dim=(1, 2)), white)
+    with torch.no_grad():
+        expected = model(extractor.prepare(IMAGE)[None]).pooler_output
+    torch.testing.assert_close(extract(extractor, IMAGE)["pool"], expected)
+
+
+def test_a_classifier_gives_its_logits_and_what_they_are_made_of(vit):
+    folder, model = vit
+    extractor = build_extractor(str(folder))
+    found = extract(extractor, IMAGE, IMAGE[::-1].copy())
+    assert found["logits"].shape == (2, 7)
+    torch.testing.assert_close(model.classifier(found["pool"]), found["logits"])
+    assert (found["logits"][0] - found["logits"][1]).abs().max() > 0
+
+
+def test_a_convolutional_classifier_too(tmp_path):
+    torch.manual_seed(0)
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=5)
+    model = ResNetForImageClassification(config).eval()
+    model.save_pretrained(tmp_path)
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+    found = extract(build_extractor(str(tmp_path)), IMAGE)
+    assert found["pool"].shape == (1, 16)
+    torch.testing.assert_close(model.classifier(found["pool"]), found["logits"])
+
+
+def test_a_moved_classifier_is_the_same_extractor(vit, tmp_path_factory):
+    folder, _ = vit
+    moved = tmp_path_factory.mktemp("moved") / "vit"
+    folder.rename(moved)
+    moved_again = moved.with_name("vit2")
+    first = build_extractor(str(moved)).identity
+    moved.rename(moved_again)
+    assert build_extractor(str(moved_again)).identity == first
+
+
+def test_what_is_missing_is_named(tmp_path, vit):
+    with pytest.raises(ValueError, match="--extractor incption: it must be one of inception, cleanfid_clean"):
+        build_extractor("incption")
+    with pytest.raises(FileNotFoundError, match=r"cannot be loaded as an image classifier .*config.json"):
+        build_extractor(str(empty_folder(tmp_path)))
+    with pytest.raises(ValueError, match="holds a vit, not a DINOv2"):
+        build_extractor("dinov2", str(vit[0]))
+    with pytest.raises(ValueError, match="pixels takes none"):
+        build_extractor("pixels", "weights.pth")
+
+
+def empty_folder(tmp_path):
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    return folder
+
+
+def test_pixels_are_features_of_small_images_only():
+    extractor = build_extractor("pixels")
+    assert torch.equal(extract(extractor, IMAGE)["pool"][0], torch.from_numpy(IMAGE).flatten().float() / 255)
+    with pytest.raises(ValueError, match="more than 4096 values"):
+        extractor.prepare(np.zeros((64, 64, 3), dtype=np.uint8))

@@ -1,0 +1,83 @@
+import numpy as np
+import pytest
+
+from sdt_diffusion.metrics.frechet import GaussianStatistics
+from sdt_diffusion.metrics.summary import FeatureSummary, has_statistics, load_summary, save_summary
+
+
+@pytest.fixture
+def summary():
+    random = np.random.default_rng(0)
+    gaussians = {
+        kind: GaussianStatistics(random.random(n), random.random((n, n)), 9)
+        for kind, n in (("pool", 3), ("spatial", 2))
+    }
+    provenance = {"extractor": "pixels", "count": 9}
+    return FeatureSummary(gaussians, random.random((5, 3), dtype=np.float32), provenance=provenance)
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "npz"])
+def test_a_file_gives_back_what_went_in(summary, tmp_path, ending):
+    path = tmp_path / f"reference.{ending}"
+    save_summary(path, summary)
+    assert has_statistics(path)
+    loaded = load_summary(path)
+    for kind, gaussian in summary.statistics.items():
+        assert np.array_equal(loaded.statistics[kind].mean, gaussian.mean)
+        assert np.array_equal(loaded.statistics[kind].covariance, gaussian.covariance)
+        assert loaded.statistics[kind].count == 9
+    assert np.array_equal(loaded.features, summary.features)
+    assert loaded.provenance == summary.provenance
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+def test_adms_files_are_read(tmp_path):
+    path = tmp_path / "VIRTUAL.npz"
+    arrays = {"mu": np.zeros(3), "sigma": np.eye(3), "mu_s": np.zeros(2, np.float32), "sigma_s": np.eye(2)}
+    np.savez(path, arr_0=np.zeros((2, 8, 8, 3), np.uint8), **arrays)
+    loaded = load_summary(path)
+    assert {kind: len(gaussian.mean) for kind, gaussian in loaded.statistics.items()} == {"pool": 3, "spatial": 2}
+    assert loaded.statistics["spatial"].mean.dtype == np.float64
+    assert loaded.features is None
+    assert loaded.provenance == {}
+
+
+def test_an_npz_of_images_is_none_of_statistics(tmp_path):
+    np.savez(tmp_path / "images.npz", arr_0=np.zeros((2, 8, 8, 3), np.uint8))
+    assert not has_statistics(tmp_path / "images.npz")
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "npz"])
+def test_a_damaged_file_is_named(summary, tmp_path, ending):
+    path = tmp_path / f"cut.{ending}"
+    save_summary(path, summary)
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(ValueError, match=f"cut.{ending}"):
+        load_summary(path)
+
+
+def test_files_without_statistics_or_with_others_are_refused(tmp_path):
+    np.savez(tmp_path / "a.npz", arr_0=np.zeros(3))
+    with pytest.raises(ValueError, match=r"a.npz holds no statistics \(mu and sigma\)"):
+        load_summary(tmp_path / "a.npz")
+    np.savez(tmp_path / "b.npz", mu=np.zeros(3), sigma=np.eye(4))
+    with pytest.raises(ValueError, match=r"b.npz: mu \(3,\) and sigma \(4, 4\) do not fit"):
+        load_summary(tmp_path / "b.npz")
+
+
+def test_nothing_is_overwritten_and_nothing_half_written_is_left(summary, tmp_path, monkeypatch):
+    path = tmp_path / "reference.npz"
+    save_summary(path, summary)
+    with pytest.raises(ValueError, match="exists already"):
+        save_summary(path, summary)
+    with pytest.raises(ValueError, match=r"must end in .safetensors or .npz"):
+        save_summary(tmp_path / "reference.pt", summary)
+
+    def full(path, **arrays):
+        path.write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(np, "savez", full)
+    with pytest.raises(OSError, match="No space"):
+        save_summary(tmp_path / "other.npz", summary)
+    assert [file.name for file in tmp_path.iterdir()] == ["reference.npz"]

@@ -28,7 +28,7 @@ def main(argv):
     try:
         extractor = build_extractor(extractor_args.extractor, extractor_args.extractor_weights, state.device)
         table = compare(args, sampling_args, extractor, image_args, extractor_args.dataloader_num_workers)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"Error: {error}")
     if table is not None:
         print(f"\n{table}\n\nWritten to {args.output}.")

@@ -55,7 +55,7 @@ def main(argv):
         if state.is_main_process:
             save_summary(args.output, summary)
             print(f"Statistics of {len(images)} images written to {args.output}.")
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"Error: {error}")
 
 

@@ -143,7 +143,7 @@ def parse_arguments(
     if unknown:
         parser.error(f"{config_file}: unknown key(s) {', '.join(unknown)}; known: {', '.join(sorted(known))}")
     # As flags, values from the file are checked and converted like those of the command line.
-    flags = [f"--{key}={value}" for key, value in values.items()]
+    flags = [word for key, value in values.items() for word in _as_words(key, value)]
     try:
         *parsed, _, rest = parser.parse_args_into_dataclasses([*flags, *argv], return_remaining_strings=True)
     except ValueError as error:
@@ -156,6 +156,10 @@ def parse_arguments(
 def merged(*arguments: Any) -> dict[str, Any]:
     """The values of several argument dataclasses in one flat dictionary."""
     return {key: value for instance in arguments for key, value in dataclasses.asdict(instance).items()}
+
+
+def _as_words(key, value):
+    return [f"--{key}", *map(str, value)] if isinstance(value, list) else [f"--{key}={value}"]
 
 
 def _read_yaml(parser, path):
@@ -171,5 +175,5 @@ def _read_yaml(parser, path):
     text = {}
     for key, value in values.items():
         if value is not None:
-            text[str(key)] = json.dumps(value) if isinstance(value, (dict, list)) else as_written[str(key)]
+            text[str(key)] = json.dumps(value) if isinstance(value, dict) else as_written[str(key)]
     return text

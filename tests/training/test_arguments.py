@@ -2,6 +2,7 @@ import pytest
 import yaml
 
 from sdt_diffusion.data import DataArguments
+from sdt_diffusion.evaluation.arguments import FidArguments
 from sdt_diffusion.sdt.arguments import ModelArguments
 from sdt_diffusion.training.arguments import OptimizationArguments, RunArguments, merged, parse_arguments
 
@@ -48,6 +49,12 @@ def test_yaml_values_mean_what_they_say(config):
     assert values["adam_epsilon"] == 1e-7
     assert values["output_dir"] == "-x"
     assert values["random_flip"] is True
+
+
+def test_lists_are_given_as_on_the_command_line(config):
+    path = config("metrics: [fid, kid]\nreference: digits\noutput: a.json")
+    args, _ = parse_arguments((FidArguments, DataArguments), ["--config", str(path)])
+    assert args.metrics == ["fid", "kid"]
 
 
 def test_the_written_config_is_one_that_can_be_read(config):

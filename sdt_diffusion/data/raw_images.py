@@ -5,6 +5,7 @@ resized or converted is another image, and its FID another FID.
 """
 
 import io
+import os
 import shutil
 import tempfile
 import zipfile
@@ -131,7 +132,9 @@ class FolderImages(EncodedImages):
 
     def __init__(self, folder: Path, image_mode: str = "RGB", resolution: int | None = None):
         super().__init__(str(folder), image_mode, resolution)
-        paths = [path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_ENDINGS and path.is_file()]
+        # Not rglob, which does not enter linked folders.
+        files = (Path(parent, name) for parent, _, names in os.walk(folder, followlinks=True) for name in names)
+        paths = [path for path in files if path.suffix.lower() in IMAGE_ENDINGS]
         self.paths = sorted(paths, key=lambda path: path.relative_to(folder).as_posix())
         if not self.paths:
             raise ValueError(f"{folder} holds no image ({', '.join(sorted(IMAGE_ENDINGS))}).")

@@ -15,7 +15,10 @@ def rows_of(features: Features, rows: slice | np.ndarray, device: torch.device |
     Raises:
         ValueError: If one of them is NaN or infinite.
     """
-    block = torch.as_tensor(features[rows]).to(device, torch.float64)
+    block = features[rows]
+    if isinstance(block, np.ndarray):
+        block = torch.from_numpy(np.array(block, dtype=np.float64))  # a copy: torch warns of read-only files
+    block = block.to(device, torch.float64)
     if not torch.isfinite(block).all():
         raise ValueError("The features hold values that are NaN or infinite.")
     return block

@@ -14,7 +14,7 @@ def precision_recall(
     samples: Features,
     real: Features,
     neighborhood: int = NEIGHBORHOOD,
-    block: int = 2048,
+    block: int = 1024,
     device: torch.device | str = "cpu",
 ) -> tuple[float, float]:
     """How many samples lie in the manifold of the real features, and the other way round.

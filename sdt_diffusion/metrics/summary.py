@@ -84,6 +84,8 @@ def load_summary(path: Path) -> FeatureSummary:
         arrays, provenance = (_read_safetensors if path.suffix == ".safetensors" else _read_npz)(path)
     except (SafetensorError, *NPZ_ERRORS) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
+    if not isinstance(provenance, dict) or not isinstance(provenance.get("count", 0), int):
+        raise ValueError(f"{path}: its {PROVENANCE_KEY} is not what eval/make_reference.py writes.")
     statistics = {}
     for kind, (mean_key, covariance_key) in STATISTICS_KEYS.items():
         if mean_key not in arrays or covariance_key not in arrays:
@@ -91,18 +93,23 @@ def load_summary(path: Path) -> FeatureSummary:
         mean, covariance = (np.asarray(arrays[key], dtype=np.float64) for key in (mean_key, covariance_key))
         if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
             raise ValueError(f"{path}: {mean_key} {mean.shape} and {covariance_key} {covariance.shape} do not fit.")
+        if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
+            raise ValueError(f"{path}: {mean_key} and {covariance_key} hold values that are NaN or infinite.")
         statistics[kind] = GaussianStatistics(mean, covariance, provenance.get("count"))
-    if not statistics:
+    if "pool" not in statistics:
         raise ValueError(f"{path} holds no statistics (mu and sigma); it has {', '.join(arrays) or 'nothing'}.")
-    return FeatureSummary(statistics, arrays.get(FEATURES_KEY), provenance=provenance)
+    features = arrays.get(FEATURES_KEY)
+    if features is not None and (features.ndim != 2 or features.shape[1:] != arrays["mu"].shape):
+        raise ValueError(f"{path}: {FEATURES_KEY} of shape {features.shape} do not fit its statistics.")
+    return FeatureSummary(statistics, features, provenance=provenance)
 
 
 def has_statistics(path: Path) -> bool:
     """Whether a file is one of statistics, rather than of images."""
     if path.suffix == ".npz" and path.is_file():
         try:
-            with np.load(path) as archive:
-                return "mu" in archive.files
+            with zipfile.ZipFile(path) as archive:
+                return "mu.npy" in archive.namelist()
         except NPZ_ERRORS as error:
             raise ValueError(f"{path} is no whole .npz file: {error}") from error
     return path.suffix == ".safetensors"

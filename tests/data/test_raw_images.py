@@ -42,6 +42,12 @@ def test_a_folder_is_read_in_the_order_of_its_paths(folder):
     assert images.describe() == {"images": str(folder), "count": 4, "shape": [10, 12, 3], "format": "PNG"}
 
 
+def test_linked_folders_are_entered(folder, tmp_path):
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "train").symlink_to(folder)
+    assert len(FolderImages(tmp_path / "links")) == 4
+
+
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed], ids=["stored", "compressed"])
 def test_an_npz_of_adms_layout_is_read(tmp_path, save):
     save(tmp_path / "images.npz", other=np.zeros(5), arr_0=PIXELS)

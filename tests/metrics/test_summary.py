@@ -65,6 +65,30 @@ def test_files_without_statistics_or_with_others_are_refused(tmp_path):
         load_summary(tmp_path / "b.npz")
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"features": np.zeros((5, 4))}, r"features of shape \(5, 4\) do not fit"),
+        ({"features": np.zeros(5)}, r"features of shape \(5,\) do not fit"),
+        ({"mu": np.full(3, np.nan)}, "mu and sigma hold values that are NaN"),
+        ({"provenance": np.array("[1]")}, "provenance is not what"),
+        ({"provenance": np.array('{"count": "many"}')}, "provenance is not what"),
+        ({"provenance": np.array("{")}, "cannot be read"),
+    ],
+)
+def test_statistics_that_make_no_sense_are_refused(tmp_path, change, message):
+    np.savez(tmp_path / "bad.npz", **{"mu": np.zeros(3), "sigma": np.eye(3), **change})
+    with pytest.raises(ValueError, match=f"bad.npz.*{message}"):
+        load_summary(tmp_path / "bad.npz")
+
+
+def test_an_array_under_the_wrong_ending_is_refused(tmp_path):
+    np.save(tmp_path / "images.npy", np.zeros(3))
+    (tmp_path / "images.npy").rename(tmp_path / "images.npz")
+    with pytest.raises(ValueError, match=r"images.npz is no whole .npz file"):
+        has_statistics(tmp_path / "images.npz")
+
+
 def test_nothing_is_overwritten_and_nothing_half_written_is_left(summary, tmp_path, monkeypatch):
     path = tmp_path / "reference.npz"
     save_summary(path, summary)

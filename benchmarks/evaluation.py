@@ -15,6 +15,7 @@ import multiprocessing
 import statistics
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -66,7 +67,7 @@ def benchmark_frechet(dim, rounds):
         for _ in tqdm(range(rounds), desc=f"{count} images", leave=False):
             for name, distance in CONTESTANTS.items():
                 start = time.perf_counter()
-                values[name] = distance(*pair)
+                values[name] = distance(*map(replace, pair))  # copies: ours keep their roots
                 times[name].append(time.perf_counter() - start)
         medians = {name: statistics.median(seconds) for name, seconds in times.items()}
         for name, median in medians.items():

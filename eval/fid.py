@@ -26,7 +26,8 @@ def main(argv):
     args, sampling_args, extractor_args, image_args = parse_arguments(types, argv, description=__doc__)
     state = PartialState(cpu=not torch.cuda.is_available())
     try:
-        extractor = build_extractor(extractor_args.extractor, extractor_args.extractor_weights, state.device)
+        with state.local_main_process_first():  # weights may have to be downloaded
+            extractor = build_extractor(extractor_args.extractor, extractor_args.extractor_weights, state.device)
         table = compare(args, sampling_args, extractor, image_args, extractor_args.dataloader_num_workers)
     except (ValueError, OSError) as error:
         sys.exit(f"Error: {error}")

@@ -15,6 +15,7 @@ from accelerate import PartialState
 
 from sdt_diffusion.data.raw_images import RawImageArguments, open_images
 from sdt_diffusion.evaluation.arguments import ExtractorArguments
+from sdt_diffusion.files import check_writable
 from sdt_diffusion.metrics.extraction import summarise
 from sdt_diffusion.metrics.extractors import build_extractor
 from sdt_diffusion.metrics.summary import STATISTICS_KEYS, check_summary_path, save_summary
@@ -41,9 +42,10 @@ def main(argv):
     state = PartialState(cpu=not torch.cuda.is_available())
     try:
         check_summary_path(args.output)
+        check_writable(args.output.parent)
         images = open_images(args.images, image_args, "--images")
-        extractor = build_extractor(extractor_args.extractor, extractor_args.extractor_weights, state.device)
-        args.output.parent.mkdir(parents=True, exist_ok=True)
+        with state.local_main_process_first():  # weights may have to be downloaded
+            extractor = build_extractor(extractor_args.extractor, extractor_args.extractor_weights, state.device)
         summary = summarise(
             images,
             extractor,

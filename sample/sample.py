@@ -71,6 +71,7 @@ def main(argv):
     folder = args.output_dir / "images"
     folder.mkdir(parents=True)
     shown = []
+    mode = "L" if pipe.transformer.config.in_channels == 1 else "RGB"
     for index, image in generate(pipe, labels, batch_size=args.batch_size, **sampling):
         image.save(folder / f"{index:06d}-class{labels[index]}.png")
         if index < GRID_IMAGES:
@@ -80,7 +81,7 @@ def main(argv):
     columns = min(10, -int(-(len(shown) ** 0.5) // 1))
     image_grid([image for _, image in shown], texts, columns).save(args.output_dir / "grid.png")
     if args.npz:
-        images = FolderImages(folder, image.mode)
+        images = FolderImages(folder, mode)
         write_atomically(args.output_dir / "samples.npz", lambda path: save_npz_images(path, images))
     description = describe_sampling(pipe, sampling)
     record = {"model": args.model, "sampler": description, "dtype": args.dtype, **sampling, "labels": labels}

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,10 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
         write(partial)
         sync(partial)
         partial.replace(path)
+    except OSError as error:
+        if error.filename is None:  # a full disk does not say which file it is
+            raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+        raise
     finally:
         partial.unlink(missing_ok=True)
 
@@ -32,6 +37,20 @@ def move_into(folder: Path, save: Callable[[Path], Any]) -> None:
             path.replace(folder / path.name)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_writable(folder: Path) -> None:
+    """Makes a folder, and finds out whether files can be written there before hours of work are lost for it.
+
+    Raises:
+        OSError: Names the folder.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(error.errno, f"No file can be written there: {error.strerror}", str(folder)) from error
 
 
 def sync(path: Path) -> None:

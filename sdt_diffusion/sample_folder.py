@@ -51,7 +51,9 @@ class SampleFolder(RawImages):
         return np.array(batch[index % self.batch_size])
 
     def describe(self) -> dict[str, Any]:
-        return {**super().describe(), "sampler": self.manifest["sampler"], "dtype": self.manifest["dtype"]}
+        made = dict(self.manifest)
+        del made["class_labels"], made["num_samples"]
+        return {**super().describe(), "model_weights": made.pop("weights"), **made}
 
     def name_of(self, index: int) -> str:
         return f"sample {index} of {self.name}"
@@ -122,9 +124,25 @@ def sample_into(
     return SampleFolder(folder)
 
 
+def is_sample_folder(folder: Path) -> bool:
+    """Whether a folder is one of `sample_into`, whole or not."""
+    try:
+        return "num_samples" in json.loads((folder / MANIFEST_FILE).read_text())
+    except (OSError, ValueError):
+        return False
+
+
 def missing_batches(folder: Path, num_samples: int, batch_size: int) -> list[int]:
-    """Numbers of the batches that are still to be made."""
-    return [batch for batch in range(-(-num_samples // batch_size)) if not _batch_file(folder, batch).is_file()]
+    """Numbers of the batches that are still to be made: those without a whole file."""
+    counts = [min(batch_size, num_samples - start) for start in range(0, num_samples, batch_size)]
+    return [batch for batch, count in enumerate(counts) if not _is_whole(_batch_file(folder, batch), count)]
+
+
+def _is_whole(path, count):
+    try:
+        return len(np.load(path, mmap_mode="r")) == count
+    except (OSError, EOFError, ValueError):
+        return False
 
 
 def _batch_file(folder: Path, batch: int) -> Path:

@@ -19,7 +19,7 @@ from PIL import Image
 
 from .images import CorruptImageError, DataArguments, center_crop, find_image_column, read_dataset
 
-IMAGE_ENDINGS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
+IMAGE_ENDINGS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"})
 
 
 @dataclass
@@ -42,6 +42,8 @@ class RawImages(ABC):
 
     #: Where they come from, for messages and records.
     name: str
+    #: What was done to them.
+    preparation: str = "none"
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -64,8 +66,14 @@ class RawImages(ABC):
         return "none"
 
     def describe(self) -> dict[str, Any]:
-        """Source, number, and shape of the images."""
-        return {"images": self.name, "count": len(self), "shape": list(self[0].shape), "format": self.compression}
+        """Source, number, shape and preparation of the images."""
+        return {
+            "images": self.name,
+            "count": len(self),
+            "shape": list(self[0].shape),
+            "format": self.compression,
+            "preparation": self.preparation,
+        }
 
 
 class EncodedImages(RawImages):
@@ -81,6 +89,8 @@ class EncodedImages(RawImages):
     def __init__(self, name: str, image_mode: str, resolution: int | None):
         self.name, self.image_mode, self.resolution = name, image_mode, resolution
         self._size: tuple[int, int] | None = None
+        if resolution:
+            self.preparation = f"converted to {image_mode}, cropped to {resolution} by ADM's rule"
 
     @abstractmethod
     def _source(self, index: int) -> Path | io.BytesIO:
@@ -104,10 +114,13 @@ class EncodedImages(RawImages):
     def _check(self, image):
         if getattr(image, "n_frames", 1) > 1:
             raise ValueError(f"it is an animation of {image.n_frames} frames")
-        if image.mode.startswith(("I", "F")):
+        # Pillow cuts colours of 16 bits down to 8 and calls the result RGB.
+        if image.mode.startswith(("I", "F")) or any(";16" in str(tile) for tile in image.tile):
             raise ValueError(f"mode {image.mode} has more than 8 bits a channel; convert it to 8 bits")
         if self.resolution:
             return
+        if "transparency" in image.info:
+            raise ValueError("it has a transparent colour; convert it, or have all images converted by --resolution")
         if image.mode != self.image_mode:
             raise ValueError(
                 f"its mode is {image.mode}, not {self.image_mode}; convert it, or have all images converted and "
@@ -135,19 +148,25 @@ class FolderImages(EncodedImages):
         # Not rglob, which does not enter linked folders.
         files = (Path(parent, name) for parent, _, names in os.walk(folder, followlinks=True) for name in names)
         paths = [path for path in files if path.suffix.lower() in IMAGE_ENDINGS]
-        self.paths = sorted(paths, key=lambda path: path.relative_to(folder).as_posix())
-        if not self.paths:
+        self.folder = folder
+        self._names = sorted(path.relative_to(folder).as_posix() for path in paths)
+        if not self._names:
             raise ValueError(f"{folder} holds no image ({', '.join(sorted(IMAGE_ENDINGS))}).")
         self._size = self[0].shape[1::-1]
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self._names)
+
+    @property
+    def compression(self) -> str:
+        endings = {Path(name).suffix.lower().removeprefix(".").replace("jpg", "jpeg") for name in self._names}
+        return ", ".join(sorted(ending.upper() for ending in endings))
 
     def name_of(self, index: int) -> str:
-        return str(self.paths[index])
+        return str(self._source(index))
 
     def _source(self, index):
-        return self.paths[index]
+        return self.folder / self._names[index]
 
 
 class DatasetImages(EncodedImages):
@@ -234,14 +253,14 @@ class SubsetImages(RawImages):
 def map_npz_array(path: Path, key: str) -> np.ndarray:
     """An array of an `.npz` file, mapped into memory where it lies in the file.
 
-    A compressed one is unpacked into a nameless temporary file first.
+    A compressed one is unpacked into a nameless file in the folder for temporary files first.
 
     Raises:
         ValueError: If the file is no `.npz` or lacks the array.
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            names = [name.removesuffix(".npy") for name in archive.namelist()]
+            names = [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
             if key not in names:
                 raise ValueError(f"{path} has no array {key}; it has {', '.join(names) or 'none'}.")
             entry = archive.getinfo(f"{key}.npy")
@@ -251,11 +270,13 @@ def map_npz_array(path: Path, key: str) -> np.ndarray:
                 shape, fortran_order, dtype = read_header[version[0]](member)
                 header_size = member.tell()
                 order = "F" if fortran_order else "C"
+                if 0 in shape:
+                    return np.empty(shape, dtype)
                 if entry.compress_type != zipfile.ZIP_STORED:
                     unpacked = tempfile.TemporaryFile()  # noqa: SIM115  (lives as long as the mapping)
                     shutil.copyfileobj(member, unpacked)
                     return np.memmap(unpacked, dtype=dtype, mode="r", shape=shape, order=order)
-    except (zipfile.BadZipFile, OSError, EOFError) as error:
+    except (zipfile.BadZipFile, OSError, EOFError, RuntimeError, KeyError) as error:
         raise ValueError(f"{path} is no whole .npz file: {error}") from error
     with path.open("rb") as file:  # the data follow the entry's own header, whose length is in bytes 26 to 29
         file.seek(entry.header_offset)
@@ -279,6 +300,17 @@ def save_npz_images(path: Path, images: RawImages) -> None:
             member.write(np.broadcast_to(images[index], shape).tobytes())
 
 
+def refuse_preparation(args: RawImageArguments, what: str) -> None:
+    """Refuses flags that change images where these are what they are.
+
+    Raises:
+        ValueError: Names the flag.
+    """
+    for key in ("resolution", "image_column", "image_mode"):
+        if getattr(args, key) is not None:
+            raise ValueError(f"--{key} does nothing to {what}; leave it out.")
+
+
 def open_images(name: str, args: RawImageArguments, flag: str) -> RawImages:
     """Images by the name of a folder, an `.npz` file or a data set.
 
@@ -293,9 +325,10 @@ def open_images(name: str, args: RawImageArguments, flag: str) -> RawImages:
         ValueError: If nothing can be read there.
     """
     path = Path(name).expanduser()
-    if path.suffix == ".npz":
+    if path.suffix.lower() == ".npz":
         if not path.is_file():
             raise FileNotFoundError(f"{flag}: there is no file {path}.")
+        refuse_preparation(args, f"{flag} {path}")
         return NpzImages(path)
     image_mode = args.image_mode or ("L" if name == "digits" else "RGB")
     if path.is_dir() and not (path / "dataset_info.json").is_file():

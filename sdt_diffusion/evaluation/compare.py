@@ -1,6 +1,8 @@
 """Samples against a reference: numbers, the record of how they came about, and a picture."""
 
 import json
+from dataclasses import fields
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from ..data.raw_images import RawImageArguments, RawImages, SubsetImages, open_images, save_npz_images
-from ..files import write_atomically
+from ..files import check_writable, write_atomically
 from ..generation import class_labels_for, random_class_labels
 from ..metrics.evaluate import (
     FULL_COUNT,
@@ -24,7 +26,7 @@ from ..metrics.evaluate import (
 from ..metrics.extraction import summarise
 from ..metrics.extractors import FeatureExtractor
 from ..plots import image_grid
-from ..sample_folder import MANIFEST_FILE, SampleFolder, sample_into
+from ..sample_folder import SampleFolder, is_sample_folder, sample_into
 from ..sdt import SDTPipeline
 from ..sdt.schedulers import swap_scheduler
 from .arguments import FidArguments, SamplingArguments
@@ -55,13 +57,11 @@ def compare(
     Raises:
         ValueError: If the arguments do not fit together, or images or statistics cannot be used.
     """
-    _check_outputs(args)
+    _check_arguments(args, sampling_args)
     metrics = args.metrics or [name for name, needs in METRICS.items() if needs.kind in extractor.provides]
     check_metrics(metrics, extractor)
     reference = Reference.open(args.reference, image_args)
     reference.check(metrics, extractor)
-    if (args.samples is None) == (sampling_args.model is None):
-        raise ValueError("Give either --model, to sample from, or --samples.")
     pipe = samples = None
     if sampling_args.model is not None:
         pipe = load_pipeline(sampling_args, PartialState().device)
@@ -72,7 +72,6 @@ def compare(
     num_reference = reference.count_features(args.num_features)
     check_counts(metrics, num_samples, num_reference, args.inception_splits, args.kid_subset_size)
 
-    args.output.parent.mkdir(parents=True, exist_ok=True)
     statistics = [METRICS[name].statistics for name in metrics if METRICS[name].statistics]
     with_features = any(METRICS[name].features for name in metrics)
     how = {"extractor": extractor, "statistics": statistics, "num_workers": num_workers}
@@ -86,11 +85,12 @@ def compare(
     if not PartialState().is_main_process:
         return None
 
+    _check_dimensions(args.reference, expected, found)
     device = PartialState().device
     values = compute_metrics(metrics, found, expected, args.kid_subsets, args.kid_subset_size, device)
     record = {
         **values,
-        "samples": found.provenance,
+        "samples": {**found.provenance, **({"model": sampling_args.model} if pipe else {})},
         "reference": {"path": args.reference, **expected.provenance},
         "settings": {
             "inception_splits": args.inception_splits,
@@ -99,25 +99,35 @@ def compare(
             "reference_features": num_reference if with_features else 0,
         },
         "warnings": warnings_about(found, expected, metrics),
+        "versions": {package: version(package) for package in ("sdt_diffusion", "torch", "diffusers")},
     }
+    # The numbers first: whatever befalls the rest, they are there.
+    write_atomically(args.output, lambda path: path.write_text(json.dumps(record, indent=2)))
     if args.samples_npz:
         write_atomically(args.samples_npz, lambda path: save_npz_images(path, samples))
     write_atomically(args.output.with_suffix(".png"), side_by_side(samples, reference.images).save)
-    write_atomically(args.output, lambda path: path.write_text(json.dumps(record, indent=2)))
-    return format_table(values, record, extractor.name)
+    return format_table(values, record, extractor)
 
 
 def open_samples(name: str, count: int | None, image_args: RawImageArguments) -> RawImages:
     """Samples as they are: of another run, from a folder of images, or from an `.npz`; `count` of them at random."""
-    if (Path(name) / MANIFEST_FILE).is_file():
+    if is_sample_folder(Path(name)):
         images = SampleFolder(Path(name))
     else:
-        images = open_images(name, RawImageArguments(image_mode=image_args.image_mode), "--samples")
+        mode = None if Path(name).suffix.lower() == ".npz" else image_args.image_mode
+        images = open_images(name, RawImageArguments(image_mode=mode), "--samples")
     return images if count in (None, len(images)) else SubsetImages(images, count)
 
 
 def load_pipeline(args: SamplingArguments, device: torch.device) -> SDTPipeline:
-    """The pipeline to sample from, with the scheduler asked for."""
+    """The pipeline to sample from, with the scheduler asked for.
+
+    Raises:
+        FileNotFoundError: If there is no such folder.
+        ValueError: If the scheduler does not fit.
+    """
+    if args.model.startswith((".", "/", "~")) and not Path(args.model, "model_index.json").is_file():
+        raise FileNotFoundError(f"--model: {args.model} holds no pipeline (no model_index.json).")
     pipe = DiffusionPipeline.from_pretrained(args.model, dtype=getattr(torch, args.dtype)).to(device)
     if args.scheduler:
         pipe.scheduler = swap_scheduler(pipe.scheduler, args.scheduler)
@@ -151,18 +161,35 @@ def side_by_side(samples: RawImages, reference: RawImages | None, columns: int =
             images += [blank] * (columns - len(images) % columns)
             texts += ["samples"] * (len(images) - len(texts))
         shown = np.linspace(0, len(source) - 1, min(len(source), columns * rows)).astype(int)
-        images += [Image.fromarray(source[int(index)].squeeze()) for index in shown]
+        images += [_picture(source[int(index)]) for index in shown]
         texts += [name] * len(shown)
     return image_grid(images, texts, columns)
 
 
-def _check_outputs(args):
+def _picture(pixels):
+    return Image.fromarray(pixels if pixels.shape[2] == 3 else pixels[..., 0])
+
+
+def _check_arguments(args, sampling_args):
+    if (args.samples is None) == (sampling_args.model is None):
+        raise ValueError("Give either --model, to sample from, or --samples.")
+    if args.samples is not None:
+        for field in fields(sampling_args):
+            if field.name != "num_samples" and getattr(sampling_args, field.name) != field.default:
+                raise ValueError(f"--{field.name} is for sampling by --model; the --samples are what they are.")
     for path, ending in ((args.output, ".json"), (args.samples_npz, ".npz")):
-        if path is None:
-            continue
-        if path.suffix != ending:
+        if path is not None and path.suffix != ending:
             raise ValueError(f"{path} must end in {ending}.")
+    outputs = [path for path in (args.output, args.output.with_suffix(".png"), args.samples_npz) if path is not None]
+    for path in outputs:
         if path.exists():
             raise ValueError(f"{path} exists already; give another name, or delete it.")
-    if args.samples_npz:
-        args.samples_npz.parent.mkdir(parents=True, exist_ok=True)
+    for path in outputs:
+        check_writable(path.parent)
+
+
+def _check_dimensions(path, expected, found):
+    for kind, statistics in found.statistics.items():
+        dims = len(expected.statistics[kind].mean), len(statistics.mean)
+        if dims[0] != dims[1]:
+            raise ValueError(f"{path}: its {kind} features have {dims[0]} dimensions, those of the samples {dims[1]}.")

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..data.raw_images import NpzImages, RawImageArguments, RawImages, open_images
+from ..data.raw_images import NpzImages, RawImageArguments, RawImages, open_images, refuse_preparation
 from ..metrics.evaluate import check_reference
 from ..metrics.extraction import summarise
 from ..metrics.extractors import FeatureExtractor
@@ -38,6 +38,7 @@ class Reference:
         """
         if not has_statistics(Path(path)):
             return cls(path, images=open_images(path, image_args, "--reference"))
+        refuse_preparation(image_args, f"--reference {path}")
         return cls(path, _images_beside(Path(path)), load_summary(Path(path)))
 
     def check(self, metrics: Sequence[str], extractor: FeatureExtractor) -> None:

@@ -76,6 +76,12 @@ def check_reference(
     ]
     if differences:
         raise ValueError(f"{path} was made by another extractor ({'; '.join(differences)}).")
+    for kind, statistics in reference.statistics.items():
+        dim = extractor.dims.get(kind, len(statistics.mean))
+        if len(statistics.mean) != dim:
+            raise ValueError(
+                f"{path}: its {kind} statistics have {len(statistics.mean)} dimensions; {extractor.name} gives {dim}."
+            )
     for name in names:
         needs = METRICS[name]
         if needs.statistics and needs.statistics not in reference.statistics:
@@ -95,7 +101,7 @@ def check_counts(
     Args:
         names: Keys of `METRICS`.
         samples: Number of samples.
-        reference: Number of the reference's features, `None` for none.
+        reference: Number of the reference's images, or of its features if it has no others; `None` if unknown.
         inception_splits: Splits of the Inception Score.
         kid_subset_size: Images of each set in a subset of KID.
 
@@ -105,7 +111,7 @@ def check_counts(
     least = {"fid": 2, "sfid": 2, "inception_score": inception_splits, "kid": kid_subset_size}
     for name in names:
         needed = least.get(name, NEIGHBORHOOD + 1)
-        sides = {"samples": samples, **({"images in the reference": reference} if METRICS[name].features else {})}
+        sides = {"samples": samples, **({} if METRICS[name].logits else {"images in the reference": reference})}
         for side, count in sides.items():
             if count is not None and count < needed:
                 flag = " (--kid_subset_size)" if name == "kid" else ""
@@ -148,19 +154,18 @@ def compute_metrics(
             samples.features, reference.features, kid_subsets, kid_subset_size, device=device
         )
     # What is beyond these digits depends on how many threads made the sums.
-    return {name: round(value, 9 if name.startswith("kid") else 6) for name, value in values.items()}
+    return {name: float(f"{value:.9g}") for name, value in values.items()}
 
 
-def label(name: str, count: int, extractor: str) -> str:
-    """A metric's name for a table: with the number of images, and the extractor where it is not Inception.
+def label(name: str, count: int, extractor: FeatureExtractor) -> str:
+    """A metric's name for a table: with the number of samples, and the extractor where it is not Inception.
 
     FID-5k is not FID: the fewer samples, the higher it is.
     """
     title = {"fid": "FID", "sfid": "sFID", "inception_score": "Inception Score", "kid": "KID"}.get(name, name)
-    if name == "fid" and "inception" not in extractor and not extractor.startswith("cleanfid"):
-        title = f"FD({extractor})"
-    if count == FULL_COUNT:
-        return title if name not in ("fid", "sfid") else f"{title}-50k"
+    if not extractor.is_inception:
+        title = {"fid": "FD", "inception_score": "score", "kid": "KD"}.get(name, name)
+        title = f"{title}({extractor.name.split()[0]})"
     return f"{title}-{count // 1000}k" if count % 1000 == 0 else f"{title}-{count}"
 
 
@@ -169,32 +174,32 @@ def warnings_about(samples: FeatureSummary, reference: FeatureSummary, names: Se
     warnings = []
     count = samples.provenance["count"]
     if count < FULL_COUNT and {"fid", "sfid"} & set(names):
-        warnings.append(f"{count} samples: not comparable with numbers of {FULL_COUNT}, which are lower.")
+        warnings.append(f"{count} samples: not comparable with numbers of {FULL_COUNT}, which are lower as a rule.")
     for whose, summary in (("samples'", samples), ("reference's", reference)):
         for kind, statistics in summary.statistics.items():
-            if statistics.rank_deficient:
+            if statistics.rank < len(statistics.mean):
                 warnings.append(
-                    f"The covariance of the {whose} {kind} features is rank-deficient: {statistics.count} images for "
-                    f"{len(statistics.mean)} dimensions."
+                    f"The covariance of the {whose} {kind} features is rank-deficient: rank {statistics.rank} in "
+                    f"{len(statistics.mean)} dimensions, of {statistics.count or 'an unknown number of'} images."
                 )
     if not reference.provenance:
         warnings.append("The reference does not say how it was made: extractor and resizing are taken on trust.")
     formats = [summary.provenance.get("format", "") for summary in (samples, reference)]
-    if formats.count("JPEG") == 1:
-        warnings.append(f"One side is JPEG ({' against '.join(formats)}): FID sees its traces.")
+    if all(formats) and formats[0] != formats[1] and any("JPEG" in some for some in formats):
+        warnings.append(f"JPEG on one side ({' against '.join(formats)}): its traces are features too.")
     shapes = [summary.provenance.get("shape") for summary in (samples, reference)]
     if all(shapes) and shapes[0] != shapes[1]:
         warnings.append(f"Samples are of shape {tuple(shapes[0])}, the reference's images {tuple(shapes[1])}.")
     return warnings
 
 
-def format_table(values: dict[str, float], record: dict[str, Any], extractor: str) -> str:
+def format_table(values: dict[str, float], record: dict[str, Any], extractor: FeatureExtractor) -> str:
     """The numbers, and how they were made, in two columns.
 
     Args:
         values: Of `compute_metrics`.
-        record: With the provenance of `samples` and `reference`, and `warnings`.
-        extractor: Its name.
+        record: With the provenance of `samples` and `reference`, `settings` and `warnings`.
+        extractor: The extractor.
     """
     samples, reference = record["samples"], record["reference"]
     rows = []
@@ -202,12 +207,14 @@ def format_table(values: dict[str, float], record: dict[str, Any], extractor: st
         if not name.endswith("_std"):
             spread = f" ± {values[f'{name}_std']:.4g}" if f"{name}_std" in values else ""
             rows.append((label(name, samples["count"], extractor), f"{value:.6g}{spread}"))
+    features = record["settings"]["reference_features"]
     rows += [
-        ("extractor", f"{extractor}, weights {samples['weights']}"),
-        ("resize", samples["resize"]),
+        ("extractor", f"{extractor.name}, weights {extractor.fingerprint}"),
+        ("resize", extractor.resize),
         ("samples", f"{samples['count']}, {samples['images']}"),
         ("sampler", samples.get("sampler", "unknown")),
         ("reference", f"{reference.get('count', 'unknown number')}, {reference['path']}"),
+        *([("its features", f"{features}, for precision, recall and KID")] if features else []),
         *(("note", text) for text in record["warnings"]),
     ]
     width = max(len(key) for key, _ in rows)

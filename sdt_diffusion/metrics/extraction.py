@@ -142,7 +142,7 @@ class _Prepared(torch.utils.data.Dataset):
             return self.prepare(self.images[index])
         except CorruptImageError as error:
             return error
-        except ValueError as error:
+        except (ValueError, OSError, EOFError) as error:
             return CorruptImageError(f"Cannot use {self.images.name_of(index)}: {error}")
 
 

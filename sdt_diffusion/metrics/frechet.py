@@ -1,10 +1,10 @@
 """Frechet distance between Gaussians fitted to features: FID, sFID, and the same on any other features."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
-from scipy import linalg
 
 
 @dataclass
@@ -21,10 +21,37 @@ class GaussianStatistics:
     covariance: np.ndarray
     count: int | None = None
 
+    @cached_property
+    def root(self) -> torch.Tensor:
+        """A matrix R of shape (dim, rank) with R R^T the covariance.
+
+        Cholesky's where the rank is full beyond doubt. Elsewhere by eigenvalues, leaving out the null space, whose
+        eigenvalues are rounding errors that the root would make large.
+
+        Raises:
+            ValueError: If the covariance is not finite, or has negative eigenvalues.
+        """
+        if not (np.isfinite(self.mean).all() and np.isfinite(self.covariance).all()):
+            raise ValueError("The statistics hold values that are NaN or infinite.")
+        covariance = torch.from_numpy(self.covariance)
+        rounding = len(covariance) * torch.finfo(torch.float64).eps * covariance.diagonal().max()
+        factor, failed = torch.linalg.cholesky_ex(covariance)
+        if not failed and factor.diagonal().min() ** 2 > 1e3 * rounding:
+            return factor
+        values, vectors = torch.linalg.eigh(covariance)
+        rounding = len(values) * torch.finfo(torch.float64).eps * values.abs().max()
+        if values[0] < -1e3 * rounding:
+            raise ValueError(f"The covariance has a negative eigenvalue, {values[0]:.3g}.")
+        return vectors[:, values > rounding] * values[values > rounding].sqrt()
+
+    def check(self) -> None:
+        """Refuses what is no Gaussian, with the errors of `root`."""
+        _ = self.root
+
     @property
-    def rank_deficient(self) -> bool:
-        """Whether there are too few samples for a covariance of full rank."""
-        return self.count is not None and self.count <= len(self.mean)
+    def rank(self) -> int:
+        """Rank of the covariance, up to rounding."""
+        return self.root.shape[1]
 
 
 class RunningStatistics:
@@ -63,25 +90,19 @@ class RunningStatistics:
 
 
 def frechet_distance(first: GaussianStatistics, second: GaussianStatistics) -> float:
-    """|m1 - m2|^2 + Tr(S1 + S2 - 2 (S1 S2)^1/2), by symmetric eigendecompositions in float64.
+    """|m1 - m2|^2 + Tr(S1 + S2 - 2 (S1 S2)^1/2), in float64.
 
-    With any R for which R R^T = S1, Tr (S1 S2)^1/2 is the sum of the square roots of the eigenvalues of R^T S2 R: a
-    symmetric matrix, so no complex numbers and no failure on singular covariances. R leaves out the null space of S1,
-    whose eigenvalues are rounding errors that the square root would make large; S1 is the one of fewer samples.
+    With R1 R1^T = S1 and R2 R2^T = S2, the eigenvalues of S1 S2 are the squared singular values of R1^T R2. So the
+    trace of the root is their sum, and no root of a rounding error is taken.
 
     Raises:
-        ValueError: If the dimensions differ or a value is not finite.
+        ValueError: If the dimensions differ, or one is not the Gaussian of finite features.
     """
     if first.mean.shape != second.mean.shape:
         raise ValueError(f"Statistics of {len(first.mean)} and {len(second.mean)} dimensions cannot be compared.")
-    for array in (first.mean, first.covariance, second.mean, second.covariance):
-        if not np.isfinite(array).all():
-            raise ValueError("The statistics hold values that are NaN or infinite.")
-    if (second.count or np.inf) < (first.count or np.inf):
-        first, second = second, first
-    eigenvalues, eigenvectors = linalg.eigh(first.covariance)
-    kept = eigenvalues > len(eigenvalues) * np.finfo(np.float64).eps * abs(eigenvalues).max()
-    root = eigenvectors[:, kept] * np.sqrt(eigenvalues[kept])
-    overlap = np.sqrt(linalg.eigvalsh(root.T @ second.covariance @ root).clip(min=0)).sum() if kept.any() else 0.0
+    overlap = torch.linalg.svdvals(first.root.T @ second.root).sum().item()
     difference = first.mean - second.mean
-    return float(difference @ difference + np.trace(first.covariance) + np.trace(second.covariance) - 2 * overlap)
+    traces = np.trace(first.covariance) + np.trace(second.covariance)
+    distance = float(difference @ difference + traces - 2 * overlap)
+    rounding = len(difference) * np.finfo(np.float64).eps * traces
+    return distance if distance > rounding else 0.0

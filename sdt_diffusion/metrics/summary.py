@@ -93,9 +93,11 @@ def load_summary(path: Path) -> FeatureSummary:
         mean, covariance = (np.asarray(arrays[key], dtype=np.float64) for key in (mean_key, covariance_key))
         if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
             raise ValueError(f"{path}: {mean_key} {mean.shape} and {covariance_key} {covariance.shape} do not fit.")
-        if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
-            raise ValueError(f"{path}: {mean_key} and {covariance_key} hold values that are NaN or infinite.")
         statistics[kind] = GaussianStatistics(mean, covariance, provenance.get("count"))
+        try:
+            statistics[kind].check()
+        except ValueError as error:
+            raise ValueError(f"{path}: {mean_key} and {covariance_key}: {error}") from error
     if "pool" not in statistics:
         raise ValueError(f"{path} holds no statistics (mu and sigma); it has {', '.join(arrays) or 'nothing'}.")
     features = arrays.get(FEATURES_KEY)

@@ -1,4 +1,6 @@
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -30,6 +32,9 @@ def folder(tmp_path):
     return folder
 
 
+HOW = {"format": "PNG", "preparation": "none"}
+
+
 def test_a_folder_is_read_in_the_order_of_its_paths(folder):
     images = FolderImages(folder)
     assert [images.name_of(i).removeprefix(f"{folder}/") for i in range(4)] == [
@@ -39,7 +44,7 @@ def test_a_folder_is_read_in_the_order_of_its_paths(folder):
         "c.PNG",
     ]
     assert np.array_equal(images[0], PIXELS[2])
-    assert images.describe() == {"images": str(folder), "count": 4, "shape": [10, 12, 3], "format": "PNG"}
+    assert images.describe() == {"images": str(folder), "count": 4, "shape": [10, 12, 3], **HOW}
 
 
 def test_linked_folders_are_entered(folder, tmp_path):
@@ -110,6 +115,17 @@ def save_half(path):
     path.write_bytes(data.getvalue()[: len(data.getvalue()) // 2])
 
 
+def png_of_16_bits():
+    """An RGB image of 16 bits a channel, which Pillow reads but does not write."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 12, 10, 16, 2, 0, 0, 0)
+    rows = zlib.compress(b"".join(b"\0" + bytes(12 * 6) for _ in range(10)))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
 def save(pixels, mode=None):
     image = Image.fromarray(pixels)
     return (image.convert(mode) if mode else image).save
@@ -121,6 +137,12 @@ BAD = {
     "alpha": ("bad.png", save(PIXELS[0], "RGBA"), "mode is RGBA, not RGB"),
     "palette": ("bad.gif", save(PIXELS[0], "P"), "mode is P, not RGB"),
     "16 bits": ("bad.png", save(GREY.astype(np.uint16)), "more than 8 bits"),
+    "16 bits of colour": ("bad.png", lambda path: path.write_bytes(png_of_16_bits()), "more than 8 bits"),
+    "a transparent colour": (
+        "bad.png",
+        lambda path: Image.fromarray(PIXELS[0]).save(path, transparency=(1, 2, 3)),
+        "a transparent colour",
+    ),
     "CMYK": ("bad.jpg", save(PIXELS[0], "CMYK"), "mode is CMYK, not RGB"),
     "animated": ("bad.webp", save_animation, "an animation of 4 frames"),
     "another size": ("bad.png", save(PIXELS[0, :5]), "12x5 pixels, the first image 12x10"),

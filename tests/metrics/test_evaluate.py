@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -38,6 +40,7 @@ def test_metrics_an_extractor_cannot_give_are_refused():
     [
         ("fid", 1, 100, "fid takes at least 2 samples; there are 1"),
         ("inception_score", 9, None, "inception_score takes at least 10 samples; there are 9"),
+        ("fid", 100, 1, "fid takes at least 2 images in the reference; there are 1"),
         ("recall", 100, 3, "recall takes at least 4 images in the reference; there are 3"),
         ("kid", 999, 5000, r"kid takes at least 1000 samples \(--kid_subset_size\); there are 999"),
     ],
@@ -53,6 +56,12 @@ def test_statistics_of_another_extractor_are_refused():
     check_reference("r.npz", FeatureSummary(summary().statistics), ["fid"], PIXELS, has_images=False)  # ADM's
     with pytest.raises(ValueError, match=r"r.npz was made by another extractor \(weights: 'abc' there, 'none' now\)"):
         check_reference("r.npz", summary(weights="abc"), ["fid"], PIXELS, has_images=False)
+
+
+def test_statistics_of_another_dimension_are_refused():
+    network = SimpleNamespace(name="net", dims={"pool": 5}, identity={})
+    with pytest.raises(ValueError, match=r"r.npz: its pool statistics have 4 dimensions; net gives 5"):
+        check_reference("r.npz", summary(), ["fid"], network, has_images=False)
 
 
 def test_what_a_reference_lacks_is_named():
@@ -79,39 +88,45 @@ def test_numbers_have_the_issues_names_and_only_those_asked_for():
         ("fid", 50_000, "inception", "FID-50k"),
         ("fid", 5000, "cleanfid_clean", "FID-5k"),
         ("fid", 1797, "pixels", "FD(pixels)-1797"),
-        ("fid", 10_000, "dinov2", "FD(dinov2)-10k"),
-        ("precision", 50_000, "inception", "precision"),
+        ("precision", 50_000, "inception", "precision-50k"),
         ("kid", 2000, "inception", "KID-2k"),
+        ("kid", 2000, "dinov2", "KD(dinov2)-2k"),
+        ("inception_score", 2000, "classifier outputs/inception_v3", "score(classifier)-2k"),
     ],
 )
 def test_a_number_is_labelled_with_its_count(name, count, extractor, expected):
-    assert label(name, count, extractor) == expected
+    named = SimpleNamespace(name=extractor, is_inception=extractor in ("inception", "cleanfid_clean"))
+    assert label(name, count, named) == expected
 
 
 def test_readers_are_warned():
     assert warnings_about(summary(), summary(), ["fid"]) == []
-    few = warnings_about(summary(count=4, shape=[8, 8, 1]), summary(shape=[8, 8, 3]), ["fid"])
+    few = summary(count=4, shape=[8, 8, 1])
+    few.statistics["pool"].covariance[0, 0] = 0
+    few = warnings_about(few, summary(shape=[8, 8, 3]), ["fid"])
     assert any("4 samples: not comparable with numbers of 50000" in text for text in few)
-    assert any("samples' pool features is rank-deficient: 4 images for 4 dimensions" in text for text in few)
+    assert any("samples' pool features is rank-deficient: rank 3 in 4 dimensions, of 4 images" in text for text in few)
     assert any("Samples are of shape (8, 8, 1)" in text for text in few)
     trusted = warnings_about(summary(), FeatureSummary(summary().statistics), ["fid"])
     assert any("taken on trust" in text for text in trusted)
     mixed = warnings_about(summary(), summary(format="JPEG"), ["fid"])
-    assert mixed == ["One side is JPEG (PNG against JPEG): FID sees its traces."]
+    assert mixed == ["JPEG on one side (PNG against JPEG): its traces are features too."]
 
 
 def test_the_table_says_how_the_numbers_were_made():
     samples = {**summary().provenance, "sampler": "Euler, 25 steps"}
     record = {"samples": samples, "reference": {"path": "r.npz", "count": 9}, "warnings": ["careful"]}
-    table = format_table({"fid": 1.25, "kid": 0.5, "kid_std": 0.125}, record, "pixels")
+    record["settings"] = {"reference_features": 7}
+    table = format_table({"fid": 1.25, "kid": 0.5, "kid_std": 0.125}, record, PIXELS)
     lines = dict(line.split("  ", 1) for line in table.splitlines())
     assert {key.strip(): value.strip() for key, value in lines.items()} == {
         "FD(pixels)-50k": "1.25",
-        "KID": "0.5 ± 0.125",
+        "KD(pixels)-50k": "0.5 ± 0.125",
         "extractor": "pixels, weights none",
         "resize": "none",
         "samples": "50000, here",
         "sampler": "Euler, 25 steps",
         "reference": "9, r.npz",
+        "its features": "7, for precision, recall and KID",
         "note": "careful",
     }

@@ -61,6 +61,7 @@ def test_a_summary_is_that_of_all_features_in_order(tmp_path, num_workers):
     assert found.inception_score == pytest.approx(inception_score(features(images) / 50, 3), rel=1e-12)
     assert found.provenance == {
         **{"images": "random", "count": 29, "shape": [2, 3, 3], "format": "none"},
+        "preparation": "none",
         **{"extractor": "network", "resize": "none", "weights": "0123"},
     }
 

@@ -46,10 +46,22 @@ class TestKnownDistances:
         distance = frechet_distance(first, second)
         rotation = linalg.qr(features(20, 20, seed + 2).numpy())[0]
         rotated = [gaussian(rotation @ g.mean, rotation @ g.covariance @ rotation.T, g.count) for g in (first, second)]
-        assert abs(frechet_distance(first, first)) < 1e-11
+        assert frechet_distance(first, first) == 0
         assert frechet_distance(second, first) == pytest.approx(distance, rel=1e-12)
         assert frechet_distance(*rotated) == pytest.approx(distance, rel=1e-10)
         assert distance > 0
+
+
+def test_small_eigenvalues_cost_no_digits():
+    """Over 40 orders of magnitude, against the singular values of the features themselves."""
+    scales = torch.exp(-48 * torch.arange(64) / 64)
+    first, second = (features(500, 64, seed) * scales + 0.001 * seed for seed in (0, 1))
+    centred = [(f - f.mean(0)) / np.sqrt(499) for f in (first, second)]
+    roots = [torch.linalg.qr(c).R.T for c in centred]
+    overlap = torch.linalg.svdvals(roots[0].T @ roots[1]).sum()
+    traces = sum(c.square().sum() for c in centred)
+    expected = (first.mean(0) - second.mean(0)).square().sum() + traces - 2 * overlap
+    assert frechet_distance(statistics(first), statistics(second)) == pytest.approx(expected.item(), rel=1e-9)
 
 
 class TestAgainstPeers:
@@ -87,9 +99,9 @@ def test_running_statistics_are_those_of_the_whole_array_even_far_from_zero():
 
 
 def test_too_few_samples_for_the_rank_are_noticed():
-    assert statistics(features(20, 20, 0)).rank_deficient
-    assert not statistics(features(21, 20, 0)).rank_deficient
-    assert not gaussian([0], [[1]]).rank_deficient  # nobody knows
+    assert statistics(features(20, 20, 0)).rank == 19
+    assert statistics(features(21, 20, 0)).rank == 20
+    assert statistics(features(10, 20, 0).repeat(30, 1)).rank == 9  # many images, but the same ones
     with pytest.raises(ValueError, match="at least 2 images, not 1"):
         statistics(features(1, 20, 0))
 
@@ -99,3 +111,5 @@ def test_statistics_that_cannot_be_compared_are_refused():
         frechet_distance(gaussian([0, 0], np.eye(2)), gaussian([0, 0, 0], np.eye(3)))
     with pytest.raises(ValueError, match="NaN or infinite"):
         frechet_distance(gaussian([0, np.nan], np.eye(2)), gaussian([0, 0], np.eye(2)))
+    with pytest.raises(ValueError, match="a negative eigenvalue, -1"):
+        frechet_distance(gaussian([0, 0], np.diag([1.0, -1])), gaussian([0, 0], np.eye(2)))

@@ -9,7 +9,7 @@ from sdt_diffusion.metrics.summary import FeatureSummary, has_statistics, load_s
 def summary():
     random = np.random.default_rng(0)
     gaussians = {
-        kind: GaussianStatistics(random.random(n), random.random((n, n)), 9)
+        kind: GaussianStatistics(random.random(n), np.cov(random.random((n, 9))), 9)
         for kind, n in (("pool", 3), ("spatial", 2))
     }
     provenance = {"extractor": "pixels", "count": 9}
@@ -70,7 +70,8 @@ def test_files_without_statistics_or_with_others_are_refused(tmp_path):
     [
         ({"features": np.zeros((5, 4))}, r"features of shape \(5, 4\) do not fit"),
         ({"features": np.zeros(5)}, r"features of shape \(5,\) do not fit"),
-        ({"mu": np.full(3, np.nan)}, "mu and sigma hold values that are NaN"),
+        ({"mu": np.full(3, np.nan)}, "mu and sigma: The statistics hold values that are NaN"),
+        ({"sigma": -np.eye(3)}, "mu and sigma: The covariance has a negative eigenvalue"),
         ({"provenance": np.array("[1]")}, "provenance is not what"),
         ({"provenance": np.array('{"count": "many"}')}, "provenance is not what"),
         ({"provenance": np.array("{")}, "cannot be read"),

@@ -25,7 +25,7 @@ def build_extractor(name: str, weights: str | None = None, device: torch.device 
     """An extractor by its name.
 
     Args:
-        name: A key of `EXTRACTORS`, "pixels", or the folder of an image classifier.
+        name: A key of `EXTRACTORS`, "pixels", or the folder or Hub name of an image classifier.
         weights: File or folder of its weights, instead of the default.
         device: Where to run.
 
@@ -39,9 +39,9 @@ def build_extractor(name: str, weights: str | None = None, device: torch.device 
         raise ValueError(f"--extractor_weights: {name} takes none.")
     if name == "pixels":
         return Pixels(device)
-    if not Path(name).is_dir():
+    if not Path(name).is_dir() and (name.startswith((".", "/", "~")) or "/" not in name):
         raise ValueError(
-            f"--extractor {name}: it must be one of {', '.join([*EXTRACTORS, 'pixels'])}, or the folder of an image "
-            "classifier."
+            f"--extractor {name}: it must be one of {', '.join([*EXTRACTORS, 'pixels'])}, or the folder or Hub name "
+            "of an image classifier."
         )
     return ImageClassifier(name, device)

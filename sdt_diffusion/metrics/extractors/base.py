@@ -17,6 +17,10 @@ class FeatureExtractor(ABC):
     fingerprint: str
     #: Which of "pool" (FID and the like), "spatial" (sFID) and "logits" (Inception Score) it gives.
     provides: frozenset[str]
+    #: Dimension of each kind of features, where it does not depend on the images.
+    dims: dict[str, int] = {}  # noqa: RUF012  (a constant)
+    #: Whether numbers go by their published names: an FID is of Inception's features.
+    is_inception: bool = False
     #: Images at a time. Fixed, and the last batch is filled up, so that no choice of the user changes a digit.
     batch_size: int = 64
 

@@ -34,6 +34,8 @@ class CleanFIDInception(FeatureExtractor):
     """
 
     provides = frozenset({"pool"})
+    dims = {"pool": 2048}  # noqa: RUF012
+    is_inception = True
 
     def __init__(self, mode: str, weights: str | None = None, device: torch.device | str = "cpu"):
         from cleanfid.resize import build_resizer

@@ -26,6 +26,8 @@ class TorchFidelityInception(FeatureExtractor):
     name = "inception"
     resize = "299x299 bilinear as TensorFlow 1"
     provides = frozenset({"pool", "spatial", "logits"})
+    dims = {"pool": 2048, "spatial": 2023, "logits": 1008}  # noqa: RUF012
+    is_inception = True
 
     def __init__(self, weights: str | None = None, device: torch.device | str = "cpu"):
         from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3

@@ -3,14 +3,14 @@
 import numpy as np
 import torch
 
-from .base import FeatureExtractor
+from .base import FeatureExtractor, as_rgb
 
 #: Beyond this a covariance takes gigabytes and its eigenvalues an hour.
 MAX_VALUES = 4096
 
 
 class Pixels(FeatureExtractor):
-    """The pixels themselves, 0 to 1: for small images, where Inception has nothing to say.
+    """The pixels themselves, as RGB, 0 to 1: for small images, where Inception has nothing to say.
 
     Args:
         device: Where to run.
@@ -25,8 +25,9 @@ class Pixels(FeatureExtractor):
         self.device = device
 
     def prepare(self, image: np.ndarray) -> torch.Tensor:
+        image = as_rgb(image)
         if image.size > MAX_VALUES:
-            raise ValueError(f"an image of shape {image.shape} has more than {MAX_VALUES} values, too many for pixels")
+            raise ValueError(f"its {image.size} values are too many for pixels as features; at most {MAX_VALUES}")
         return torch.from_numpy(image.reshape(-1))
 
     def __call__(self, batch: torch.Tensor) -> dict[str, torch.Tensor]:

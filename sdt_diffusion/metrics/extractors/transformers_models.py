@@ -1,7 +1,10 @@
 """Networks saved by transformers: DINOv2, and any image classifier."""
 
+import hashlib
+
 import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 
 from ...fingerprint import fingerprint
@@ -24,11 +27,10 @@ class DINOv2(FeatureExtractor):
     """
 
     name = "dinov2"
-    resize = "224x224 bicubic of Pillow, antialiased, not rounded"
+    resize = "224x224 bicubic of Pillow, antialiased"
     provides = frozenset({"pool"})
 
     def __init__(self, weights: str | None = None, device: torch.device | str = "cpu"):
-        from cleanfid.resize import make_resizer
         from transformers import AutoModel
 
         self.network = _load(AutoModel, weights or "facebook/dinov2-large", "a DINOv2 model").eval()
@@ -36,10 +38,11 @@ class DINOv2(FeatureExtractor):
             raise ValueError(f"--extractor_weights {weights} holds a {self.network.config.model_type}, not a DINOv2.")
         self.fingerprint = fingerprint(self.network)
         self.network.to(device)
-        self._resizer = make_resizer("PIL", False, "bicubic", (224, 224))
+        self.dims = {"pool": self.network.config.hidden_size}
 
     def prepare(self, image: np.ndarray) -> torch.Tensor:
-        pixels = torch.from_numpy(self._resizer(as_rgb(image))).permute(2, 0, 1) / 255
+        resized = Image.fromarray(as_rgb(image)).resize((224, 224), Image.Resampling.BICUBIC)
+        pixels = torch.from_numpy(np.array(resized)).permute(2, 0, 1) / 255
         return (pixels - IMAGENET_MEAN) / IMAGENET_STD
 
     def __call__(self, batch: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -64,9 +67,10 @@ class ImageClassifier(FeatureExtractor):
         from transformers import AutoImageProcessor, AutoModelForImageClassification
 
         self.name = f"classifier {folder}"
-        self.resize = "the classifier's image processor"
         self.network = _load(AutoModelForImageClassification, folder, "an image classifier").eval()
         self._processor = _load(AutoImageProcessor, folder, "an image processor")
+        settings = hashlib.sha256(self._processor.to_json_string().encode()).hexdigest()[:16]
+        self.resize = f"its image processor, {settings}"
         self._channels = getattr(self.network.config, "num_channels", 3)
         self.fingerprint = fingerprint(self.network)
         heads = [

@@ -1,6 +1,7 @@
 """Weight files of feature extractors: given, cached or downloaded."""
 
 import os
+import re
 import textwrap
 from pathlib import Path
 
@@ -21,8 +22,9 @@ def find_weights(given: str | None, url: str) -> Path:
     if not cached.is_file():
         cached.parent.mkdir(parents=True, exist_ok=True)
         try:
-            torch.hub.download_url_to_file(url, str(cached))
-        except OSError as error:
+            checksum = re.search(r"-([0-9a-f]{8})\.", url)  # the beginning of it, in the names that have one
+            torch.hub.download_url_to_file(url, str(cached), hash_prefix=checksum and checksum.group(1))
+        except (OSError, RuntimeError) as error:
             raise FileNotFoundError(
                 f"The weights are not here and cannot be downloaded ({error}): get {url} and put it at {cached}, or "
                 "name the file by --extractor_weights."
@@ -37,9 +39,12 @@ def load_state_dict(path: Path) -> dict[str, torch.Tensor]:
         ValueError: If the file is something else.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state_dict = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ValueError(f"{path} is no state dict: {brief(error)}") from error
+    if not isinstance(state_dict, dict) or not all(isinstance(value, torch.Tensor) for value in state_dict.values()):
+        raise ValueError(f"{path} is no state dict: it holds something else than named tensors.")
+    return state_dict
 
 
 def brief(error: Exception) -> str:

@@ -78,7 +78,8 @@ def test_other_weights_have_another_fingerprint(extractor, torch_fidelity_weight
 def test_missing_weights_say_which_file_to_put_where(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
 
-    def no_network(url, path):
+    def no_network(url, path, hash_prefix):
+        assert hash_prefix == "6726825d"
         raise OSError("no route to host")
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)

@@ -40,6 +40,7 @@ def test_dinov2_gives_its_class_token_for_images_of_224_pixels(tmp_path):
     assert prepared.shape == (3, 224, 224)
     white = (1 - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor([0.229, 0.224, 0.225])
     torch.testing.assert_close(prepared.amax(dim=(1, 2)), white)
+    assert extractor.dims == {"pool": 32}
     with torch.no_grad():
         expected = model(extractor.prepare(IMAGE)[None]).pooler_output
     torch.testing.assert_close(extract(extractor, IMAGE)["pool"], expected)
@@ -75,6 +76,13 @@ def test_a_moved_classifier_is_the_same_extractor(vit, tmp_path_factory):
     assert build_extractor(str(moved_again)).identity == first
 
 
+def test_another_image_processor_is_another_extractor(vit):
+    folder, _ = vit
+    first = build_extractor(str(folder)).identity
+    ViTImageProcessor(size={"height": 16, "width": 16}, image_mean=[0, 0, 0]).save_pretrained(folder)
+    assert build_extractor(str(folder)).identity != first
+
+
 def test_what_is_missing_is_named(tmp_path, vit):
     with pytest.raises(ValueError, match="--extractor incption: it must be one of inception, cleanfid_clean"):
         build_extractor("incption")
@@ -95,5 +103,5 @@ def empty_folder(tmp_path):
 def test_pixels_are_features_of_small_images_only():
     extractor = build_extractor("pixels")
     assert torch.equal(extract(extractor, IMAGE)["pool"][0], torch.from_numpy(IMAGE).flatten().float() / 255)
-    with pytest.raises(ValueError, match="more than 4096 values"):
+    with pytest.raises(ValueError, match="its 12288 values are too many"):
         extractor.prepare(np.zeros((64, 64, 3), dtype=np.uint8))

@@ -1,6 +1,8 @@
+import errno
+
 import pytest
 
-from sdt_diffusion.files import move_into, write_atomically
+from sdt_diffusion.files import check_writable, move_into, write_atomically
 
 
 def names(folder):
@@ -20,6 +22,22 @@ def test_files_are_replaced_whole_or_not_at_all(tmp_path):
         write_atomically(path, half)
     assert path.read_text() == "old"
     assert names(tmp_path) == ["curve.png"]
+
+
+def test_a_full_disk_says_which_file_it_was(tmp_path):
+    def full(partial):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match=r"No space left on device: '.*curve.png'"):
+        write_atomically(tmp_path / "curve.png", full)
+
+
+def test_a_folder_that_takes_no_files_is_found_out_early(tmp_path):
+    check_writable(tmp_path / "new" / "folder")
+    assert list((tmp_path / "new" / "folder").iterdir()) == []
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="No file can be written there"):
+        check_writable(tmp_path / "file")
 
 
 def test_moving_into_a_folder_replaces_only_what_is_new(tmp_path):

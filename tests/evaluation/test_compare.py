@@ -93,6 +93,25 @@ def test_adms_reference_serves_with_its_images(real, tmp_path):
     assert "taken on trust" in table
 
 
+def test_a_reference_of_another_size_is_named(model, real, tmp_path):
+    np.savez(tmp_path / "r.npz", mu=np.zeros(7), sigma=np.eye(7))
+    with pytest.raises(ValueError, match=r"r.npz: its pool features have 7 dimensions, those of the samples 192"):
+        evaluate(tmp_path / "a.json", samples=str(real), reference=str(tmp_path / "r.npz"), metrics=["fid"])
+
+
+def test_flags_that_would_do_nothing_are_refused(real, tmp_path):
+    np.savez(tmp_path / "r.npz", mu=np.zeros(7), sigma=np.eye(7))
+    np.savez(tmp_path / "i.npz", arr_0=np.zeros((9, 8, 8, 3), np.uint8))
+    for name in ("r.npz", "i.npz"):
+        with pytest.raises(ValueError, match=f"--resolution does nothing to --reference .*{name}"):
+            evaluate(
+                tmp_path / "a.json",
+                samples=str(real),
+                reference=str(tmp_path / name),
+                image_args=RawImageArguments(resolution=8),
+            )
+
+
 def test_random_labels_follow_from_the_seed(model, real, tmp_path):
     sampling = {"model": str(model), **SAMPLING, "class_labels": "random"}
     evaluate(tmp_path / "a.json", sampling, reference=str(real), metrics=["fid"])
@@ -119,11 +138,21 @@ def test_bad_requests_are_refused_before_anything_is_written(model, real, tmp_pa
         ({"reference": str(tmp_path / "no"), "samples": str(real)}, "There is no file or folder"),
         ({"reference": str(real), "samples": str(real), "samples_npz": tmp_path / "a.zip"}, r"must end in .npz"),
         ({"reference": str(real), "samples": str(real), "sampling": sampling}, "Give either --model"),
+        ({"reference": str(real), "samples": str(real), "sampling": {"seed": 3}}, "--seed is for sampling by --model"),
+        ({"reference": str(real), "sampling": {"model": "./no"}}, "--model: ./no holds no pipeline"),
+        (
+            {"reference": str(real), "samples": str(real), "output": real / "0.png" / "a.json"},
+            "No file can be written",
+        ),
     ]:
-        with pytest.raises((ValueError, FileNotFoundError), match=message):
-            evaluate(output, **arguments)
+        with pytest.raises((ValueError, OSError), match=message):
+            evaluate(**{"output": output, **arguments})
     output.write_text("precious")
     with pytest.raises(ValueError, match=r"out.json exists already"):
         evaluate(output, samples=str(real), reference=str(real))
     assert output.read_text() == "precious"
+    output.rename(output.with_suffix(".png"))
+    with pytest.raises(ValueError, match=r"out.png exists already"):
+        evaluate(output, samples=str(real), reference=str(real))
+    output.with_suffix(".png").rename(output)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out.json", "real"]

@@ -84,8 +84,8 @@ def _diffusers_attention(name, parallel_config, query, key, value, gate, alpha, 
     return output.transpose(1, 2)
 
 
-class LocalPositionEncoding(nn.Module):
-    """Depth-wise convolution over the grid of values, added to the output of attention (RMT's LPE)."""
+class DepthwiseConv(nn.Module):
+    """Depth-wise convolution over the grid of tokens: of values, of a block's input, or inside its MLP."""
 
     def __init__(self, dim: int, kernel_size: int):
         super().__init__()
@@ -94,6 +94,14 @@ class LocalPositionEncoding(nn.Module):
     def forward(self, hidden_states: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
         """Maps (batch, tokens, dim) to the same shape."""
         return self.conv(hidden_states.transpose(1, 2).unflatten(2, grid_size)).flatten(2).transpose(1, 2)
+
+
+def _depthwise_conv(dim, **kernel_size):
+    """`DepthwiseConv` for the option `name=size`, `None` for size 0."""
+    ((name, size),) = kernel_size.items()
+    if size and size % 2 == 0:
+        raise ValueError(f"{name} must be odd or 0, not {size}.")
+    return DepthwiseConv(dim, size) if size else None
 
 
 class SDTAttention(nn.Module, AttentionModuleMixin):
@@ -111,7 +119,8 @@ class SDTAttention(nn.Module, AttentionModuleMixin):
         decay_initial_value: See `ContextAwareGate`.
         decay_heads_range: See `ContextAwareGate`.
         qk_norm: `None` or "rms_norm": normalise queries and keys per head.
-        local_position_kernel_size: Kernel size of the local position encoding; 0 for none.
+        local_position_kernel_size: Kernel size of the local position encoding, a depth-wise convolution of the values
+            that is added to the output of attention (RMT's LPE); 0 for none.
         eps: Epsilon of the query and key norms.
     """
 
@@ -142,8 +151,6 @@ class SDTAttention(nn.Module, AttentionModuleMixin):
             head_dim = dim // heads
         if qk_norm not in (None, "rms_norm"):
             raise ValueError(f"Unknown qk_norm {qk_norm!r}: choose None or 'rms_norm'.")
-        if local_position_kernel_size and local_position_kernel_size % 2 == 0:
-            raise ValueError(f"local_position_kernel_size must be odd or 0, not {local_position_kernel_size}.")
         self.heads, self.head_dim, self.use_bias = heads, head_dim, bias
         self.spatial_decay, self.decomposed = check_variant(spatial_decay), decomposed
         inner_dim = heads * head_dim
@@ -154,9 +161,7 @@ class SDTAttention(nn.Module, AttentionModuleMixin):
         self.norm_q = nn.RMSNorm(head_dim, eps=eps) if qk_norm else None
         self.norm_k = nn.RMSNorm(head_dim, eps=eps) if qk_norm else None
         self.gate = build_gate(spatial_decay, dim, heads, conditioning_dim, decay_initial_value, decay_heads_range)
-        self.local_position = (
-            LocalPositionEncoding(inner_dim, local_position_kernel_size) if local_position_kernel_size else None
-        )
+        self.local_position = _depthwise_conv(inner_dim, local_position_kernel_size=local_position_kernel_size)
         self.set_processor(self._default_processor_cls())
 
     def forward(
@@ -194,6 +199,57 @@ def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch
     return x * (1 + scale) + shift
 
 
+class SDTFeedForward(FeedForward):
+    """diffusers' MLP, with a depth-wise convolution of the hidden tokens added to them unless `kernel_size` is 0."""
+
+    def __init__(self, dim: int, inner_dim: int, activation_fn: str, dropout: float, kernel_size: int):
+        super().__init__(dim, inner_dim=inner_dim, activation_fn=activation_fn, dropout=dropout)
+        self.local = _depthwise_conv(inner_dim, mlp_kernel_size=kernel_size)
+
+    def forward(self, hidden_states: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
+        """Maps (batch, tokens, dim) to the same shape."""
+        activation, dropout, projection = self.net
+        hidden_states = activation(hidden_states)
+        if self.local is not None:
+            hidden_states = hidden_states + self.local(hidden_states, grid_size)
+        return projection(dropout(hidden_states))
+
+
+class LayerScale(nn.Module):
+    """A learned factor per channel on a residual branch, small at the start."""
+
+    def __init__(self, dim: int, init_value: float):
+        super().__init__()
+        self.init_value = init_value
+        self.gamma = nn.Parameter(torch.empty(dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Sets every factor to `init_value`."""
+        nn.init.constant_(self.gamma, self.init_value)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Maps (batch, tokens, dim) to the same shape."""
+        return hidden_states * self.gamma
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: training drops a branch of whole samples, and scales the others up to keep the mean."""
+
+    def __init__(self, probability: float):
+        super().__init__()
+        if not 0 <= probability < 1:
+            raise ValueError(f"drop_path must be at least 0 and less than 1, not {probability}.")
+        self.probability = probability
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Maps (batch, tokens, dim) to the same shape."""
+        if not self.training or self.probability == 0:
+            return hidden_states
+        keep = torch.rand(hidden_states.shape[0], 1, 1, device=hidden_states.device) >= self.probability
+        return hidden_states * keep / (1 - self.probability)
+
+
 class SDTBlock(nn.Module):
     """Spatial decay attention and an MLP, each pre-normalised and residual.
 
@@ -210,6 +266,11 @@ class SDTBlock(nn.Module):
         conditioning_dim: Width of the conditioning vector, or `None` for plain pre-norm.
         gate_conditioning: Whether the vector conditions the gate of the decay as well.
         norm_eps: Epsilon of the norms.
+        conditional_position_kernel_size: Kernel size of a depth-wise convolution of the block's input that is added to
+            it before anything else (conditional position encoding); 0 for none.
+        mlp_kernel_size: Kernel size of a depth-wise convolution inside the MLP; 0 for none.
+        layer_scale_init_value: Start of a learned factor per channel on both branches, or `None` for no factor.
+        drop_path: Probability that training drops a branch of a sample.
         **attention_kwargs: Further options of `SDTAttention`.
     """
 
@@ -224,12 +285,19 @@ class SDTBlock(nn.Module):
         conditioning_dim: int | None = None,
         gate_conditioning: bool = True,
         norm_eps: float = 1e-6,
+        conditional_position_kernel_size: int = 0,
+        mlp_kernel_size: int = 0,
+        layer_scale_init_value: float | None = None,
+        drop_path: float = 0.0,
         **attention_kwargs,
     ):
         super().__init__()
         if activation_fn not in ACTIVATIONS:
             raise ValueError(f"Unknown activation_fn {activation_fn!r}: choose one of {', '.join(ACTIVATIONS)}.")
         self.conditioned = conditioning_dim is not None
+        self.conditional_position = _depthwise_conv(
+            dim, conditional_position_kernel_size=conditional_position_kernel_size
+        )
         self.norm1 = (
             AdaLayerNormZero(dim, conditioning_dim, norm_eps) if self.conditioned else nn.LayerNorm(dim, eps=norm_eps)
         )
@@ -242,7 +310,11 @@ class SDTBlock(nn.Module):
             **attention_kwargs,
         )
         self.norm2 = nn.LayerNorm(dim, elementwise_affine=not self.conditioned, eps=norm_eps)
-        self.ff = FeedForward(dim, inner_dim=int(dim * mlp_ratio), activation_fn=activation_fn, dropout=dropout)
+        self.ff = SDTFeedForward(dim, int(dim * mlp_ratio), activation_fn, dropout, mlp_kernel_size)
+        scaled = layer_scale_init_value is not None
+        self.layer_scale1 = LayerScale(dim, layer_scale_init_value) if scaled else nn.Identity()
+        self.layer_scale2 = LayerScale(dim, layer_scale_init_value) if scaled else nn.Identity()
+        self.drop_path = DropPath(drop_path)
 
     def forward(
         self,
@@ -272,15 +344,19 @@ class SDTBlock(nn.Module):
                 if self.conditioned
                 else "This block was built without conditioning_dim and takes no conditioning."
             )
+        if self.conditional_position is not None:
+            hidden_states = hidden_states + self.conditional_position(hidden_states, grid_size)
         if not self.conditioned:
-            attention_input = self.norm1(hidden_states)
-            hidden_states = hidden_states + self.attn(attention_input, grid_size, None, image_rotary_emb)
-            return hidden_states + self.ff(self.norm2(hidden_states))
+            branch = self.attn(self.norm1(hidden_states), grid_size, None, image_rotary_emb)
+            hidden_states = hidden_states + self.drop_path(self.layer_scale1(branch))
+            branch = self.ff(self.norm2(hidden_states), grid_size)
+            return hidden_states + self.drop_path(self.layer_scale2(branch))
 
         attention_input, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.norm1(hidden_states, conditioning)
-        attention_output = self.attn(attention_input, grid_size, conditioning, image_rotary_emb)
-        hidden_states = hidden_states + gate_msa * attention_output
-        return hidden_states + gate_mlp * self.ff(modulate(self.norm2(hidden_states), shift_mlp, scale_mlp))
+        branch = gate_msa * self.attn(attention_input, grid_size, conditioning, image_rotary_emb)
+        hidden_states = hidden_states + self.drop_path(self.layer_scale1(branch))
+        branch = gate_mlp * self.ff(modulate(self.norm2(hidden_states), shift_mlp, scale_mlp), grid_size)
+        return hidden_states + self.drop_path(self.layer_scale2(branch))
 
 
 # What diffusers' caching hooks (FirstBlockCache, MagCache ...) need to know of a block.

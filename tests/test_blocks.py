@@ -6,7 +6,13 @@ from sdt_diffusion.blocks import SDTAttention, SDTAttnProcessor, SDTBlock
 from tests.conftest import randomise
 
 GRID = (3, 4)
-OPTIONS = [{}, {"qk_norm": "rms_norm"}, {"local_position_kernel_size": 3}, {"decomposed": True}]
+OPTIONS = [
+    {},
+    {"qk_norm": "rms_norm"},
+    {"local_position_kernel_size": 3},
+    {"decomposed": True},
+    {"conditional_position_kernel_size": 3, "mlp_kernel_size": 3, "layer_scale_init_value": 0.5},
+]
 
 
 def test_conditioned_block_starts_as_the_identity():
@@ -64,6 +70,48 @@ def test_local_position_encoding_adds_the_convolved_values():
     torch.testing.assert_close(difference, position @ attn.to_out[0].weight.T)
 
 
+def convolved(conv, tokens):
+    image = tokens.transpose(1, 2).reshape(len(tokens), -1, *GRID)
+    return conv(image).flatten(2).transpose(1, 2)
+
+
+def test_convolutions_of_the_input_and_inside_the_mlp():
+    torch.manual_seed(0)
+    block = SDTBlock(16, 2, activation_fn="gelu", conditional_position_kernel_size=3, mlp_kernel_size=3)
+    x = torch.randn(2, 12, 16)
+    expected = x + convolved(block.conditional_position.conv, x)
+    expected = expected + block.attn(block.norm1(expected), GRID)
+    hidden = torch.nn.functional.gelu(block.ff.net[0].proj(block.norm2(expected)))
+    expected = expected + block.ff.net[2](hidden + convolved(block.ff.local.conv, hidden))
+    torch.testing.assert_close(block(x, GRID), expected)
+
+
+@pytest.mark.parametrize("conditioning_dim", [None, 8])
+def test_layer_scale_multiplies_both_branches(conditioning_dim):
+    torch.manual_seed(0)
+    plain = randomise(SDTBlock(16, 2, conditioning_dim=conditioning_dim))
+    block = SDTBlock(16, 2, conditioning_dim=conditioning_dim, layer_scale_init_value=1.0)
+    block.load_state_dict(plain.state_dict(), strict=False)
+    x, conditioning = torch.randn(2, 12, 16), None if conditioning_dim is None else torch.randn(2, 8)
+    torch.testing.assert_close(block(x, GRID, conditioning), plain(x, GRID, conditioning))
+    for gamma in (block.layer_scale1.gamma, block.layer_scale2.gamma):
+        torch.nn.init.zeros_(gamma)
+    assert torch.equal(block(x, GRID, conditioning), x)
+
+
+def test_drop_path_drops_branches_of_whole_samples_and_keeps_the_mean():
+    torch.manual_seed(0)
+    block = SDTBlock(16, 2, drop_path=0.25, activation_fn="gelu")
+    x = torch.randn(1, 12, 16).expand(4000, 12, 16)
+    with torch.no_grad():
+        expected = block.eval()(x[:1], GRID)
+        output = block.train()(x, GRID)
+    dropped = (output == x).flatten(1).all(dim=1).float().mean().item()
+    assert dropped == pytest.approx(0.25**2, abs=0.015)  # both branches
+    branch = expected - x[:1]
+    assert (output.mean(dim=0, keepdim=True) - expected).norm() < 0.1 * branch.norm()
+
+
 def test_fused_projections_change_nothing():
     attn = randomise(SDTAttention(16, 2))
     x = torch.randn(2, 12, 16)
@@ -79,6 +127,10 @@ def test_bad_options_are_refused():
         SDTAttention(16, 2, qk_norm="layer")
     with pytest.raises(ValueError, match="must be odd or 0, not 4"):
         SDTAttention(16, 2, local_position_kernel_size=4)
+    with pytest.raises(ValueError, match="mlp_kernel_size must be odd or 0, not 2"):
+        SDTBlock(16, 2, mlp_kernel_size=2)
+    with pytest.raises(ValueError, match=r"drop_path must be at least 0 and less than 1, not 1\.0"):
+        SDTBlock(16, 2, drop_path=1.0)
     with pytest.raises(ValueError, match="Unknown spatial_decay"):
         SDTBlock(16, 2, spatial_decay="far")
     with pytest.raises(ValueError, match="Unknown attention backend 'fast'"):

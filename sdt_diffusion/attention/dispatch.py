@@ -19,7 +19,12 @@ BACKENDS: dict[str, Callable[..., torch.Tensor]] = {
 
 
 def default_backend(query: torch.Tensor) -> str:
-    """`blockwise` on a CPU, `dense` on accelerators."""
+    """`blockwise` on a CPU, `dense` on accelerators, `reference` for exports.
+
+    An exported program (torch.export, ONNX) then consists of torch's own operators and runs without this package.
+    """
+    if torch.compiler.is_exporting():
+        return "reference"
     return "blockwise" if query.device.type == "cpu" else "dense"
 
 

@@ -111,6 +111,17 @@ def test_the_backend_fits_the_device():
     assert default_backend(torch.zeros(1, device="meta")) == "dense"
 
 
+def test_exports_hold_torchs_own_operators():
+    class Attention(torch.nn.Module):
+        def forward(self, *tensors):
+            return spatial_decay_attention(*tensors, GRID)
+
+    tensors = [x.detach() for x in inputs()]
+    program = torch.export.export(Attention(), tuple(tensors))
+    assert "sdt_diffusion" not in program.graph_module.code
+    torch.testing.assert_close(program.module()(*tensors), spatial_decay_attention(*tensors, GRID))
+
+
 def test_the_blockwise_operator_keeps_torchs_rules_for_operators():
     query, key, value, gate, alpha = inputs()
     half_decay, distance = half_decay_and_distance(gate.detach(), alpha.detach(), GRID, "context")

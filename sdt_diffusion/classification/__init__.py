@@ -1,0 +1,20 @@
+"""The classifier SDT-H. Importing this makes transformers' Auto classes and pipelines find it."""
+
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
+
+from .configuration_sdt_h import SDTHConfig
+from .image_processing_sdt_h import SDTHImageProcessor
+from .modeling_sdt_h import SDTHForImageClassification
+from .network import PRESETS, SDTHNetwork
+
+__all__ = [
+    "PRESETS",
+    "SDTHConfig",
+    "SDTHForImageClassification",
+    "SDTHImageProcessor",
+    "SDTHNetwork",
+]
+
+AutoConfig.register(SDTHConfig.model_type, SDTHConfig, exist_ok=True)
+AutoModelForImageClassification.register(SDTHConfig, SDTHForImageClassification, exist_ok=True)
+AutoImageProcessor.register(SDTHConfig, image_processor_classes={"torchvision": SDTHImageProcessor}, exist_ok=True)

@@ -1,0 +1,120 @@
+"""SDTHForImageClassification: the classifier's transformers face."""
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import ImageClassifierOutputWithNoAttention
+
+from .configuration_sdt_h import SDTHConfig
+from .network import SDTHNetwork
+
+
+class SDTHForImageClassification(PreTrainedModel):
+    """`SDTHNetwork` as a transformers model: RMT's backbone with spatial decay attention, and a classifier.
+
+    Weights of a bare `SDTHNetwork`, which are also those of the timm models, load as well.
+    """
+
+    config_class = SDTHConfig
+    base_model_prefix = "network"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    accepts_loss_kwargs = False
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["SDTBlock"]  # noqa: RUF012 (transformers' names and forms, here and below)
+    _keep_in_fp32_modules_strict = ["gate"]  # noqa: RUF012
+
+    def __init__(self, config: SDTHConfig):
+        super().__init__(config)
+        self.network = SDTHNetwork(**config.network_config())
+        self.post_init()
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides) -> "SDTHForImageClassification":
+        """A randomly initialised model of a named size; arguments and errors of `SDTHConfig.from_preset`."""
+        return cls(SDTHConfig.from_preset(name, **overrides))
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, ignore_mismatched_sizes: bool = False, **kwargs):
+        """transformers' `from_pretrained`.
+
+        Args:
+            pretrained_model_name_or_path: Folder or Hub name.
+            *args: See transformers.
+            ignore_mismatched_sizes: Initialise weights whose shape differs from the config's anew, such as the
+                classifier for another `num_labels`.
+            **kwargs: See transformers; config values among them.
+
+        Raises:
+            RuntimeError: If shapes differ, with the names of the weights and what to do.
+        """
+        kwargs.update(ignore_mismatched_sizes=True)
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        mismatched = info["mismatched_keys"]
+        if mismatched and not ignore_mismatched_sizes:
+            name, stored, wanted = min(mismatched, key=lambda item: (".head.weight" not in item[0], item[0]))
+            raise RuntimeError(
+                f"{len(mismatched)} weights in {pretrained_model_name_or_path} have other shapes than the config asks "
+                f"for: {name} is {tuple(stored)}, not {tuple(wanted)}. If that is the classifier of another "
+                "num_labels, ignore_mismatched_sizes=True starts a new one."
+            )
+        return (model, info) if wants_info else model
+
+    def _init_weights(self, module: nn.Module) -> None:
+        # transformers marks the tensors it has loaded, but torch's own resets heed no marks.
+        tensors = (*module.parameters(), *module.buffers())
+        if not all(getattr(tensor, "_is_hf_initialized", False) for tensor in tensors):
+            self.network.initialize(module)
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> ImageClassifierOutputWithNoAttention | tuple[torch.Tensor, ...]:
+        """Classifies images.
+
+        Args:
+            pixel_values: Normalised images, shape (batch, num_channels, height, width), of any size.
+            labels: Class of each image, 0 to num_labels - 1, shape (batch,), for the loss; other forms as the config's
+                `problem_type` asks.
+            output_hidden_states: Whether to return the outputs of the stem and of each stage, of shape (batch,
+                channels, height, width).
+            return_dict: Whether to return an `ImageClassifierOutputWithNoAttention` instead of a tuple.
+
+        Returns:
+            The loss (given labels), the logits of shape (batch, num_labels), and the hidden states (if asked for).
+
+        Raises:
+            ValueError: If images or labels do not fit the model.
+        """
+        if labels is not None:
+            self._check_labels(labels, pixel_values)
+        feature_maps = self.network.forward_stages(pixel_values)
+        logits = self.network.forward_head(feature_maps[-1])
+        loss = None if labels is None else self.loss_function(labels, logits, self.config)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        output = ImageClassifierOutputWithNoAttention(
+            loss=loss, logits=logits, hidden_states=tuple(feature_maps) if output_hidden_states else None
+        )
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if return_dict else output.to_tuple()
+
+    def _check_labels(self, labels, pixel_values):
+        if labels.is_floating_point():
+            return
+        if labels.shape != pixel_values.shape[:1]:
+            raise ValueError(
+                f"{pixel_values.shape[0]} images need as many labels, not a tensor of shape {tuple(labels.shape)}."
+            )
+        # Reading labels back from an accelerator would stall it.
+        if labels.device.type == "cpu" and labels.numel() and not torch.compiler.is_compiling():
+            lowest, highest = int(labels.min()), int(labels.max())
+            if not 0 <= lowest <= highest < self.config.num_labels:
+                raise ValueError(
+                    f"Labels must lie in 0..{self.config.num_labels - 1} (num_labels is {self.config.num_labels}), "
+                    f"got {lowest}..{highest}."
+                )

@@ -1,4 +1,4 @@
-"""The classifier SDT-H. Importing this makes transformers' Auto classes and pipelines find it."""
+"""The classifier SDT-H. Importing this makes transformers' Auto classes and pipelines, and timm, find it."""
 
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 
@@ -6,11 +6,13 @@ from .configuration_sdt_h import SDTHConfig
 from .image_processing_sdt_h import SDTHImageProcessor
 from .modeling_sdt_h import SDTHForImageClassification
 from .network import PRESETS, SDTHNetwork
+from .timm_sdt_h import SDTHForTimm
 
 __all__ = [
     "PRESETS",
     "SDTHConfig",
     "SDTHForImageClassification",
+    "SDTHForTimm",
     "SDTHImageProcessor",
     "SDTHNetwork",
 ]

@@ -3,6 +3,7 @@
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 
 from .configuration_sdt_h import SDTHConfig
+from .convert_rmt import load_rmt
 from .image_processing_sdt_h import SDTHImageProcessor
 from .modeling_sdt_h import SDTHForImageClassification
 from .network import PRESETS, SDTHNetwork
@@ -15,6 +16,7 @@ __all__ = [
     "SDTHForTimm",
     "SDTHImageProcessor",
     "SDTHNetwork",
+    "load_rmt",
 ]
 
 AutoConfig.register(SDTHConfig.model_type, SDTHConfig, exist_ok=True)

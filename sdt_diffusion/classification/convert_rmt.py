@@ -1,0 +1,150 @@
+"""From an official RMT checkpoint to the classifier with `spatial_decay="fixed"`, which gives RMT's logits."""
+
+import argparse
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from ..attention import FixedGate
+from .configuration_sdt_h import SDTHConfig
+from .modeling_sdt_h import SDTHForImageClassification
+from .network import PRESETS, raster_rotary_embedding
+
+#: RMT's names -> ours, applied one after the other.
+RENAMES = [
+    (r"^patch_embed\.proj\.", "patch_embed."),
+    (r"^layers\.(\d+)\.blocks\.", r"stages.\1.blocks."),
+    (r"\.pos\.conv\.", ".conditional_position.conv."),
+    (r"\.retention_layer_norm\.", ".norm1."),
+    (r"\.retention\.([qkv])_proj\.", r".attn.to_\1."),
+    (r"\.retention\.out_proj\.", ".attn.to_out.0."),
+    (r"\.retention\.lepe\.conv\.", ".attn.local_position.conv."),
+    (r"\.final_layer_norm\.", ".norm2."),
+    (r"\.ffn\.fc1\.", ".ff.net.0.proj."),
+    (r"\.ffn\.dwconv\.conv\.", ".ff.local.conv."),
+    (r"\.ffn\.fc2\.", ".ff.net.2."),
+    (r"\.gamma_([12])$", r".layer_scale\1.gamma"),
+]
+
+
+def rename(key: str) -> str:
+    """The name of one of RMT's weights in `SDTHNetwork`."""
+    downsample = re.match(r"^layers\.(\d+)\.downsample\.(reduction|norm)\.(.+)$", key)
+    if downsample:  # RMT's ends a stage, ours begins the next
+        stage, module, tensor = downsample.groups()
+        return f"stages.{int(stage) + 1}.downsample.{('reduction', 'norm').index(module)}.{tensor}"
+    for pattern, replacement in RENAMES:
+        key = re.sub(pattern, replacement, key)
+    return key
+
+
+def read_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
+    """Reads a state dict, nested under `model` or not, written by torch.save or safetensors; runs no code in the file.
+
+    Raises:
+        ValueError: If the file holds something else.
+    """
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    # Training checkpoints keep their arguments in a Namespace, which holds values only.
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    state_dict = checkpoint.get("model", checkpoint) if isinstance(checkpoint, Mapping) else checkpoint
+    if not isinstance(state_dict, Mapping) or not all(
+        isinstance(value, torch.Tensor) for value in state_dict.values()
+    ):
+        raise ValueError(f"{path} holds no state dict, neither at the top nor under 'model'.")
+    return dict(state_dict)
+
+
+def rmt_config(state_dict: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """The config of an RMT, read off its tensors.
+
+    Except which stages attend along rows, then along columns, of which no tensor tells: RMT-T's first two, and the
+    first three of all larger ones.
+
+    Raises:
+        ValueError: If tensors that every RMT has are missing.
+    """
+    stages = range(len({key.split(".")[1] for key in state_dict if key.startswith("layers.")}))
+    try:
+        widths = [len(state_dict[f"layers.{i}.blocks.0.final_layer_norm.weight"]) for i in stages]
+        hidden = [len(state_dict[f"layers.{i}.blocks.0.ffn.fc1.weight"]) for i in stages]
+        decays = [state_dict[f"layers.{i}.Relpos.decay"].double() for i in stages]
+        num_channels, head_hidden_size, num_labels = (
+            state_dict["patch_embed.proj.0.weight"].shape[1],
+            *(len(state_dict[f"{name}.weight"]) for name in ("proj", "head")),
+        )
+    except KeyError as error:
+        raise ValueError(f"This is no checkpoint of RMT: it has no {error}.") from error
+    depths = [len({k.split(".")[3] for k in state_dict if k.startswith(f"layers.{i}.blocks.")}) for i in stages]
+    # decay = log(1 - 2^-a); what fp32 has rounded away are parts in 10,000 of an exponent.
+    exponents = [-torch.log2(-torch.expm1(decay)) for decay in decays]
+    tiny = depths == list(PRESETS["SDT-H-T"]["depths"])
+    return {
+        "spatial_decay": "fixed",
+        "num_channels": num_channels,
+        "num_labels": num_labels,
+        "head_hidden_size": head_hidden_size,
+        "hidden_sizes": widths,
+        "depths": depths,
+        "num_attention_heads": [len(decay) for decay in decays],
+        "mlp_ratios": [inner / width for inner, width in zip(hidden, widths, strict=True)],
+        "decomposed": [i < (2 if tiny else 3) for i in stages],
+        "decay_initial_value": round(exponents[0][0].item(), 2),
+        "decay_heads_ranges": [round(((a[-1] - a[0]) * len(a) / max(len(a) - 1, 1)).item(), 2) for a in exponents],
+        "layer_scale_init_values": [1e-6 if f"layers.{i}.blocks.0.gamma_1" in state_dict else None for i in stages],
+    }
+
+
+def check_positions(state_dict: Mapping[str, torch.Tensor], config: SDTHConfig) -> None:
+    """Compares the tables of decays and of rotary frequencies in an RMT state dict with what a config gives.
+
+    Raises:
+        ValueError: If they differ.
+    """
+    for i, heads in enumerate(config.num_attention_heads):
+        gate, _ = FixedGate(heads, config.decay_initial_value, config.decay_heads_ranges[i])(torch.zeros(1))
+        cosines, sines = raster_rotary_embedding(config.hidden_sizes[i] // heads, 2)
+        computed = {"decay": gate.flatten(), "angle": torch.atan2(sines, cosines)[1]}
+        for name, expected in computed.items():
+            stored = state_dict.get(f"layers.{i}.Relpos.{name}")
+            if stored is not None and not (
+                stored.shape == expected.shape and torch.allclose(stored.float(), expected, rtol=1e-3, atol=1e-6)
+            ):
+                raise ValueError(f"layers.{i}.Relpos.{name} of the checkpoint is not what the config gives: {stored}.")
+
+
+def load_rmt(path: str | Path, **overrides) -> SDTHForImageClassification:
+    """Loads an official RMT checkpoint.
+
+    Args:
+        path: The checkpoint, as torch.save or safetensors wrote it.
+        **overrides: Config values in place of `rmt_config`'s, such as `id2label`. `spatial_decay="context"` starts
+            SDT-H from RMT: new gates, which give RMT's decay at first.
+
+    Returns:
+        The model, in evaluation mode.
+
+    Raises:
+        ValueError: If the file holds no RMT, or one that does not fit the overrides.
+    """
+    state_dict = read_checkpoint(path)
+    config = SDTHConfig(**{**rmt_config(state_dict), **overrides})
+    check_positions(state_dict, config)
+    model = SDTHForImageClassification(config).eval()
+    weights = {rename(key): value for key, value in state_dict.items() if ".Relpos." not in key}
+    weights = {k: v.flatten() if k.endswith(".gamma") else v for k, v in weights.items()}  # RMT's are (1, 1, 1, dim)
+    expected = model.network.state_dict()
+    gates = {key for key in expected if ".gate." in key}
+    wrong = sorted((weights.keys() ^ expected.keys()) - gates)
+    wrong += [key for key in weights.keys() & expected.keys() if weights[key].shape != expected[key].shape]
+    if wrong:
+        raise ValueError(f"{path} does not fit the config in {len(wrong)} tensor(s), such as {wrong[0]}.")
+    model.network.load_state_dict(weights, strict=False)
+    return model

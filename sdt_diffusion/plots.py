@@ -59,12 +59,13 @@ def plot_loss_curve(records: Sequence[dict[str, float]], path: Path) -> None:
     """Loss over steps, as logged and smoothed, with the learning rate below.
 
     Args:
-        records: Dictionaries with `step`, `loss` and `learning_rate`.
+        records: Dictionaries with `step`, `loss` and `learning_rate`; others are left out.
         path: PNG to write.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    records = [record for record in records if "loss" in record]
     steps = np.array([record["step"] for record in records])
     losses = np.array([record["loss"] for record in records])
     figure = Figure(figsize=(8, 5), layout="constrained")
@@ -91,3 +92,38 @@ def _smooth(values: np.ndarray) -> np.ndarray:
     centre = np.arange(len(values))
     reach = np.minimum(half, np.minimum(centre, len(values) - 1 - centre))
     return (sums[centre + reach + 1] - sums[centre - reach]) / (2 * reach + 1)
+
+
+def plot_accuracy_curve(records: Sequence[dict[str, float]], path: Path) -> None:
+    """Test accuracy over steps, with the losses of training and test below.
+
+    Args:
+        records: Dictionaries with `step` and `loss`, or with `step`, `test_accuracy` and `test_loss`.
+        path: PNG to write.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    logged = [record for record in records if "loss" in record]
+    tested = [record for record in records if "test_accuracy" in record]
+    steps = [record["step"] for record in tested]
+    accuracies = [100 * record["test_accuracy"] for record in tested]
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    FigureCanvasAgg(figure)
+    accuracy_axes, loss_axes = figure.subplots(2, 1, sharex=True)
+    accuracy_axes.plot(steps, accuracies, color="tab:green", marker="o", markersize=4)
+    accuracy_axes.annotate(
+        f"{accuracies[-1]:.2f}%", (steps[-1], accuracies[-1]), xytext=(-4, -14), textcoords="offset points", ha="right"
+    )
+    accuracy_axes.set_ylabel("test accuracy, %")
+    losses = np.array([record["loss"] for record in logged])
+    logged_steps = [record["step"] for record in logged]
+    loss_axes.plot(logged_steps, losses, color="tab:blue", alpha=0.3)
+    loss_axes.plot(logged_steps, _smooth(losses), color="tab:blue", label="training, with its augmentation")
+    loss_axes.plot(steps, [record["test_loss"] for record in tested], color="tab:green", label="test")
+    loss_axes.set_ylabel("loss")
+    loss_axes.set_xlabel("step")
+    loss_axes.legend()
+    for axes in (accuracy_axes, loss_axes):
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)

@@ -17,7 +17,7 @@ from accelerate.utils import set_seed
 from diffusers import AutoModel
 
 from sdt_diffusion import SDTPipeline
-from sdt_diffusion.data import DataArguments, load_images
+from sdt_diffusion.data import DataArguments, RandomFlip, load_images
 from sdt_diffusion.evaluation.label_accuracy import label_accuracy
 from sdt_diffusion.files import move_into, write_atomically
 from sdt_diffusion.generation import class_labels_for, generate
@@ -78,7 +78,17 @@ def main(argv):
         clean = pixels if vae is None else encode_pixels(vae, pixels)
         return diffusion_loss(model, objective, clean, class_labels)
 
-    training = Training(model, "transformer", compute_loss, images, run_args, optimization_args, data_args, arguments)
+    training = Training(
+        model,
+        "transformer",
+        compute_loss,
+        images,
+        run_args,
+        optimization_args,
+        data_args,
+        arguments,
+        augment=RandomFlip(run_args.seed) if data_args.random_flip else None,
+    )
     if vae is not None:
         vae.to(training.accelerator.device)
     pipe = SDTPipeline(

@@ -1,16 +1,23 @@
-"""The classifier SDT-H. Importing this makes transformers' Auto classes and pipelines, and timm, find it."""
+"""The classifier SDT-H, and a head on generative transformers.
+
+Importing this makes transformers' Auto classes and pipelines find both, and timm SDT-H.
+"""
 
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 
+from .configuration_sdt import SDTClassifierConfig
 from .configuration_sdt_h import SDTHConfig
 from .convert_rmt import load_rmt
 from .image_processing_sdt_h import SDTHImageProcessor
+from .modeling_sdt import SDTForImageClassification
 from .modeling_sdt_h import SDTHForImageClassification
 from .network import PRESETS, SDTHNetwork
 from .timm_sdt_h import SDTHForTimm
 
 __all__ = [
     "PRESETS",
+    "SDTClassifierConfig",
+    "SDTForImageClassification",
     "SDTHConfig",
     "SDTHForImageClassification",
     "SDTHForTimm",
@@ -19,6 +26,7 @@ __all__ = [
     "load_rmt",
 ]
 
-AutoConfig.register(SDTHConfig.model_type, SDTHConfig, exist_ok=True)
-AutoModelForImageClassification.register(SDTHConfig, SDTHForImageClassification, exist_ok=True)
-AutoImageProcessor.register(SDTHConfig, image_processor_classes={"torchvision": SDTHImageProcessor}, exist_ok=True)
+for _config, _model in ((SDTHConfig, SDTHForImageClassification), (SDTClassifierConfig, SDTForImageClassification)):
+    AutoConfig.register(_config.model_type, _config, exist_ok=True)
+    AutoModelForImageClassification.register(_config, _model, exist_ok=True)
+    AutoImageProcessor.register(_config, image_processor_classes={"torchvision": SDTHImageProcessor}, exist_ok=True)

@@ -1,5 +1,7 @@
 """SDTHForImageClassification: the classifier's transformers face."""
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -60,6 +62,14 @@ class SDTHForImageClassification(PreTrainedModel):
                 "num_labels, ignore_mismatched_sizes=True starts a new one."
             )
         return (model, info) if wants_info else model
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """See `SDTHNetwork.group_matcher`."""
+        return self.network.group_matcher(coarse)
+
+    def no_weight_decay(self) -> set[str]:
+        """See `SDTHNetwork.no_weight_decay`."""
+        return self.network.no_weight_decay()
 
     def _init_weights(self, module: nn.Module) -> None:
         # transformers marks the tensors it has loaded, but torch's own resets heed no marks.

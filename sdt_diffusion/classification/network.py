@@ -34,6 +34,20 @@ PRESETS: dict[str, dict[str, Any]] = {
     )
 }
 
+# 8x8 grey pixels, 10 classes: scikit-learn's digits. The stem keeps the image's own grid.
+PRESETS["SDT-H-digits"] = {
+    "hidden_sizes": (32, 64),
+    "depths": (2, 2),
+    "num_attention_heads": (2, 4),
+    "mlp_ratios": (3, 3),
+    "decomposed": (False, False),
+    "decay_heads_ranges": (4, 6),
+    "layer_scale_init_values": (None, None),
+    "drop_path_rate": 0.1,
+    "stem_strides": (1, 1),
+    "head_hidden_size": 256,
+}
+
 #: Kernel sizes of RMT's depth-wise convolutions.
 BLOCK_KERNEL_SIZES = {"conditional_position_kernel_size": 3, "local_position_kernel_size": 5, "mlp_kernel_size": 3}
 
@@ -138,6 +152,7 @@ class SDTHNetwork(nn.Module):
         drop_path_rate: Drop path probability of the last block; it grows linearly from 0 at the first.
         head_hidden_size: Width of the head before pooling.
         dropout: Dropout before the classifier.
+        stem_strides: Strides of the stem's first and third convolution; (1, 1) or (1, 2) for images of few pixels.
         layer_norm_eps: Epsilon of the blocks' norms.
         initializer_range: Standard deviation of every linear layer's weights at the start.
 
@@ -160,6 +175,7 @@ class SDTHNetwork(nn.Module):
         layer_scale_init_values: Sequence[float | None] = PRESETS["SDT-H-T"]["layer_scale_init_values"],
         drop_path_rate: float = 0.1,
         head_hidden_size: int = 1024,
+        stem_strides: Sequence[int] = (2, 2),
         dropout: float = 0.0,
         layer_norm_eps: float = 1e-6,
         initializer_range: float = 0.02,
@@ -176,19 +192,22 @@ class SDTHNetwork(nn.Module):
         for key, values in per_stage.items():
             if len(values) != len(hidden_sizes):
                 raise ValueError(f"{key} has {len(values)} values, but hidden_sizes has {len(hidden_sizes)} stages.")
+        if len(stem_strides) != 2:
+            raise ValueError(f"stem_strides must be two strides, not {stem_strides}.")
         for dim, heads in zip(hidden_sizes, num_attention_heads, strict=True):
             if dim % (2 * heads):
                 raise ValueError(f"A stage of width {dim} cannot be cut into {heads} heads of even width.")
+        self.reduction = stem_strides[0] * stem_strides[1]
         self.num_channels, self.num_labels, self.head_hidden_size = num_channels, num_labels, head_hidden_size
         self.initializer_range = initializer_range
 
         first, blocks = hidden_sizes[0], sum(depths)
         self.patch_embed = nn.Sequential(
-            *conv_norm(num_channels, first // 2, 2),
+            *conv_norm(num_channels, first // 2, stem_strides[0]),
             nn.GELU(),
             *conv_norm(first // 2, first // 2, 1),
             nn.GELU(),
-            *conv_norm(first // 2, first, 2),
+            *conv_norm(first // 2, first, stem_strides[1]),
             nn.GELU(),
             *conv_norm(first, first, 1),
         )
@@ -226,6 +245,20 @@ class SDTHNetwork(nn.Module):
             nn.init.zeros_(module.bias)
         elif isinstance(module, (nn.Conv2d, nn.BatchNorm2d, nn.LayerNorm, LayerScale, ContextAwareGate)):
             module.reset_parameters()
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Patterns that sort parameters by depth, for layer-wise learning rates, in timm's form."""
+        blocks = [
+            (r"^(?:network\.)?stages\.(\d+)\.downsample", (0,)),
+            (r"^(?:network\.)?stages\.(\d+)\.blocks\.(\d+)", None),
+            (r"^(?:network\.)?(?:proj|norm)\.", (99999,)),
+        ]
+        stages = r"^(?:network\.)?stages\.(\d+)"
+        return {"stem": r"^(?:network\.)?patch_embed", "blocks": stages if coarse else blocks}
+
+    def no_weight_decay(self) -> set[str]:
+        """None by name: timm spares biases, norms, LayerScale and the decay's alpha, all one-dimensional, itself."""
+        return set()
 
     def forward_stages(self, pixel_values: torch.Tensor, num_stages: int | None = None) -> list[torch.Tensor]:
         """The output of the stem and of each stage.

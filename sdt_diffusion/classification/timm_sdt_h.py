@@ -6,7 +6,6 @@ timm's own scripts take the models if that import comes first:
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -38,7 +37,7 @@ class SDTHForTimm(SDTHNetwork):
         super().__init__(num_channels=in_chans, num_labels=num_classes, dropout=drop_rate, **kwargs)
         self.in_chans, self.num_features = in_chans, self.proj.in_features
         self.feature_info = [
-            {"num_chs": stage.dim, "reduction": 4 * 2**i, "module": f"stages.{i}"}
+            {"num_chs": stage.dim, "reduction": self.reduction * 2**i, "module": f"stages.{i}"}
             for i, stage in enumerate(self.stages)
         ]
         self.reset_classifier(num_classes, global_pool)
@@ -110,19 +109,6 @@ class SDTHForTimm(SDTHNetwork):
         """Trades speed for memory in training: blocks are computed again in the backward pass."""
         for stage in self.stages:
             stage.gradient_checkpointing = enable
-
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Patterns that sort parameters by depth, for layer-wise learning rates."""
-        blocks = [
-            (r"^stages\.(\d+)\.downsample", (0,)),
-            (r"^stages\.(\d+)\.blocks\.(\d+)", None),
-            (r"^(?:proj|norm)\.", (99999,)),
-        ]
-        return {"stem": r"^patch_embed", "blocks": r"^stages\.(\d+)" if coarse else blocks}
-
-    def no_weight_decay(self) -> set[str]:
-        """None by name: timm spares biases, norms, LayerScale and the decay's alpha, all one-dimensional, itself."""
-        return set()
 
 
 def _default_cfg():

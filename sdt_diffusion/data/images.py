@@ -40,7 +40,7 @@ class CorruptImageError(ValueError):
 
 
 class LabelledImages:
-    """Images decoded on access: cropped to a square, as float tensors in -1 to 1, with their labels.
+    """Images decoded on access, with their labels: cropped to a square, as float tensors in -1 to 1, or as pictures.
 
     Args:
         dataset: A `datasets.Dataset`.
@@ -49,12 +49,22 @@ class LabelledImages:
         resolution: Side of the square in pixels.
         image_mode: "RGB" or "L".
         name: What to call the data set in messages.
+        as_pictures: Give PIL images of that mode, otherwise as they are, for transforms that crop by themselves.
 
     Raises:
         ValueError: If the data set is empty or its labels are not 0 to num_classes - 1.
     """
 
-    def __init__(self, dataset, image_column: str, label_column: str, resolution: int, image_mode: str, name: str):
+    def __init__(
+        self,
+        dataset,
+        image_column: str,
+        label_column: str,
+        resolution: int,
+        image_mode: str,
+        name: str,
+        as_pictures: bool = False,
+    ):
         from datasets import ClassLabel, Image
 
         if len(dataset) == 0:
@@ -65,7 +75,7 @@ class LabelledImages:
             feature = dataset.features[label_column]
         self.dataset = dataset.cast_column(image_column, Image(decode=False))  # decoding by hand can name the culprit
         self.image_column, self.label_column, self.name = image_column, label_column, name
-        self.resolution, self.image_mode = resolution, image_mode
+        self.resolution, self.image_mode, self.as_pictures = resolution, image_mode, as_pictures
         labels = dataset[label_column][:]
         for row, label in enumerate(labels):
             if not isinstance(label, int):
@@ -96,24 +106,24 @@ class LabelledImages:
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitems__(self, indices: Sequence[int]) -> list[tuple[torch.Tensor, int]]:
-        """Images of shape (channels, resolution, resolution) and labels, read in one go."""
+    def __getitems__(self, indices: Sequence[int]) -> list[tuple[torch.Tensor | Image.Image, int]]:
+        """Images, as tensors of shape (channels, resolution, resolution), and labels, read in one go."""
         images = self.dataset[list(indices)][self.image_column]
         return [
-            (self._to_tensor(self._decode(image, index)), int(self.labels[index]))
-            for image, index in zip(images, indices, strict=True)
+            (self._decode(image, index), int(self.labels[index])) for image, index in zip(images, indices, strict=True)
         ]
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+    def __getitem__(self, index: int) -> tuple[torch.Tensor | Image.Image, int]:
         return self.__getitems__([index])[0]
 
-    def _decode(self, image: dict, index: int) -> Image.Image:
+    def _decode(self, image: dict, index: int) -> torch.Tensor | Image.Image:
         try:
             source = io.BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"]
             with Image.open(source) as opened:
                 if opened.mode.startswith(("I", "F")):
                     raise ValueError(f"mode {opened.mode} has more than 8 bits a channel; convert it to 8 bits")
-                return center_crop(opened.convert(self.image_mode), self.resolution)
+                picture = opened.convert(self.image_mode)
+            return picture if self.as_pictures else self._to_tensor(center_crop(picture, self.resolution))
         except Exception as error:
             path = f" ({image['path']})" if image.get("path") else ""
             raise CorruptImageError(f"Cannot read the image of row {index}{path} of {self.name}: {error}") from error
@@ -135,12 +145,13 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     return image.crop((left, top, left + size, top + size))
 
 
-def load_images(args: DataArguments, default_resolution: int) -> LabelledImages:
+def load_images(args: DataArguments, default_resolution: int, as_pictures: bool = False) -> LabelledImages:
     """Opens the data set that the arguments name.
 
     Args:
         args: The arguments, into which the values that they left open are filled.
         default_resolution: Side of the images in pixels where the arguments leave it open.
+        as_pictures: See `LabelledImages`.
 
     Raises:
         FileNotFoundError: If a path does not exist.
@@ -150,7 +161,8 @@ def load_images(args: DataArguments, default_resolution: int) -> LabelledImages:
     args.image_mode = args.image_mode or ("L" if args.dataset == "digits" else "RGB")
     dataset = read_dataset(args)
     image_column, label_column = find_image_column(dataset, args), _label_column(dataset, args)
-    return LabelledImages(dataset, image_column, label_column, args.resolution, args.image_mode, args.dataset)
+    shape = (args.resolution, args.image_mode)
+    return LabelledImages(dataset, image_column, label_column, *shape, args.dataset, as_pictures)
 
 
 def load_digits_dataset():

@@ -1,6 +1,7 @@
 """An endless, reshuffled stream of samples that can start anywhere."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,16 +16,27 @@ class ShuffledStream(Dataset):
     workers changes nothing.
 
     Args:
-        images: Has `__len__` and `__getitems__(indices)`, giving (tensor, label) pairs.
-        seed: Seed of the orders and of the mirroring.
-        random_flip: Whether to mirror every other image.
+        images: Has `__len__` and `__getitems__(indices)`, giving (image, label) pairs.
+        seed: Seed of the orders.
+        augment: Function of (image, position), giving the tensor; `None` to leave images as they are.
         start: First position.
         stop: Position after the last.
+        num_repeats: How often a sample stands in a row, augmented anew each time ("Augment your batch", Hoffer et al.
+            2020). An order then lasts that many times longer: no sample is left out, unlike in DeiT's sampler, which
+            drops the rest of an order when it has given as many samples as there are images.
     """
 
-    def __init__(self, images, seed: int, random_flip: bool, start: int, stop: int):
-        self.images, self.seed, self.random_flip = images, seed, random_flip
-        self.start, self.stop = start, stop
+    def __init__(
+        self,
+        images,
+        seed: int,
+        augment: Callable[[Any, int], torch.Tensor] | None,
+        start: int,
+        stop: int,
+        num_repeats: int = 1,
+    ):
+        self.images, self.seed, self.augment = images, seed, augment
+        self.start, self.stop, self.num_repeats = start, stop, num_repeats
         self._orders = {}
 
     def __len__(self) -> int:
@@ -32,19 +44,21 @@ class ShuffledStream(Dataset):
 
     def __getitems__(self, offsets: Sequence[int]) -> list[tuple[torch.Tensor, int]]:
         positions = [self.start + offset for offset in offsets]
-        indices = [
-            int(self._order(position // len(self.images))[position % len(self.images)]) for position in positions
-        ]
-        samples = self.images.__getitems__(indices)
-        if not self.random_flip:
-            return samples
+        indices = [self._index(position // self.num_repeats) for position in positions]
+        once = list(dict.fromkeys(indices))  # repeats are decoded once
+        samples = dict(zip(once, self.images.__getitems__(once), strict=True))
+        if self.augment is None:
+            return [samples[index] for index in indices]
         return [
-            (image.flip(-1) if self._coin(position) else image, label)
-            for position, (image, label) in zip(positions, samples, strict=True)
+            (self.augment(samples[index][0], position), samples[index][1])
+            for position, index in zip(positions, indices, strict=True)
         ]
 
     def __getitem__(self, offset: int) -> tuple[torch.Tensor, int]:
         return self.__getitems__([offset])[0]
+
+    def _index(self, slot: int) -> int:
+        return int(self._order(slot // len(self.images))[slot % len(self.images)])
 
     def _order(self, epoch: int) -> np.ndarray:
         if epoch not in self._orders:
@@ -52,6 +66,3 @@ class ShuffledStream(Dataset):
             order = np.random.default_rng([self.seed, epoch]).permutation(len(self.images))
             self._orders = {**previous, epoch: order}
         return self._orders[epoch]
-
-    def _coin(self, position: int) -> bool:
-        return bool(np.random.default_rng([self.seed, 1, position]).integers(2))

@@ -14,10 +14,16 @@ def vae_spatial_scale(vae: nn.Module | None) -> int:
 
 
 @torch.no_grad()
-def encode_pixels(vae: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
-    """Pixels in -1 to 1 to normalised latents, (z - shift_factor) * scaling_factor, z sampled from the posterior."""
+def encode_pixels(vae: nn.Module, pixels: torch.Tensor, sample: bool = True) -> torch.Tensor:
+    """Pixels in -1 to 1 to normalised latents, (z - shift_factor) * scaling_factor.
+
+    z is a sample of the posterior, or its mode.
+    """
     encoded = vae.encode(pixels.to(vae.dtype))
-    latents = encoded.latent_dist.sample() if hasattr(encoded, "latent_dist") else encoded.latent  # AutoencoderDC
+    if hasattr(encoded, "latent_dist"):
+        latents = encoded.latent_dist.sample() if sample else encoded.latent_dist.mode()
+    else:
+        latents = encoded.latent  # AutoencoderDC
     return (latents.float() - _shift(vae)) * vae.config.scaling_factor
 
 

@@ -54,8 +54,10 @@ def position_embedding(
     dim: int, grid_size: tuple[int, int], trained_grid_size: tuple[int, int], device: torch.device | None = None
 ) -> torch.Tensor:
     """DiT's sine-cosine embedding, shape (1, tokens, dim), of a grid that is rescaled to the trained one's extent."""
+    # On the CPU also where the default device is another, such as the meta device that models are loaded on: this is
+    # kept and given to all.
     y, x = (
-        torch.arange(size, dtype=torch.float32) * (trained / size)
+        torch.arange(size, dtype=torch.float32, device="cpu") * (trained / size)
         for size, trained in zip(grid_size, trained_grid_size, strict=True)
     )
     grid = torch.stack(torch.meshgrid(x, y, indexing="xy"))  # the first half of the embedding encodes x
@@ -259,6 +261,30 @@ class SDTTransformer2DModel(
         for linear in (self.proj_out_1, self.proj_out_2):
             nn.init.zeros_(linear.weight)
 
+    def forward_features(
+        self, hidden_states: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Runs all blocks; same arguments and errors as `forward`.
+
+        Returns:
+            The tokens after the last block, shape (batch, tokens, width), and the conditioning, shape (batch, width).
+        """
+        height, width = self._check_input(hidden_states, class_labels)
+        grid_size = (height // self.config.patch_size, width // self.config.patch_size)
+        timestep = timestep.expand(hidden_states.shape[0])
+
+        hidden_states = self.pos_embed(hidden_states)
+        conditioning = self.time_class_embed(timestep, class_labels, hidden_states.dtype)
+        image_rotary_emb = self._rotary_embedding(grid_size, hidden_states.device) if self.config.rotary else None
+        for block in self.transformer_blocks:
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                hidden_states = self._gradient_checkpointing_func(
+                    block, hidden_states, grid_size, conditioning, image_rotary_emb
+                )
+            else:
+                hidden_states = block(hidden_states, grid_size, conditioning, image_rotary_emb)
+        return hidden_states, conditioning
+
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -280,22 +306,10 @@ class SDTTransformer2DModel(
         Raises:
             ValueError: If the channels, sides or labels do not fit the model.
         """
-        height, width = self._check_input(hidden_states, class_labels)
+        height, width = hidden_states.shape[-2:]
+        hidden_states, conditioning = self.forward_features(hidden_states, timestep, class_labels)
         patch_size = self.config.patch_size
         grid_size = (height // patch_size, width // patch_size)
-        timestep = timestep.expand(hidden_states.shape[0])
-
-        hidden_states = self.pos_embed(hidden_states)
-        conditioning = self.time_class_embed(timestep, class_labels, hidden_states.dtype)
-        image_rotary_emb = self._rotary_embedding(grid_size, hidden_states.device) if self.config.rotary else None
-        for block in self.transformer_blocks:
-            if torch.is_grad_enabled() and self.gradient_checkpointing:
-                hidden_states = self._gradient_checkpointing_func(
-                    block, hidden_states, grid_size, conditioning, image_rotary_emb
-                )
-            else:
-                hidden_states = block(hidden_states, grid_size, conditioning, image_rotary_emb)
-
         shift, scale = self.proj_out_1(conditioning).unsqueeze(1).chunk(2, dim=-1)
         hidden_states = self.proj_out_2(modulate(self.norm_out(hidden_states), shift, scale))
         patches = hidden_states.unflatten(1, grid_size).unflatten(-1, (patch_size, patch_size, self.out_channels))

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_origin
 
 import yaml
 from transformers import HfArgumentParser
@@ -19,6 +19,7 @@ class OptimizationArguments:
     learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate."})
     lr_scheduler: str = field(default="constant", metadata={"help": "A schedule of diffusers.optimization."})
     lr_warmup_steps: int = field(default=0, metadata={"help": "Steps of linear warm-up."})
+    min_lr: float = field(default=0.0, metadata={"help": "Where the schedule ends instead of 0."})
     adam_beta1: float = field(default=0.9, metadata={"help": "AdamW's beta1."})
     adam_beta2: float = field(default=0.999, metadata={"help": "AdamW's beta2."})
     adam_weight_decay: float = field(default=0.0, metadata={"help": "AdamW's weight decay."})
@@ -29,7 +30,9 @@ class OptimizationArguments:
     ema_min_decay: float = field(default=0.0, metadata={"help": "Decay from the start; DiT's constant is 0.9999."})
 
     def __post_init__(self):
-        require_at_least(self, 0, "learning_rate", "lr_warmup_steps", "adam_weight_decay", "max_grad_norm")
+        require_at_least(self, 0, "learning_rate", "lr_warmup_steps", "min_lr", "adam_weight_decay", "max_grad_norm")
+        if self.min_lr and not self.min_lr <= self.learning_rate:
+            raise ValueError(f"--min_lr {self.min_lr} is above --learning_rate {self.learning_rate}.")
 
 
 @dataclass
@@ -89,6 +92,7 @@ RESUMABLE_CHANGES = frozenset(
     {
         "output_dir",
         "max_train_steps",
+        "num_train_epochs",
         "checkpointing_steps",
         "checkpoints_total_limit",
         "resume_from_checkpoint",
@@ -137,13 +141,18 @@ def parse_arguments(
     first_look.add_argument("--dataset", default="digits")
     given = first_look.parse_known_args(argv)[0]
     config_file = given.config or (recipes or {}).get(given.dataset)
-    values = _read_yaml(parser, config_file) if config_file else {}
-    known = {f.name for dataclass_type in dataclass_types for f in dataclasses.fields(dataclass_type)}
-    unknown = sorted(set(values) - known)
+    known = {f.name: f.type for dataclass_type in dataclass_types for f in dataclasses.fields(dataclass_type)}
+    lists = {name for name, kind in known.items() if get_origin(kind) is list}
+    values = _read_yaml(parser, config_file, lists) if config_file else {}
+    unknown = sorted(set(values) - set(known))
     if unknown:
         parser.error(f"{config_file}: unknown key(s) {', '.join(unknown)}; known: {', '.join(sorted(known))}")
     # As flags, values from the file are checked and converted like those of the command line.
-    flags = [word for key, value in values.items() for word in _as_words(key, value)]
+    flags = [
+        word
+        for key, value in values.items()
+        for word in ([f"--{key}", *value] if isinstance(value, list) else [f"--{key}={value}"])
+    ]
     try:
         *parsed, _, rest = parser.parse_args_into_dataclasses([*flags, *argv], return_remaining_strings=True)
     except ValueError as error:
@@ -158,11 +167,7 @@ def merged(*arguments: Any) -> dict[str, Any]:
     return {key: value for instance in arguments for key, value in dataclasses.asdict(instance).items()}
 
 
-def _as_words(key, value):
-    return [f"--{key}", *map(str, value)] if isinstance(value, list) else [f"--{key}={value}"]
-
-
-def _read_yaml(parser, path):
+def _read_yaml(parser, path, lists):
     if not path.is_file():
         parser.error(f"--config: there is no file {path}")
     try:
@@ -174,6 +179,8 @@ def _read_yaml(parser, path):
         parser.error(f"{path} must hold a mapping of argument names to values")
     text = {}
     for key, value in values.items():
-        if value is not None:
-            text[str(key)] = json.dumps(value) if isinstance(value, dict) else as_written[str(key)]
+        if key in lists and isinstance(value, list):
+            text[key] = as_written[key]
+        elif value is not None:
+            text[str(key)] = json.dumps(value) if isinstance(value, (dict, list)) else as_written[str(key)]
     return text

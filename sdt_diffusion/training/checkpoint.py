@@ -15,6 +15,8 @@ from .arguments import RESUMABLE_CHANGES
 logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "training_config.yaml"
+#: What a finished run leaves: a pipeline or a classifier.
+PRODUCTS = ("model_index.json", "config.json")
 #: Written last into a checkpoint: its step, its run's config, and the size of every file.
 MANIFEST_FILE = "checkpoint.json"
 
@@ -135,7 +137,7 @@ def check_output_dir(output_dir: Path, config: dict[str, Any], resume: bool) -> 
         ValueError: Says what the folder holds, and what to do.
     """
     config_file = output_dir / CONFIG_FILE
-    results = list_checkpoints(output_dir) + list(output_dir.glob("model_index.json"))
+    results = list_checkpoints(output_dir) + [output_dir / name for name in PRODUCTS if (output_dir / name).exists()]
     if config_file.is_file():
         check_same_run(str(output_dir), yaml.safe_load(config_file.read_text()) or {}, config)
         if results and not resume:

@@ -1,4 +1,4 @@
-"""Exponential moving average of the weights, held in a model that is ready to sample."""
+"""Exponential moving average of the weights, held in a model that is ready for use."""
 
 import copy
 
@@ -11,6 +11,8 @@ from .arguments import OptimizationArguments
 
 class ModelEMA:
     """A copy of the model whose parameters are diffusers' `EMAModel` average.
+
+    Buffers, which for batch norms are the statistics of activations, are averaged along, as timm does.
 
     The decay ramps as (1 + step) / (10 + step) up to `ema_decay`; `ema_min_decay=0.9999` makes it DiT's constant.
 
@@ -29,3 +31,9 @@ class ModelEMA:
         """Averages in the weights after optimizer step `global_step`, counted from 1."""
         self.average.optimization_step = global_step - 1  # so nothing but the weights needs saving
         self.average.step(model.parameters())
+        weight = 1 - self.average.cur_decay_value
+        for average, buffer in zip(self.model.buffers(), model.buffers(), strict=True):
+            if buffer.is_floating_point():
+                average.lerp_(buffer, weight)
+            else:
+                average.copy_(buffer)

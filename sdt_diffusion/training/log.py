@@ -18,7 +18,8 @@ class TrainingLog:
 
     def __init__(self, output_dir: Path, start_step: int):
         self.path = output_dir / LOG_FILE
-        self.records = [record for record in read_log(output_dir) if record["step"] <= start_step]
+        records = read_log(output_dir) if start_step else []  # what starts anew has no past
+        self.records = [record for record in records if record["step"] <= start_step]
         self._rewritten = False
 
     def append(self, record: dict[str, float]) -> None:

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
-from diffusers.optimization import get_scheduler
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader
@@ -30,6 +29,7 @@ from .checkpoint import (
 )
 from .ema import ModelEMA
 from .log import TrainingLog
+from .optimizer import build_lr_scheduler, build_optimizer
 
 #: Steps in a row that fp16's gradient scaler may skip.
 MAX_SKIPPED_STEPS = 50
@@ -42,9 +42,9 @@ class NonFiniteLossError(RuntimeError):
 class Training:
     """One run: prepares everything under accelerate, resumes, and trains.
 
-    Every random draw of a step (noise, timesteps, dropped labels) follows from the seed, the process and the step, and
-    every sample from its position in the stream. So weights, optimizer, schedule and average are all the state there
-    is, and a run killed anywhere and resumed ends with the same weights.
+    Every random draw of a step (noise, timesteps, dropped labels and paths, mixing) follows from the seed, the process
+    and the step, and every sample, with its augmentation, from its position in the stream. So weights, optimizer,
+    schedule and average are all the state there is, and a run killed anywhere and resumed ends with the same weights.
 
     Args:
         model: The model to train; has `save_pretrained` and `from_pretrained`.
@@ -53,8 +53,11 @@ class Training:
         images: The data set, see `ShuffledStream`.
         run: Length, place and pace.
         optimization: How to optimise.
-        data: Flip and workers of the data.
+        data: Workers of the data.
         arguments: All dataclasses of arguments of the script, to be kept beside the run.
+        augment: See `ShuffledStream`.
+        num_repeats: See `ShuffledStream`.
+        parameter_groups: See `build_optimizer`.
 
     Raises:
         ValueError: If the output folder or the checkpoint is another run's, or the checkpoint is not usable.
@@ -70,8 +73,12 @@ class Training:
         optimization: OptimizationArguments,
         data: DataArguments,
         arguments: Sequence[Any],
+        augment: Callable[[Any, int], torch.Tensor] | None = None,
+        num_repeats: int = 1,
+        parameter_groups: Sequence[dict[str, Any]] | None = None,
     ):
         self.name, self.compute_loss, self.images = name, compute_loss, images
+        self.augment, self.num_repeats = augment, num_repeats
         self.run, self.optimization, self.data = run, optimization, data
         self.output_dir = Path(run.output_dir)
         self.accelerator = build_accelerator(run)
@@ -89,13 +96,9 @@ class Training:
             self.accelerator.print(f"There is no checkpoint in {self.output_dir} yet: starting from the beginning.")
 
         self.ema = ModelEMA(model, optimization, self.accelerator.device) if optimization.use_ema else None
-        self.optimizer = build_optimizer(model, optimization)
-        processes = self.accelerator.num_processes
-        self.lr_scheduler = get_scheduler(  # accelerate steps it once per process
-            optimization.lr_scheduler,
-            self.optimizer,
-            num_warmup_steps=optimization.lr_warmup_steps * processes,
-            num_training_steps=run.max_train_steps * processes,
+        self.optimizer = build_optimizer(model, optimization, parameter_groups)
+        self.lr_scheduler = build_lr_scheduler(
+            self.optimizer, optimization, run.max_train_steps, self.accelerator.num_processes
         )
         self.model, self.optimizer, self.lr_scheduler = self.accelerator.prepare(
             model, self.optimizer, self.lr_scheduler
@@ -171,7 +174,7 @@ class Training:
                     "learning_rate": self.lr_scheduler.get_last_lr()[0],
                     "images_per_second": (self.step - window_start) * self.images_per_step / seconds,
                 }
-                self._log(record)
+                self.record(record)
                 progress_bar.set_postfix_str(f"loss {record['loss']:.4f}, {record['images_per_second']:.0f} images/s")
                 losses, seconds, window_start = [], 0.0, self.step
             if last or (run.checkpointing_steps and self.step % run.checkpointing_steps == 0):
@@ -206,6 +209,13 @@ class Training:
                 layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
                 tracker.log_images({"samples": np.asarray(picture)[None]}, step=self.step, **layout)
 
+    def record(self, values: dict[str, float]) -> None:
+        """Tells the trackers and the run's log of values of the step reached."""
+        self.accelerator.log(values, step=self.step)
+        if self.accelerator.is_main_process:
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+            self.log.append({"step": self.step, **values})
+
     def finish(self) -> None:
         """Closes the trackers."""
         self.accelerator.end_training()
@@ -216,9 +226,10 @@ class Training:
         stream = ShuffledStream(
             self.images,
             run.seed,
-            self.data.random_flip,
+            self.augment,
             start=self.step * self.images_per_step,
             stop=run.max_train_steps * self.images_per_step,
+            num_repeats=self.num_repeats,
         )
         if len(stream) == 0:
             return []
@@ -245,13 +256,9 @@ class Training:
             raise NonFiniteLossError(
                 f"The {what} is {value} at step {self.step + 1}; training stopped before that step changed the "
                 "weights. The last checkpoint is sound. What helps: a lower --learning_rate or --max_grad_norm, "
-                "--qk_norm rms_norm, --mixed_precision no; each of them is another run, with its own --output_dir."
+                "--mixed_precision no, for generation --qk_norm rms_norm; each of them is another run, with its own "
+                "--output_dir."
             )
-
-    def _log(self, record: dict[str, float]) -> None:
-        self.accelerator.log(record, step=self.step)
-        if self.accelerator.is_main_process:
-            self.log.append({"step": self.step, **record})
 
     def _save_models(self, models, weights, folder):
         for name, module in self._named_models().items():
@@ -287,18 +294,8 @@ def build_accelerator(run: RunArguments) -> Accelerator:
     return accelerator
 
 
-def build_optimizer(model: nn.Module, args: OptimizationArguments) -> torch.optim.AdamW:
-    """AdamW; weight decay spares what has fewer than two dimensions: biases, norms, the strength of the decay."""
-    parameters = list(model.parameters())
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": args.adam_weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(
-        groups, lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon
-    )
-
-
 def seed_batch(seed: int, process: int, index: int) -> None:
-    """Seeds torch for one batch of one process."""
-    torch.manual_seed(int(np.random.SeedSequence([seed, process, index]).generate_state(1, np.uint64)[0]))
+    """Seeds torch, and NumPy for timm's mixing, for one batch of one process."""
+    state = int(np.random.SeedSequence([seed, process, index]).generate_state(1, np.uint64)[0])
+    torch.manual_seed(state)
+    np.random.seed(state % 2**32)

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from sdt_diffusion.data import ShuffledStream
+from sdt_diffusion.data import RandomFlip, ShuffledStream
 
 
 class Numbers:
@@ -16,7 +16,7 @@ class Numbers:
 
 
 def labels(start, stop, **kwargs):
-    stream = ShuffledStream(Numbers(), seed=0, random_flip=False, start=start, stop=stop, **kwargs)
+    stream = ShuffledStream(Numbers(), seed=0, augment=None, start=start, stop=stop, **kwargs)
     return [stream[i][1] for i in range(len(stream))]
 
 
@@ -32,13 +32,13 @@ def test_starting_later_gives_the_rest_of_the_same_stream():
 
 
 def test_another_seed_gives_another_order():
-    other = ShuffledStream(Numbers(), seed=1, random_flip=False, start=0, stop=10)
+    other = ShuffledStream(Numbers(), seed=1, augment=None, start=0, stop=10)
     assert [other[i][1] for i in range(10)] != labels(0, 10)
 
 
 def test_flips_half_the_images_and_the_same_ones_after_a_restart():
     def flipped(start):
-        stream = ShuffledStream(Numbers(), seed=0, random_flip=True, start=start, stop=2000)
+        stream = ShuffledStream(Numbers(), seed=0, augment=RandomFlip(0), start=start, stop=2000)
         return [bool(image[0, 0, 0] > image[0, 0, 1]) for image, _ in stream.__getitems__(range(len(stream)))]
 
     from_start = flipped(0)
@@ -48,7 +48,7 @@ def test_flips_half_the_images_and_the_same_ones_after_a_restart():
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_worker_processes_change_nothing(workers):
-    stream = ShuffledStream(Numbers(), seed=0, random_flip=True, start=3, stop=27)
+    stream = ShuffledStream(Numbers(), seed=0, augment=RandomFlip(0), start=3, stop=27)
     batches = list(DataLoader(stream, batch_size=4, num_workers=workers))
     assert torch.cat([labels for _, labels in batches]).tolist() == labels(3, 27)
     expected = torch.stack([image for image, _ in stream.__getitems__(range(24))])

@@ -9,7 +9,8 @@ from PIL import Image
 from sdt_diffusion import SDTTransformer2DModel
 from sdt_diffusion.data import DataArguments
 from sdt_diffusion.training.arguments import OptimizationArguments, RunArguments
-from sdt_diffusion.training.run import NonFiniteLossError, Training, build_optimizer, seed_batch
+from sdt_diffusion.training.optimizer import build_optimizer
+from sdt_diffusion.training.run import NonFiniteLossError, Training, seed_batch
 from tests.conftest import TINY
 
 

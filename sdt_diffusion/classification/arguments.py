@@ -1,0 +1,158 @@
+"""The classifier as training arguments."""
+
+import json
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from transformers import PreTrainedModel
+
+from .backbone import Backbone, load_backbone
+from .modeling_sdt import SDTForImageClassification
+from .modeling_sdt_h import SDTHForImageClassification
+from .network import PRESETS
+
+#: What follows from the data set.
+DERIVED_KEYS = frozenset({"num_channels", "num_labels", "id2label", "label2id"})
+#: Kind of `--model` -> the arguments that it takes besides.
+ARGUMENTS_OF_KIND = {
+    "preset": {"spatial_decay", "drop_path", "model_overrides"},
+    "classifier": {"drop_path"},
+    "backbone": {"probe_block", "probe_timestep", "probe_objective", "finetune"},
+}
+
+
+@dataclass
+class ClassifierModelArguments:
+    """What to train: SDT-H, or a head on a trained generative transformer."""
+
+    model: str = field(
+        default="SDT-H-T",
+        metadata={
+            "help": "A preset: SDT-H-{T,S,B} or SDT-H-digits; the folder of an SDT-H to start from; or that of a "
+            "trained SDT pipeline or transformer, to put a head on."
+        },
+    )
+    spatial_decay: Literal["context", "fixed", "content", "raster", "none"] | None = field(
+        default=None, metadata={"help": "How a preset's attention decays; 'fixed' is RMT. context by default."}
+    )
+    drop_path: float | None = field(
+        default=None, metadata={"help": "Drop path probability of SDT-H's last block; the preset's by default."}
+    )
+    model_overrides: str | None = field(
+        default=None, metadata={"help": 'Further config values of a preset as JSON, such as {"depths": [1, 1, 2, 1]}.'}
+    )
+    gradient_checkpointing: bool = field(default=False, metadata={"help": "Trade speed for memory."})
+    probe_block: int | None = field(
+        default=None,
+        metadata={"help": "Block of the generative transformer whose tokens the head sees, from 0; the middle one."},
+    )
+    probe_timestep: float | None = field(
+        default=None,
+        metadata={"help": "Noise level of its input: a DDPM timestep, or 1000 sigma of a flow; 100 by default."},
+    )
+    probe_objective: Literal["flow", "ddpm"] | None = field(
+        default=None, metadata={"help": "What a transformer without a pipeline was trained on; flow by default."}
+    )
+    finetune: bool = field(default=False, metadata={"help": "Train that transformer too, not the head alone."})
+
+    def __post_init__(self):
+        applicable = ARGUMENTS_OF_KIND[self.kind]
+        for f in fields(self):
+            others = f.name in set.union(*ARGUMENTS_OF_KIND.values()) - applicable
+            if others and getattr(self, f.name) != f.default:
+                raise ValueError(f"--{f.name} does not apply to --model {self.model}, which is a {self.kind}.")
+        if self.drop_path is not None and not 0 <= self.drop_path < 1:
+            raise ValueError(f"--drop_path must be at least 0 and less than 1, not {self.drop_path}.")
+
+    @property
+    def kind(self) -> str:
+        """What `model` names, a key of `ARGUMENTS_OF_KIND`.
+
+        Raises:
+            ValueError: If it names nothing known.
+        """
+        if self.model in PRESETS:
+            return "preset"
+        folder = Path(self.model)
+        if (folder / "model_index.json").is_file():
+            return "backbone"
+        if (folder / "config.json").is_file():
+            config = json.loads((folder / "config.json").read_text())
+            if config.get("_class_name") == "SDTTransformer2DModel":
+                return "backbone"
+            if config.get("model_type") == SDTHForImageClassification.config_class.model_type:
+                return "classifier"
+        raise ValueError(
+            f"--model {self.model!r} is neither a preset ({', '.join(PRESETS)}) nor the folder of an SDT-H, of an SDT "
+            "pipeline, or of its transformer."
+        )
+
+    @cached_property
+    def backbone(self) -> Backbone | None:
+        """The trained generative transformer, if there is one."""
+        return load_backbone(self.model, self.probe_objective) if self.kind == "backbone" else None
+
+    @property
+    def default_resolution(self) -> int:
+        """Side of the images in pixels where the arguments leave it open."""
+        return 224 if self.backbone is None else self.backbone.resolution
+
+    @property
+    def image_mode(self) -> str | None:
+        """Mode of the images, if the model fixes it."""
+        return None if self.backbone is None else self.backbone.image_mode
+
+    def build(self, num_channels: int, class_names: list[str]) -> PreTrainedModel:
+        """The model to train.
+
+        Args:
+            num_channels: Channels of the images.
+            class_names: Names of the classes, in the order of their labels.
+
+        Raises:
+            ValueError: If a value does not fit the model, or `model_overrides` is no JSON object.
+        """
+        labels = {
+            "id2label": dict(enumerate(class_names)),
+            "label2id": {name: label for label, name in enumerate(class_names)},
+        }
+        if self.kind == "backbone":
+            if num_channels != self.backbone.num_channels:
+                raise ValueError(
+                    f"The transformer of {self.model} takes {self.backbone.image_mode} images: give --image_mode "
+                    f"{self.backbone.image_mode}."
+                )
+            model = SDTForImageClassification.from_backbone(
+                self.backbone,
+                block=self.probe_block,
+                timestep=100 if self.probe_timestep is None else self.probe_timestep,
+                freeze_backbone=not self.finetune,
+                **labels,
+            )
+        elif self.kind == "classifier":
+            own = {} if self.drop_path is None else {"drop_path_rate": self.drop_path}
+            model = SDTHForImageClassification.from_pretrained(
+                self.model, ignore_mismatched_sizes=True, num_channels=num_channels, **labels, **own
+            )
+        else:
+            own = {"spatial_decay": self.spatial_decay, "drop_path_rate": self.drop_path}
+            own = {key: value for key, value in own.items() if value is not None}
+            overrides = {**own, **self._overrides(), "num_channels": num_channels}
+            model = SDTHForImageClassification.from_preset(self.model, **overrides, **labels)
+        if self.gradient_checkpointing:
+            model.gradient_checkpointing_enable()
+        return model
+
+    def _overrides(self) -> dict[str, Any]:
+        try:
+            overrides = json.loads(self.model_overrides or "{}")
+        except ValueError as error:
+            raise ValueError(f"--model_overrides is not JSON: {error}") from error
+        if not isinstance(overrides, dict):
+            raise ValueError(f"--model_overrides must be a JSON object, not {self.model_overrides}.")
+        derived = sorted(DERIVED_KEYS & set(overrides))
+        if derived:
+            raise ValueError(f"--model_overrides: {', '.join(derived)} follow from the data set.")
+        return overrides

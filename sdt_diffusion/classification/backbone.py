@@ -1,0 +1,105 @@
+"""A trained generative model as the lower part of a classifier."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers.schedulers import SchedulerMixin
+from torch import nn
+
+from ..sdt import SDTTransformer2DModel
+from ..sdt.latents import vae_spatial_scale
+from ..sdt.schedulers import is_flow
+from ..training.objectives import DIT_SCHEDULE
+
+
+@dataclass
+class Backbone:
+    """A transformer, what it was trained on, and the VAE whose latents it works in.
+
+    Args:
+        transformer: The transformer.
+        scheduler: The scheduler that is saved with it, or one of the same noise levels.
+        vae: The VAE; `None` for pixels.
+    """
+
+    transformer: SDTTransformer2DModel
+    scheduler: SchedulerMixin
+    vae: nn.Module | None = None
+
+    @property
+    def resolution(self) -> int:
+        """Side of the images it was trained on, in pixels.
+
+        Raises:
+            ValueError: If they are no squares.
+        """
+        size = self.transformer.config.sample_size
+        sides = {size} if isinstance(size, int) else set(size)
+        if len(sides) > 1:
+            raise ValueError(
+                f"The transformer's images are no squares (sample_size {size}); the classifier takes those."
+            )
+        return sides.pop() * vae_spatial_scale(self.vae)
+
+    @property
+    def num_channels(self) -> int:
+        """Channels of the images."""
+        return (self.transformer if self.vae is None else self.vae).config.in_channels
+
+    @property
+    def image_mode(self) -> str:
+        """Their mode.
+
+        Raises:
+            ValueError: If they are neither grey nor colour.
+        """
+        if self.num_channels not in (1, 3):
+            raise ValueError(
+                f"The transformer works in {self.num_channels} channels, which are no pixels: give the folder of the "
+                "pipeline, with its VAE."
+            )
+        return {1: "L", 3: "RGB"}[self.num_channels]
+
+    def scales(self, timestep: float) -> tuple[float, float]:
+        """What image and noise are multiplied by at a timestep.
+
+        Args:
+            timestep: 1000 sigma of a flow, (1 - sigma) x + sigma noise; or a step of a DDPM schedule,
+                sqrt(alpha_bar) x + sqrt(1 - alpha_bar) noise.
+
+        Raises:
+            ValueError: If there is no such timestep.
+        """
+        steps = self.scheduler.config.num_train_timesteps
+        flow = is_flow(self.scheduler)
+        if not (0 <= timestep <= steps if flow else timestep in range(steps)):
+            known = f"between 0 and {steps}" if flow else f"a whole number from 0 to {steps - 1}"
+            raise ValueError(f"--probe_timestep must be {known} for this transformer, not {timestep}.")
+        if flow:
+            return 1 - timestep / steps, timestep / steps
+        alpha_bar = float(self.scheduler.alphas_cumprod[int(timestep)].double())
+        return alpha_bar**0.5, (1 - alpha_bar) ** 0.5
+
+
+def load_backbone(folder: str, objective: str | None = None) -> Backbone:
+    """A trained pipeline or transformer.
+
+    Args:
+        folder: Where `save_pretrained` wrote it.
+        objective: "flow" (the default) or "ddpm" (DiT's schedule), for a transformer without a pipeline.
+
+    Raises:
+        ValueError: If a pipeline is given an objective, or has no SDT transformer.
+    """
+    if (Path(folder) / "model_index.json").is_file():
+        if objective is not None:
+            raise ValueError(f"--probe_objective is not for a pipeline: the scheduler of {folder} tells it.")
+        pipe = DiffusionPipeline.from_pretrained(folder)
+        transformer = getattr(pipe, "transformer", None)
+        if not isinstance(transformer, SDTTransformer2DModel):
+            raise ValueError(f"{folder} is a {type(pipe).__name__} without an SDTTransformer2DModel.")
+        return Backbone(transformer, pipe.scheduler, pipe.vae)
+    scheduler = DDPMScheduler(**DIT_SCHEDULE) if objective == "ddpm" else FlowMatchEulerDiscreteScheduler()
+    return Backbone(SDTTransformer2DModel.from_pretrained(folder, dtype=torch.float32), scheduler)

@@ -1,0 +1,179 @@
+"""SDTForImageClassification: a head on a trained generative transformer."""
+
+from typing import Any
+
+import diffusers
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import ImageClassifierOutputWithNoAttention
+
+from ..sdt import SDTTransformer2DModel
+from ..sdt.latents import encode_pixels
+from ..sdt.transformer_sdt import SDTPatchEmbed, position_embedding
+from .backbone import Backbone
+from .configuration_sdt import SDTClassifierConfig
+
+
+class SDTForImageClassification(PreTrainedModel):
+    """Classifies by the tokens of one block of a generative transformer, averaged over the image.
+
+    The image (or its latent, the mode of the VAE's posterior) gets the noise of one timestep, and the null class for a
+    label. Training draws the noise; evaluation adds the same noise, drawn once from `noise_seed`, to every image, so
+    that a result depends on nothing but the image. A batch norm without parameters brings the features to one scale
+    for the linear layer (as in the linear probes of "Masked Autoencoders", He et al. 2022).
+
+    With `freeze_backbone` that layer is all that is trained: a linear probe.
+    """
+
+    config_class = SDTClassifierConfig
+    base_model_prefix = "transformer"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    accepts_loss_kwargs = False
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["SDTBlock"]  # noqa: RUF012 (transformers' names and forms, here and below)
+    _keep_in_fp32_modules_strict = ["gate"]  # noqa: RUF012
+
+    def __init__(self, config: SDTClassifierConfig):
+        super().__init__(config)
+        self.vae = None
+        if config.vae is not None:
+            self.vae = getattr(diffusers, config.vae["_class_name"]).from_config(config.vae).requires_grad_(False)
+        self.transformer = SDTTransformer2DModel.from_config({**config.transformer, "num_layers": config.block + 1})
+        self.transformer.proj_out_1 = self.transformer.proj_out_2 = nn.Identity()  # they predict noise
+        if config.freeze_backbone:
+            self.transformer.requires_grad_(False)
+        dim = self.transformer.config.num_attention_heads * self.transformer.config.attention_head_dim
+        self.norm = nn.BatchNorm1d(dim, affine=False, eps=1e-6)
+        self.head = nn.Linear(dim, config.num_labels)
+        self.post_init()
+
+    @classmethod
+    def from_backbone(
+        cls,
+        backbone: Backbone,
+        block: int | None = None,
+        timestep: float = 100,
+        freeze_backbone: bool = True,
+        **config: Any,
+    ) -> "SDTForImageClassification":
+        """A new head on a trained transformer, whose weights are copied.
+
+        Args:
+            backbone: The transformer, with its scheduler and VAE.
+            block: Block whose tokens are the features, from 0; the middle one by default.
+            timestep: Noise level, see `Backbone.scales`.
+            freeze_backbone: Whether training leaves the transformer as it is.
+            **config: Further values of the config, such as `id2label`.
+
+        Raises:
+            ValueError: If there is no such block or timestep.
+        """
+        transformer, vae = backbone.transformer, backbone.vae
+        num_layers = transformer.config.num_layers
+        block = num_layers // 2 if block is None else block
+        if not 0 <= block < num_layers:
+            raise ValueError(f"--probe_block must lie in 0..{num_layers - 1} for this transformer, not {block}.")
+        signal_scale, noise_scale = backbone.scales(timestep)
+        model = cls(
+            SDTClassifierConfig(
+                transformer=_plain(transformer.config),
+                block=block,
+                timestep=timestep,
+                signal_scale=signal_scale,
+                noise_scale=noise_scale,
+                vae=None if vae is None else {**_plain(vae.config), "_class_name": type(vae).__name__},
+                freeze_backbone=freeze_backbone,
+                num_channels=backbone.num_channels,
+                **config,
+            )
+        )
+        trained = transformer.state_dict()
+        model.transformer.load_state_dict({name: trained[name] for name in model.transformer.state_dict()})
+        if vae is not None:
+            model.vae.load_state_dict(vae.state_dict())
+        return model
+
+    def train(self, mode: bool = True) -> "SDTForImageClassification":
+        """Sets the mode; what is frozen stays in evaluation mode, without dropout."""
+        super().train(mode)
+        for module, frozen in ((self.vae, True), (self.transformer, self.config.freeze_backbone)):
+            if module is not None and frozen:
+                module.eval()
+        return self
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Patterns that sort parameters by depth, for layer-wise learning rates, in timm's form."""
+        return {
+            "stem": r"^transformer\.(?:pos_embed|time_class_embed)",
+            "blocks": [(r"^transformer\.transformer_blocks\.(\d+)", None), (r"^(?:norm|head)\.", (99999,))],
+        }
+
+    def no_weight_decay(self) -> set[str]:
+        """None by name: timm spares what is one-dimensional itself."""
+        return set()
+
+    def forward_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """The tokens of the block.
+
+        Args:
+            pixel_values: See `forward`.
+
+        Returns:
+            Shape (batch, tokens, width).
+        """
+        clean = pixel_values if self.vae is None else encode_pixels(self.vae, pixel_values, sample=False)
+        if self.training:
+            noise = torch.randn_like(clean)
+        else:
+            generator = torch.Generator().manual_seed(self.config.noise_seed)
+            noise = torch.randn(clean.shape[1:], generator=generator, device="cpu").to(clean)
+        noised = self.config.signal_scale * clean + self.config.noise_scale * noise
+        timestep = torch.full(clean.shape[:1], self.config.timestep, device=clean.device)
+        null_class = torch.full(clean.shape[:1], self.transformer.config.num_classes, device=clean.device)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze_backbone):
+            return self.transformer.forward_features(noised.to(self.transformer.dtype), timestep, null_class)[0]
+
+    def forward(
+        self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None, return_dict: bool | None = None
+    ) -> ImageClassifierOutputWithNoAttention | tuple[torch.Tensor, ...]:
+        """Classifies images.
+
+        Args:
+            pixel_values: Images in -1 to 1, shape (batch, num_channels, height, width).
+            labels: Class of each image, 0 to num_labels - 1, shape (batch,), for the loss.
+            return_dict: Whether to return an `ImageClassifierOutputWithNoAttention` instead of a tuple.
+
+        Returns:
+            The loss (given labels), and the logits of shape (batch, num_labels).
+
+        Raises:
+            ValueError: If the images do not fit the transformer.
+        """
+        features = self.forward_features(pixel_values).mean(dim=1)
+        logits = self.head(self.norm(features))
+        loss = None if labels is None else self.loss_function(labels, logits, self.config)
+        output = ImageClassifierOutputWithNoAttention(loss=loss, logits=logits)
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if return_dict else output.to_tuple()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        # The backbone is loaded or has initialised itself; but for its fixed embedding, which no file holds.
+        if isinstance(module, SDTPatchEmbed):
+            embedding = position_embedding(module.proj.out_channels, module.grid_size, module.grid_size)
+            module.pos_embed = embedding.to(module.pos_embed)
+        elif module is self.head and not getattr(module.weight, "_is_hf_initialized", False):
+            nn.init.trunc_normal_(module.weight, std=0.02)
+            nn.init.zeros_(module.bias)
+        elif module is self.norm and not getattr(module.running_mean, "_is_hf_initialized", False):
+            module.reset_running_stats()
+
+
+def _plain(config):
+    """A config of diffusers as JSON knows it."""
+    return {
+        key: list(value) if isinstance(value, tuple) else value
+        for key, value in config.items()
+        if not key.startswith("_")
+    }

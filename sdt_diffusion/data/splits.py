@@ -1,0 +1,191 @@
+"""What to train a classifier on, and the images that it never sees."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .images import DataArguments, LabelledImages, load_images
+from .raw_images import IMAGE_ENDINGS
+
+#: Split -> the folders that `datasets` takes it from.
+SPLIT_FOLDERS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+#: Seed of the split that is held out where there is none; not the run's, so that runs can be compared.
+HELD_OUT_SEED = 0
+
+
+@dataclass
+class ValidationDataArguments:
+    """What to test on. Without a data set or split for it, a fixed part of each class is kept from training."""
+
+    validation_dataset: str | None = field(
+        default=None, metadata={"help": "Data set to test on, as --dataset; the same one by default."}
+    )
+    validation_split: str | None = field(
+        default=None,
+        metadata={"help": "Split to test on; 'validation', or all of a folder without splits, by default."},
+    )
+    validation_fraction: float = field(
+        default=0.2,
+        metadata={"help": "Without either: part of every class that is kept from training, the same for all seeds."},
+    )
+
+    def __post_init__(self):
+        if not 0 < self.validation_fraction < 1:
+            raise ValueError(f"--validation_fraction must lie between 0 and 1, not {self.validation_fraction}.")
+
+
+class ImageSubset:
+    """Some of the images of a data set; what they are called in messages stays.
+
+    Args:
+        images: The data set.
+        indices: Which of them.
+    """
+
+    def __init__(self, images: LabelledImages, indices: Sequence[int]):
+        self.images, self.indices = images, np.asarray(indices)
+
+    @property
+    def labels(self) -> np.ndarray:
+        """Label of each image."""
+        return self.images.labels[self.indices]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitems__(self, indices: Sequence[int]) -> list[tuple[Any, int]]:
+        return self.images.__getitems__([int(self.indices[index]) for index in indices])
+
+
+def load_splits(
+    data: DataArguments, validation: ValidationDataArguments, default_resolution: int
+) -> tuple[LabelledImages, LabelledImages | ImageSubset, LabelledImages | ImageSubset]:
+    """Opens the pictures to train and to test on.
+
+    Args:
+        data: The data to train on; values left open are filled in.
+        validation: The data to test on.
+        default_resolution: See `load_images`.
+
+    Returns:
+        The data set that names the classes, and its images to train on and to test on.
+
+    Raises:
+        FileNotFoundError: If a path does not exist.
+        ValueError: If a class has no images, or the classes of the two differ; see also `load_images`.
+    """
+    check_class_folders(data)
+    images = load_images(data, default_resolution, as_pictures=True)
+    without = [name for label, name in enumerate(images.class_names) if not (images.labels == label).any()]
+    if without:
+        raise ValueError(
+            f"{images.name} (split {data.dataset_split!r}) has no image of the class(es) {_quoted(without)}: add "
+            "some, or drop them."
+        )
+    if validation.validation_dataset is None and validation.validation_split is None:
+        train, held_out = stratified_split(images.labels, validation.validation_fraction)
+        if not len(held_out):
+            raise ValueError(
+                f"{images.name} is too small for --validation_fraction {validation.validation_fraction}: no class "
+                "would give an image to test on. Raise it, or give --validation_dataset or --validation_split."
+            )
+        return images, ImageSubset(images, train), ImageSubset(images, held_out)
+
+    other = dataclasses.replace(
+        data,
+        dataset=validation.validation_dataset or data.dataset,
+        dataset_split=validation.validation_split or _validation_split(validation.validation_dataset),
+    )
+    same_split = other.dataset_split == data.dataset_split or not _has_splits(data.dataset)
+    if other.dataset == data.dataset and same_split:
+        raise ValueError(
+            f"--validation_dataset and --validation_split name the images of {data.dataset} that are trained on: give "
+            "others, or neither to have a part of each class held out."
+        )
+    check_class_folders(other)
+    tested = load_images(other, default_resolution, as_pictures=True)
+    check_same_classes(images, tested)
+    return images, images, tested
+
+
+def stratified_split(labels: np.ndarray, fraction: float) -> tuple[np.ndarray, np.ndarray]:
+    """Rows to train on and rows to hold out: `fraction` of every class, rounded, always the same ones."""
+    held_out = []
+    for label in np.unique(labels):
+        rows = np.flatnonzero(labels == label)
+        chosen = np.random.default_rng([HELD_OUT_SEED, int(label)]).permutation(rows)
+        held_out.append(chosen[: min(round(fraction * len(rows)), len(rows) - 1)])
+    held_out = np.sort(np.concatenate(held_out))
+    return np.setdiff1d(np.arange(len(labels)), held_out), held_out
+
+
+def check_class_folders(data: DataArguments) -> None:
+    """Refuses class folders without images, which `datasets` would leave out, numbering the other classes anew.
+
+    Raises:
+        ValueError: Names the first such folder.
+    """
+    root = Path(data.dataset).expanduser()
+    if not root.is_dir() or (root / "dataset_info.json").is_file():
+        return
+    names = SPLIT_FOLDERS.get(data.dataset_split, (data.dataset_split,))
+    root = next((root / name for name in names if (root / name).is_dir()), root)
+    for folder in sorted(root.iterdir()):
+        if not folder.is_dir() or folder.name.startswith("."):
+            continue
+        if not any(path.suffix.lower() in IMAGE_ENDINGS for path in folder.rglob("*")):
+            raise ValueError(f"The class folder {folder} holds no images: add some, or remove it.")
+
+
+def check_same_classes(images: LabelledImages, tested: LabelledImages) -> None:
+    """Refuses test data whose labels mean other classes.
+
+    Raises:
+        ValueError: Names the classes that differ, or the first label beyond the trained ones.
+    """
+    if tested.class_names == images.class_names:
+        return
+    numbers = [str(label) for label in range(max(images.num_classes, tested.num_classes))]
+    if images.class_names + tested.class_names == numbers[: images.num_classes] + numbers[: tested.num_classes]:
+        # Labels without names: the test data may lack the last classes, but must have no others.
+        if tested.num_classes > images.num_classes:
+            row = int(np.flatnonzero(tested.labels >= images.num_classes)[0])
+            raise ValueError(
+                f"{tested.name}, row {row}: label {tested.labels[row]} is beyond the {images.num_classes} classes of "
+                f"{images.name}, whose labels are 0..{images.num_classes - 1}."
+            )
+        return
+    missing = [name for name in images.class_names if name not in tested.class_names]
+    unknown = [name for name in tested.class_names if name not in images.class_names]
+    difference = [
+        *([f"{_quoted(missing)} only in {images.name}"] if missing else []),
+        *([f"{_quoted(unknown)} only in {tested.name}"] if unknown else []),
+    ]
+    raise ValueError(
+        f"The class names of {images.name} and {tested.name} differ: {'; '.join(difference) or 'another order'}. The "
+        "same label must mean the same class."
+    )
+
+
+def _has_splits(name):
+    path = Path(name).expanduser()
+    return not (name == "digits" or path.is_file() or (path / "dataset_info.json").is_file())
+
+
+def _validation_split(name):
+    """A folder of class folders is one split, which `datasets` calls "train"."""
+    root = Path(name).expanduser()
+    has_folder = any((root / folder).is_dir() for folder in SPLIT_FOLDERS["validation"])
+    return "train" if root.is_dir() and not has_folder else "validation"
+
+
+def _quoted(names, limit=10):
+    return ", ".join(map(repr, names[:limit])) + (f" and {len(names) - limit} more" if len(names) > limit else "")

@@ -50,7 +50,7 @@ class ClassifierModelArguments:
     )
     probe_timestep: float | None = field(
         default=None,
-        metadata={"help": "Noise level of its input: a DDPM timestep, or 1000 sigma of a flow; 100 by default."},
+        metadata={"help": "Noise level of its input: a DDPM timestep, or 1000 sigma of a flow; 200 by default."},
     )
     probe_objective: Literal["flow", "ddpm"] | None = field(
         default=None, metadata={"help": "What a transformer without a pipeline was trained on; flow by default."}
@@ -127,7 +127,7 @@ class ClassifierModelArguments:
             model = SDTForImageClassification.from_backbone(
                 self.backbone,
                 block=self.probe_block,
-                timestep=100 if self.probe_timestep is None else self.probe_timestep,
+                timestep=200 if self.probe_timestep is None else self.probe_timestep,
                 freeze_backbone=not self.finetune,
                 **labels,
             )

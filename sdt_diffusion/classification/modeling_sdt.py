@@ -39,22 +39,21 @@ class SDTForImageClassification(PreTrainedModel):
         super().__init__(config)
         self.vae = None
         if config.vae is not None:
-            self.vae = getattr(diffusers, config.vae["_class_name"]).from_config(config.vae).requires_grad_(False)
+            self.vae = getattr(diffusers, config.vae["_class_name"]).from_config(config.vae)
         self.transformer = SDTTransformer2DModel.from_config({**config.transformer, "num_layers": config.block + 1})
         self.transformer.proj_out_1 = self.transformer.proj_out_2 = nn.Identity()  # they predict noise
-        if config.freeze_backbone:
-            self.transformer.requires_grad_(False)
         dim = self.transformer.config.num_attention_heads * self.transformer.config.attention_head_dim
         self.norm = nn.BatchNorm1d(dim, affine=False, eps=1e-6)
         self.head = nn.Linear(dim, config.num_labels)
         self.post_init()
+        self.train()  # freezes
 
     @classmethod
     def from_backbone(
         cls,
         backbone: Backbone,
         block: int | None = None,
-        timestep: float = 100,
+        timestep: float = 200,
         freeze_backbone: bool = True,
         **config: Any,
     ) -> "SDTForImageClassification":
@@ -96,18 +95,18 @@ class SDTForImageClassification(PreTrainedModel):
         return model
 
     def train(self, mode: bool = True) -> "SDTForImageClassification":
-        """Sets the mode; what is frozen stays in evaluation mode, without dropout."""
+        """Sets the mode; what is frozen stays in evaluation mode, without dropout, and takes no gradients."""
         super().train(mode)
         for module, frozen in ((self.vae, True), (self.transformer, self.config.freeze_backbone)):
             if module is not None and frozen:
-                module.eval()
+                module.eval().requires_grad_(False)  # weights that transformers loads do take them
         return self
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Patterns that sort parameters by depth, for layer-wise learning rates, in timm's form."""
         return {
             "stem": r"^transformer\.(?:pos_embed|time_class_embed)",
-            "blocks": [(r"^transformer\.transformer_blocks\.(\d+)", None), (r"^(?:norm|head)\.", (99999,))],
+            "blocks": r"^transformer\.transformer_blocks\.(\d+)",
         }
 
     def no_weight_decay(self) -> set[str]:

@@ -5,11 +5,13 @@ timm's parts, each of them off by default and named as in timm's training script
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, Mixup, create_transform
+from timm.data.auto_augment import posterize
 from timm.data.mixup import mixup_target
 from timm.loss import SoftTargetCrossEntropy
 from timm.optim import param_groups_layer_decay
@@ -131,7 +133,7 @@ def train_transform(
     args: RecipeArguments, processor: SDTHImageProcessor, random_flip: bool
 ) -> Callable[[Image.Image], torch.Tensor]:
     """timm's training transform, to the size and values that the processor gives."""
-    return create_transform(
+    transform = create_transform(
         processor.crop_size["height"],
         is_training=True,
         scale=tuple(args.scale),
@@ -146,6 +148,17 @@ def train_transform(
         re_mode=args.remode,
         re_count=args.recount,
     )
+    for step in transform.transforms:
+        for operation in getattr(step, "ops", ()):
+            if operation.aug_fn is posterize:
+                operation.level_fn = partial(_posterize_level, operation.level_fn)
+    return transform
+
+
+def _posterize_level(level_fn, level, hparams):
+    """At least one bit: at full magnitude timm asks for none, which newer Pillows refuse."""
+    (bits,) = level_fn(level, hparams)
+    return (max(1, bits),)
 
 
 class ClassificationLoss:

@@ -14,7 +14,9 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from PIL import Image
 from process import ROOT, load_main, run
 from safetensors.torch import load_file
+from transformers import AutoModelForImageClassification
 
+from sdt_diffusion.classification import SDTForImageClassification
 from sdt_diffusion.training.log import read_log
 
 TRAIN = [sys.executable, "train/train_classifier.py"]
@@ -139,6 +141,25 @@ def test_the_imagenet_recipe_on_a_folder_with_a_validation_split(main, folders, 
     config = json.loads((again / "config.json").read_text())
     assert config["id2label"] == {"0": "ant", "1": "bee"}
     assert (config["hidden_sizes"], config["drop_path_rate"]) == ([16] * 4, 0.3)
+
+
+@pytest.mark.parametrize("finetune", ["False", "True"])
+def test_a_head_on_a_pipeline_of_the_digits(main, make_pipe, make_model, tmp_path, finetune):
+    transformer = make_model(in_channels=1)
+    make_pipe(transformer=transformer).save_pretrained(tmp_path / "pipe")
+    output_dir = tmp_path / "out"
+    flags = ("--config", "train/configs/digits_probe.yaml", "--model", tmp_path / "pipe", "--finetune", finetune)
+    more = ("--max_train_steps", "3", "--train_batch_size", "16", "--layer_decay", "0.5", "--report_to", "none")
+    main(*flags, *more, "--output_dir", output_dir)
+    model = AutoModelForImageClassification.from_pretrained(output_dir)
+    assert isinstance(model, SDTForImageClassification)
+    assert model.config.id2label[7] == "7"
+    trained = transformer.transformer_blocks[0].attn.to_q.weight
+    assert torch.equal(model.transformer.transformer_blocks[0].attn.to_q.weight, trained) == (finetune == "False")
+    results = json.loads((output_dir / "results.json").read_text())
+    assert (results["trained_parameters"] == 32 * 10 + 10) == (finetune == "False")
+    with pytest.raises(ValueError, match="takes L images: give --image_mode L"):
+        main(*flags, "--image_mode", "RGB", "--output_dir", tmp_path / "other")
 
 
 def test_bad_data_is_named_before_training(main, folders, tmp_path):

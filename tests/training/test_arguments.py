@@ -1,6 +1,7 @@
 import pytest
 import yaml
 
+from sdt_diffusion.classification.recipe import RecipeArguments
 from sdt_diffusion.data import DataArguments
 from sdt_diffusion.evaluation.arguments import FidArguments
 from sdt_diffusion.sdt.arguments import ModelArguments
@@ -116,3 +117,12 @@ def test_model_arguments_override_the_preset():
 def test_bad_model_overrides_are_refused(overrides, message):
     with pytest.raises(ValueError, match=message):
         ModelArguments(model_overrides=overrides).config()
+
+
+def test_lists_of_a_yaml_file_are_lists(config):
+    (recipe,) = parse_arguments((RecipeArguments,), ["--config", str(config("scale: [0.5, 1]\naa: rand-m9\n"))])
+    assert (recipe.scale, recipe.aa) == ([0.5, 1.0], "rand-m9")
+    (recipe,) = parse_arguments(
+        (RecipeArguments,), ["--config", str(config("scale: [0.5, 1]")), "--scale", "0.1", "1"]
+    )
+    assert recipe.scale == [0.1, 1.0]

@@ -40,3 +40,15 @@ def test_the_average_is_ready_to_sample_and_takes_no_gradient():
     assert not any(p.requires_grad for p in ema.model.parameters())
     assert all(p.requires_grad for p in model.parameters())
     assert model.training
+
+
+def test_statistics_of_batch_norms_are_averaged_along():
+    model = torch.nn.BatchNorm1d(1, affine=False)
+    ema = ModelEMA(torch.nn.Sequential(torch.nn.Linear(1, 1), model), OptimizationArguments(), torch.device("cpu"))
+    holder = torch.nn.Sequential(torch.nn.Linear(1, 1), model)
+    for step in range(1, 21):
+        model.running_mean.fill_(step)
+        model.num_batches_tracked.fill_(step)
+        ema.step(holder, step)
+    assert ema.model[1].running_mean.item() == pytest.approx(expected(20, 0.9999)[-1], rel=1e-5)
+    assert ema.model[1].num_batches_tracked == 20

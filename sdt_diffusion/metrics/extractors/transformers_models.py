@@ -1,4 +1,4 @@
-"""Networks saved by transformers: DINOv2, and any image classifier."""
+"""Networks saved by transformers: DINOv2, and any image classifier, this project's included."""
 
 import hashlib
 
@@ -65,6 +65,8 @@ class ImageClassifier(FeatureExtractor):
 
     def __init__(self, folder: str, device: torch.device | str = "cpu"):
         from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+        import sdt_diffusion.classification  # noqa: F401 (the Auto classes know this project's classifiers then)
 
         self.name = f"classifier {folder}"
         self.network = _load(AutoModelForImageClassification, folder, "an image classifier").eval()

@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +14,9 @@ from transformers import (
     ViTImageProcessor,
 )
 
+from sdt_diffusion.classification.recipe import build_processor
 from sdt_diffusion.metrics.extractors import build_extractor
+from tests.classification.small import small_model
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
 IMAGE = np.random.default_rng(0).integers(0, 256, (20, 20, 3), dtype=np.uint8)
@@ -64,6 +69,28 @@ def test_a_convolutional_classifier_too(tmp_path):
     found = extract(build_extractor(str(tmp_path)), IMAGE)
     assert found["pool"].shape == (1, 16)
     torch.testing.assert_close(model.classifier(found["pool"]), found["logits"])
+
+
+def test_classifiers_of_this_project_need_no_import(tmp_path):
+    """In a process of its own: here they are known already. Grey images, as of the digits."""
+    model = small_model(num_channels=1, depths=(1, 1, 1))
+    model.save_pretrained(tmp_path)
+    build_processor(1, 32).save_pretrained(tmp_path)
+    torch.save(model.network.head.state_dict(), tmp_path / "head.pt")
+    code = (
+        "import numpy as np, torch\n"
+        "from sdt_diffusion.metrics.extractors import build_extractor\n"
+        f"extractor = build_extractor(r'{tmp_path}')\n"
+        "batch = torch.stack([extractor.prepare(np.full((8, 8, 1), grey, np.uint8)) for grey in (0, 255)])\n"
+        "assert batch.shape == (2, 1, 32, 32) and batch.min() == -1 and batch.max() == 1\n"
+        "with torch.no_grad():\n"
+        "    found = extractor(batch)\n"
+        f"head = torch.load(r'{tmp_path / 'head.pt'}')\n"
+        "expected = torch.nn.functional.linear(found['pool'], head['weight'], head['bias'])\n"
+        "torch.testing.assert_close(found['logits'], expected)\n"
+        "assert found['pool'].shape == (2, 40) and (found['logits'][0] != found['logits'][1]).any()\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
 def test_a_moved_classifier_is_the_same_extractor(vit, tmp_path_factory):

@@ -1,0 +1,50 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from sdt_diffusion.training.arguments import OptimizationArguments
+from sdt_diffusion.training.optimizer import build_lr_scheduler, build_optimizer
+
+
+def rates(args, groups=None, steps=100, processes=1):
+    model = nn.Linear(2, 2)
+    groups = groups and [{"params": [p], **group} for p, group in zip(model.parameters(), groups, strict=True)]
+    optimizer = build_optimizer(model, args, groups)
+    scheduler = build_lr_scheduler(optimizer, args, steps, processes)
+    found = []
+    for _ in range(steps):
+        found.append([group["lr"] for group in optimizer.param_groups])
+        optimizer.step()
+        for _ in range(processes):
+            scheduler.step()
+    return torch.tensor([*found, [group["lr"] for group in optimizer.param_groups]])
+
+
+@pytest.mark.parametrize("processes", [1, 4])
+def test_the_cosine_ends_at_the_least_rate_after_a_warm_up_from_zero(processes):
+    args = OptimizationArguments(learning_rate=2e-3, lr_scheduler="cosine", lr_warmup_steps=20, min_lr=1e-5)
+    found = rates(args, processes=processes)[:, 0]
+    torch.testing.assert_close(found[:21], torch.linspace(0, 2e-3, 21))
+    cosine = [1e-5 + (2e-3 - 1e-5) * (1 + math.cos(math.pi * step / 80)) / 2 for step in range(81)]
+    torch.testing.assert_close(found[20:], torch.tensor(cosine))
+
+
+def test_groups_have_rates_of_their_own_down_to_the_end():
+    args = OptimizationArguments(learning_rate=1e-3, lr_scheduler="cosine", min_lr=1e-5)
+    found = rates(args, [{"lr_scale": 0.5, "weight_decay": 0.1}, {"lr_scale": 1.0, "weight_decay": 0.0}])
+    torch.testing.assert_close(found[:, 0], 0.5 * found[:, 1])
+    torch.testing.assert_close(found[-1], torch.tensor([5e-6, 1e-5]))
+
+
+def test_what_is_frozen_is_left_out():
+    model = nn.Linear(2, 2)
+    model.weight.requires_grad_(False)
+    optimizer = build_optimizer(model, OptimizationArguments())
+    assert [p for group in optimizer.param_groups for p in group["params"]] == [model.bias]
+
+
+def test_a_least_rate_above_the_peak_is_refused():
+    with pytest.raises(ValueError, match=r"--min_lr 0.1 is above --learning_rate 0.01"):
+        OptimizationArguments(learning_rate=0.01, min_lr=0.1)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from accelerate import PartialState
-from accelerate.utils import set_seed
+from accelerate.utils import parse_flag_from_env, set_seed
 
 from sdt_diffusion.classification.arguments import ClassifierModelArguments
 from sdt_diffusion.classification.evaluation import evaluate_classifier
@@ -68,7 +68,8 @@ def main(argv):
     recipe_args.check_batch_size(run_args.train_batch_size)
     data_args.image_mode = data_args.image_mode or model_args.image_mode
     images, train_images, test_images = load_splits(data_args, validation_args, model_args.default_resolution)
-    recipe_args.resolve_epochs(run_args, optimization_args, len(train_images), PartialState().num_processes)
+    processes = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).num_processes  # as Accelerator will see it
+    recipe_args.resolve_epochs(run_args, optimization_args, len(train_images), processes)
 
     set_seed(run_args.seed)
     model = model_args.build(images.num_channels, images.class_names)

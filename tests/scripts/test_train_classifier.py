@@ -86,6 +86,20 @@ def test_a_killed_and_resumed_run_ends_with_the_same_weights(trained, tmp_path):
     assert tests[0] == tests[1]
 
 
+def test_two_processes_share_a_step_and_the_test_images(tmp_path):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", TRAIN[1]]
+    flags = ("--num_train_epochs", "0.1", "--train_batch_size", "16", "--report_to", "none", "--output_dir", tmp_path)
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    command = [str(word) for word in (*launch, *flags)]
+    result = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("Saved the classifier") == 1
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert (results["step"], results["test_images"]) == (5, 359)  # a tenth of 1,438 in steps of 2 x 16
+
+
 @pytest.fixture
 def main():
     script = load_main("train/train_classifier.py")

@@ -13,12 +13,11 @@ import statistics
 
 import torch
 from model import keep_freed_memory, timed
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from sdt_diffusion.blocks import SDTAttention, SDTAttnProcessor
 from sdt_diffusion.classification import SDTHNetwork
 from sdt_diffusion.classification.network import preset_config
+from sdt_diffusion.evaluation.cost import count_cost
 
 BASELINE = "fixed"
 
@@ -29,17 +28,6 @@ def build_network(preset, spatial_decay, decomposed=None):
     return SDTHNetwork(**preset_config(preset, spatial_decay=spatial_decay, **options)).eval()
 
 
-def multiply_adds(preset, spatial_decay, size, decomposed=None):
-    """Multiply-adds for one image, by the reference backend, whose operators the counter knows."""
-    network = build_network(preset, spatial_decay, decomposed)
-    for module in network.modules():
-        if isinstance(module, SDTAttention):
-            module.set_processor(SDTAttnProcessor("reference"))
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        network(torch.zeros(1, 3, size, size))
-    return counter.get_total_flops() // 2
-
-
 def print_cost(preset, size):
     print("| | parameters | multiply-adds / 2^30 | GFLOPs |\n|---|---|---|---|")
     for label, spatial_decay, decomposed in (
@@ -47,9 +35,8 @@ def print_cost(preset, size):
         ("fixed", "fixed", None),
         ("RMT: fixed, larger ones decomposed in stage 3 too", "fixed", (True, True, preset != "SDT-H-T", False)),
     ):
-        parameters = sum(p.numel() for p in build_network(preset, spatial_decay).parameters())
-        count = multiply_adds(preset, spatial_decay, size, decomposed)
-        print(f"| {label} | {parameters:,} | {count / 2**30:.2f} | {2 * count / 1e9:.2f} |")
+        cost = count_cost(build_network(preset, spatial_decay, decomposed), torch.zeros(1, 3, size, size))
+        print(f"| {label} | {cost.parameters:,} | {cost.gibi_multiply_adds:.2f} | {cost.gflops:.2f} |")
 
 
 def main():

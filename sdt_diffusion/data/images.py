@@ -22,7 +22,7 @@ class DataArguments:
         default="digits",
         metadata={"help": "'digits' (embedded), an image folder, a .parquet or .arrow file, or a name on the Hub."},
     )
-    dataset_split: str = field(default="train", metadata={"help": "Split to read."})
+    dataset_split: str | None = field(default="train", metadata={"help": "Split to read."})
     image_column: str | None = field(default=None, metadata={"help": "Column of the images; found by its type."})
     label_column: str | None = field(default=None, metadata={"help": "Column of the labels; found by its type."})
     resolution: int | None = field(
@@ -46,7 +46,7 @@ class LabelledImages:
         dataset: A `datasets.Dataset`.
         image_column: Column of type `datasets.Image`.
         label_column: Column of integers or `datasets.ClassLabel`.
-        resolution: Side of the square in pixels.
+        resolution: Side of the square in pixels; `None` with `as_pictures`.
         image_mode: "RGB" or "L".
         name: What to call the data set in messages.
         as_pictures: Give PIL images of that mode, otherwise as they are, for transforms that crop by themselves.
@@ -60,7 +60,7 @@ class LabelledImages:
         dataset,
         image_column: str,
         label_column: str,
-        resolution: int,
+        resolution: int | None,
         image_mode: str,
         name: str,
         as_pictures: bool = False,
@@ -145,7 +145,7 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     return image.crop((left, top, left + size, top + size))
 
 
-def load_images(args: DataArguments, default_resolution: int, as_pictures: bool = False) -> LabelledImages:
+def load_images(args: DataArguments, default_resolution: int | None, as_pictures: bool = False) -> LabelledImages:
     """Opens the data set that the arguments name.
 
     Args:
@@ -179,11 +179,11 @@ def load_digits_dataset():
 
 
 def read_dataset(args: DataArguments):
-    """The `datasets.Dataset` that the arguments name.
+    """The `datasets.Dataset` that the arguments name; without a split, the only one there is.
 
     Raises:
         FileNotFoundError: If a path does not exist.
-        ValueError: If nothing can be read there.
+        ValueError: If nothing can be read there, or there are several splits and none is named.
     """
     from datasets import load_dataset, load_from_disk
 
@@ -201,7 +201,12 @@ def read_dataset(args: DataArguments):
             return load_dataset(FILE_FORMATS[path.suffix], data_files=str(path), split="train")
         if (path / "dataset_info.json").is_file():  # written by Dataset.save_to_disk
             return load_from_disk(str(path))
-        return load_dataset(str(path) if path.is_dir() else name, split=split)
+        splits = load_dataset(str(path) if path.is_dir() else name, split=split)
+        if split is not None:
+            return splits
+        if len(splits) > 1:
+            raise ValueError(f"it has the splits {', '.join(splits)}: name one by --dataset_split")
+        return next(iter(splits.values()))
     except Exception as error:
         raise ValueError(f"Cannot read the data set {name} (split {split!r}): {error}") from error
 

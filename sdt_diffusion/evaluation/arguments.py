@@ -6,6 +6,7 @@ from typing import Literal
 
 from ..metrics.evaluate import METRICS
 from ..training.arguments import require_at_least
+from .labels import Matching
 
 
 @dataclass
@@ -26,6 +27,35 @@ class ExtractorArguments:
 
     def __post_init__(self):
         require_at_least(self, 0, "dataloader_num_workers")
+
+
+@dataclass
+class AccuracyArguments:
+    """What to classify with what."""
+
+    model: str = field(metadata={"help": "Folder or Hub name of an image classifier with its image processor."})
+    dataset: str = field(
+        metadata={"help": "Image folder (a subfolder a class), .parquet or .arrow file, Hub name, or 'digits'."}
+    )
+    output: Path = field(metadata={"help": "JSON file for the numbers; a picture of the confusion goes beside it."})
+    dataset_split: str | None = field(
+        default=None, metadata={"help": "Split to read of a data set; the only one there is by default."}
+    )
+    image_column: str | None = field(default=None, metadata={"help": "Column of the images; found by its type."})
+    label_column: str | None = field(default=None, metadata={"help": "Column of the labels; found by its type."})
+    match_labels: Matching = field(
+        default="auto",
+        metadata={"help": "How classes become the model's labels: by name where both have names, else by index."},
+    )
+    batch_size: int = field(default=64, metadata={"help": "Images at a time on each process."})
+    dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that read and prepare images."})
+    dtype: Literal["float32", "bfloat16", "float16"] = field(
+        default="float32", metadata={"help": "The model's arithmetic."}
+    )
+
+    def __post_init__(self):
+        require_at_least(self, 0, "dataloader_num_workers")
+        require_at_least(self, 1, "batch_size")
 
 
 @dataclass

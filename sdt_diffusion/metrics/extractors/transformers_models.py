@@ -1,6 +1,7 @@
 """Networks saved by transformers: DINOv2, and any image classifier, this project's included."""
 
 import hashlib
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +34,7 @@ class DINOv2(FeatureExtractor):
     def __init__(self, weights: str | None = None, device: torch.device | str = "cpu"):
         from transformers import AutoModel
 
-        self.network = _load(AutoModel, weights or "facebook/dinov2-large", "a DINOv2 model").eval()
+        self.network = load_pretrained(AutoModel, weights or "facebook/dinov2-large", "a DINOv2 model").eval()
         if self.network.config.model_type != "dinov2":
             raise ValueError(f"--extractor_weights {weights} holds a {self.network.config.model_type}, not a DINOv2.")
         self.fingerprint = fingerprint(self.network)
@@ -69,8 +70,8 @@ class ImageClassifier(FeatureExtractor):
         import sdt_diffusion.classification  # noqa: F401 (the Auto classes know this project's classifiers then)
 
         self.name = f"classifier {folder}"
-        self.network = _load(AutoModelForImageClassification, folder, "an image classifier").eval()
-        self._processor = _load(AutoImageProcessor, folder, "an image processor")
+        self.network = load_pretrained(AutoModelForImageClassification, folder, "an image classifier").eval()
+        self._processor = load_pretrained(AutoImageProcessor, folder, "an image processor")
         settings = hashlib.sha256(self._processor.to_json_string().encode()).hexdigest()[:16]
         self.resize = f"its image processor, {settings}"
         self._channels = getattr(self.network.config, "num_channels", 3)
@@ -103,9 +104,14 @@ class ImageClassifier(FeatureExtractor):
         return {**super().identity, "extractor": "classifier"}  # the same weights in another folder are the same
 
 
-def _load(auto_class, name, what):
+def load_pretrained(auto_class: type, name: str, what: str, **kwargs: Any) -> Any:
+    """`auto_class.from_pretrained(name, **kwargs)`.
+
+    Raises:
+        FileNotFoundError: If that cannot be loaded as `what`; says what to name.
+    """
     try:
-        return auto_class.from_pretrained(name)
+        return auto_class.from_pretrained(name, **kwargs)
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
             f"{name} cannot be loaded as {what} ({brief(error)}): name a folder written by save_pretrained, with "

@@ -1,7 +1,7 @@
 import numpy as np
 from PIL import Image
 
-from sdt_diffusion.plots import image_grid, plot_accuracy_curve, plot_loss_curve
+from sdt_diffusion.plots import image_grid
 
 
 def test_grid_holds_every_image_enlarged_and_in_order():
@@ -24,19 +24,3 @@ def test_labels_are_not_repeated():
 def test_long_labels_are_cut_to_their_image():
     grid = np.array(image_grid([Image.new("RGB", (64, 64))] * 2, ["a" * 50, ""], columns=2))
     assert (grid[4:20, 68:] == 255).all()
-
-
-def test_loss_curve_is_a_picture(tmp_path):
-    records = [{"step": 10 * i, "loss": 1 / i, "learning_rate": 1e-3} for i in range(1, 60)]
-    for n in (1, 2, 59):
-        plot_loss_curve(records[:n], tmp_path / "curve.png")
-        assert np.array(Image.open(tmp_path / "curve.png")).std() > 1
-
-
-def test_accuracy_curve_is_a_picture_whether_or_not_losses_are_there(tmp_path):
-    tested = [{"step": 10 * i, "test_accuracy": i / 9, "test_loss": 1 / (i + 1)} for i in range(10)]
-    logged = [{"step": 10 * i, "loss": 1 / i, "learning_rate": 1e-3} for i in range(1, 10)]
-    for records in (tested[:1], tested[:1] + logged[:1], tested + logged):
-        plot_accuracy_curve(records, tmp_path / "curve.png")
-        assert np.array(Image.open(tmp_path / "curve.png")).std() > 1
-    plot_loss_curve(tested + logged, tmp_path / "loss.png")

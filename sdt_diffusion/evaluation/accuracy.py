@@ -1,0 +1,250 @@
+"""How often an image classifier is right: numbers, the record of how they came about, and the confusion's picture."""
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from accelerate import PartialState
+from PIL import Image
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+from .. import classification  # noqa: F401  (lets the Auto classes find this project's classifiers)
+from ..data import CorruptImageError, DataArguments, LabelledImages, load_images
+from ..files import write_atomically
+from ..fingerprint import fingerprint
+from ..metrics.classification import Confusion, RunningConfusion
+from ..metrics.extractors.transformers_models import load_pretrained
+from ..plots import plot_confusion
+from .accuracy_report import describe_classes, format_classes, format_summary
+from .arguments import AccuracyArguments
+from .cost import count_cost
+from .labels import check_class_folders, check_labels, match_labels
+
+#: Channels of a model -> mode that its images are converted to.
+IMAGE_MODES = {1: "L", 3: "RGB"}
+
+
+def evaluate_accuracy(args: AccuracyArguments) -> str | None:
+    """Classifies a data set and writes `--output` and the confusion's picture beside it.
+
+    Called by all processes, which share the batches. What can be refused is refused before any image is classified.
+
+    Returns:
+        The table, on the main process.
+
+    Raises:
+        FileNotFoundError: If model or data set are not there.
+        ValueError: If they do not fit together, an image cannot be used, or an output exists.
+    """
+    state = PartialState()
+    picture = args.output.with_suffix(".png")
+    _check_outputs(args.output, picture)
+    model, processor = load_classifier(args.model, args.dtype, state.device)
+    images = open_labelled_images(args, getattr(model.config, "num_channels", 3))
+    labels, matched_by = match_labels(images.class_names, model.config.id2label, args.match_labels)
+    check_labels(images, labels, model.config.num_labels)
+    prepared = PreparedImages(images, processor, getattr(model.config, "num_channels", 3))
+    sample = prepared.first().to(state.device, model.dtype)[None]
+    cost = count_cost(model, sample)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    confusion, speeds = classify(model, prepared, labels, args.batch_size, args.dataloader_num_workers)
+    if not state.is_main_process:
+        return None
+
+    record = {
+        "top1": confusion.top1,
+        "top1_standard_error": confusion.top1_standard_error,
+        "top5": confusion.top5,
+        "class_mean": confusion.class_mean,
+        "classes": describe_classes(confusion, images.class_names),
+        "throughput": {
+            "images_per_second": median(speeds),
+            "batches": len(speeds),
+            "batch_size": args.batch_size,
+            "device": torch.cuda.get_device_name() if state.device.type == "cuda" else state.device.type,
+            "threads": torch.get_num_threads(),
+            "dtype": args.dtype,
+        },
+        "cost": {**cost.as_dict(), "input_shape": list(sample.shape[1:])},
+        "model": {
+            "path": args.model,
+            "class": type(model).__name__,
+            "weights": fingerprint(model),
+            "num_labels": model.config.num_labels,
+        },
+        "data": {
+            "dataset": args.dataset,
+            "split": args.dataset_split,
+            "count": len(images),
+            "num_classes": images.num_classes,
+            "classes_with_images": int((confusion.num_images > 0).sum()),
+            "labels_matched_by": matched_by,
+        },
+        "processor": json.loads(processor.to_json_string()),
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+    }
+    title = f"{args.dataset}: top-1 {confusion.top1:.2%} of {len(images)} images"
+    counts = confusion.within_data_set()
+    write_atomically(picture, lambda path: plot_confusion(counts, images.class_names, title, path))
+    write_atomically(args.output, lambda path: path.write_text(json.dumps(record, indent=1)))
+    return f"{format_summary(record)}\n\n{format_classes(record['classes'])}"
+
+
+def load_classifier(name: str, dtype: str, device: torch.device) -> tuple[nn.Module, Any]:
+    """An image classifier of any architecture that transformers or this project knows, and its image processor.
+
+    Raises:
+        FileNotFoundError: If they cannot be loaded.
+        ValueError: If weights are missing: transformers would draw them at random, the classifier of a mere backbone.
+    """
+    how = {"dtype": getattr(torch, dtype), "output_loading_info": True}
+    model, info = load_pretrained(AutoModelForImageClassification, name, "an image classifier", **how)
+    if info["missing_keys"]:
+        raise ValueError(f"{name} has no weights for {', '.join(sorted(info['missing_keys']))[:160]}: is it trained?")
+    return model.to(device).eval(), load_pretrained(AutoImageProcessor, name, "an image processor")
+
+
+def open_labelled_images(args: AccuracyArguments, num_channels: int) -> LabelledImages:
+    """The data set, with its images as they are but for the model's number of channels.
+
+    Raises:
+        FileNotFoundError: If a path does not exist.
+        ValueError: If it cannot be read, has an empty class folder, or the model takes neither 1 nor 3 channels.
+    """
+    if num_channels not in IMAGE_MODES:
+        raise ValueError(f"The model takes images of {num_channels} channels; only 1 and 3 can be read.")
+    data_args = DataArguments(
+        dataset=args.dataset,
+        dataset_split=args.dataset_split,
+        image_column=args.image_column,
+        label_column=args.label_column,
+        image_mode=IMAGE_MODES[num_channels],
+    )
+    images = load_images(data_args, default_resolution=None, as_pictures=True)
+    folder = Path(args.dataset).expanduser()
+    if folder.is_dir():
+        check_class_folders(folder, images.class_names)
+    return images
+
+
+class PreparedImages(Dataset):
+    """Images as the model's own image processor makes them, with their classes.
+
+    Errors are items: a worker of a data loader would wrap them in its own traceback.
+    """
+
+    def __init__(self, images: LabelledImages, processor: Any, num_channels: int):
+        self.images, self.processor, self.num_channels = images, processor, num_channels
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitems__(self, indices: Sequence[int]) -> list[tuple[torch.Tensor, int] | CorruptImageError]:
+        try:
+            return [(self._prepare(picture), label) for picture, label in self.images.__getitems__(indices)]
+        except CorruptImageError as error:
+            return [error]
+
+    def first(self) -> torch.Tensor:
+        """The first image, which tells the shape of all.
+
+        Raises:
+            CorruptImageError: If it cannot be decoded.
+            ValueError: If the processor does not make what the model takes.
+        """
+        (item,) = self.__getitems__([0])
+        if isinstance(item, CorruptImageError):
+            raise item
+        channels = item[0].shape[0]
+        if channels != self.num_channels:
+            raise ValueError(
+                f"The image processor makes {channels} channels, but the model takes {self.num_channels}: give "
+                "image_mean and image_std as many values in preprocessor_config.json."
+            )
+        return item[0]
+
+    def _prepare(self, picture: Image.Image) -> torch.Tensor:
+        if self.num_channels == 3:
+            return self.processor(picture, return_tensors="pt")["pixel_values"][0]
+        # Processors have several ideas of what a grey PIL image is.
+        pixels = np.array(picture)[:, :, None]
+        return self.processor(pixels, return_tensors="pt", input_data_format="channels_last")["pixel_values"][0]
+
+
+@torch.inference_mode()
+def classify(
+    model: nn.Module, images: PreparedImages, labels: list[int], batch_size: int, num_workers: int = 0
+) -> tuple[Confusion, list[float]]:
+    """Classifies all images, on all processes, in memory that does not grow with their number.
+
+    Args:
+        model: The model.
+        images: The images.
+        labels: The model's label for each class of the data set.
+        batch_size: Images at a time.
+        num_workers: Processes that read and prepare images.
+
+    Returns:
+        The confusion, and this process's images per second in the forward pass of each batch but the first, which
+        warms up, unless there is no other.
+
+    Raises:
+        CorruptImageError: If an image cannot be decoded; the message names it.
+        ValueError: If images come in several sizes, or logits are not finite.
+    """
+    state = PartialState()
+    running = RunningConfusion(labels, model.config.num_labels, state.device)
+    batches = [range(start, min(start + batch_size, len(images))) for start in range(0, len(images), batch_size)]
+    mine = [list(batch) for batch in batches[state.process_index :: state.num_processes]]
+    loader = DataLoader(images, batch_sampler=mine, num_workers=num_workers, collate_fn=list)
+    speeds = []
+    with tqdm(total=sum(map(len, mine)), desc="Images", unit="image", disable=not state.is_main_process) as bar:
+        for rows, items in zip(mine, loader, strict=True):
+            pixel_values, classes = _stack(items, images.images.name)
+            pixel_values = pixel_values.to(state.device, model.dtype)
+            start = _now(state.device)
+            logits = model(pixel_values).logits
+            speeds.append(len(rows) / (_now(state.device) - start))
+            bad = (~logits.isfinite()).any(dim=1).nonzero()
+            if len(bad):
+                raise ValueError(f"The logits of {images.images.name}, row {rows[int(bad[0])]}, are not finite.")
+            running.update(logits, classes.to(state.device))
+            bar.update(len(rows))
+    return running.result(), speeds[1:] or speeds
+
+
+def _stack(items, name):
+    for item in items:
+        if isinstance(item, CorruptImageError):
+            raise item
+    shapes = sorted({tuple(pixels.shape) for pixels, _ in items})
+    if len(shapes) > 1:
+        raise ValueError(
+            f"The image processor makes tensors of several shapes of {name}, {shapes[0]} and {shapes[-1]} among them: "
+            "give --batch_size 1, or let it crop."
+        )
+    pixels, classes = zip(*items, strict=True)
+    return torch.stack(pixels), torch.tensor(classes)
+
+
+def _now(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _check_outputs(output, picture):
+    if output.suffix != ".json":
+        raise ValueError(f"{output} must end in .json.")
+    for path in (output, picture):
+        if path.exists():
+            raise ValueError(f"{path} exists already; give another name, or delete it.")

@@ -1,0 +1,100 @@
+"""Which label of a model each class of a data set is."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from ..data import LabelledImages
+from ..data.raw_images import IMAGE_ENDINGS
+from ..sdt.pipeline_sdt import labels_of_names
+
+Matching = Literal["auto", "name", "index"]
+
+
+def match_labels(
+    class_names: Sequence[str], id2label: dict[int, str], matching: Matching = "auto"
+) -> tuple[list[int], Literal["name", "index"]]:
+    """The model's label for each class of a data set.
+
+    By name where the model has all the names; a name of the model may hold several words for the class, separated by
+    commas, and one without names (transformers' "LABEL_0", "LABEL_1" ...) has the numbers. By index where one of them
+    has no names: the classes are numbers in their order, or the model has none and the classes are words.
+
+    Args:
+        class_names: Of the data set, in the order of its labels.
+        id2label: The model's names.
+        matching: "name" or "index" to have it that way in any case.
+
+    Returns:
+        The labels, and how they were found.
+
+    Raises:
+        ValueError: If the model lacks some of the names, or a name means several of its labels.
+    """
+    named = any(name != f"LABEL_{label}" for label, name in id2label.items())
+    labels_of_name = labels_of_names(id2label if named else {label: str(label) for label in id2label})
+    missing = [name for name in class_names if name not in labels_of_name]
+    numbered = list(class_names) == [str(i) for i in range(len(class_names))]
+    either_nameless = numbered or not (named or all(name.isdecimal() for name in class_names))
+    if matching == "index" or (matching == "auto" and missing and either_nameless):
+        return list(range(len(class_names))), "index"
+    if missing:
+        raise ValueError(
+            f"The model has no label for {len(missing)} of the data set's {len(class_names)} classes: "
+            f"{_listed(missing)}. It knows {_listed(list(id2label.values()))}. If its labels have the order of the "
+            "data set's classes, say so by --match_labels index."
+        )
+    for name in class_names:
+        if len(labels_of_name[name]) > 1:
+            labels = ", ".join(map(str, labels_of_name[name]))
+            raise ValueError(
+                f"{name!r} is a name of the model's labels {labels}. If the labels have the order of the data set's "
+                "classes, say so by --match_labels index."
+            )
+    return [labels_of_name[name][0] for name in class_names], "name"
+
+
+def check_labels(images: LabelledImages, labels: Sequence[int], num_labels: int) -> None:
+    """Refuses classes for which the model has no label.
+
+    Raises:
+        ValueError: Names the first of them, and its first image.
+    """
+    beyond = next((i for i, label in enumerate(labels) if label >= num_labels), None)
+    if beyond is not None:
+        rows = np.flatnonzero(images.labels == beyond)
+        where = f", row {rows[0]}" if len(rows) else ""
+        raise ValueError(
+            f"{images.name}{where}: class {beyond} ({images.class_names[beyond]!r}) is beyond the model's labels "
+            f"0..{num_labels - 1}."
+        )
+
+
+def check_class_folders(folder: Path, class_names: Sequence[str]) -> None:
+    """Refuses empty folders beside those of classes: they are no classes, and all that follow would be one off.
+
+    Raises:
+        ValueError: Names them.
+    """
+    holding = {
+        Path(parent)
+        for parent, _, names in os.walk(folder)
+        if any(Path(name).suffix.lower() in IMAGE_ENDINGS for name in names)
+    }
+    class_folders = {path for path in holding if path != folder and path.name in class_names}
+    beside = {path for parent in {path.parent for path in class_folders} for path in parent.iterdir() if path.is_dir()}
+    empty = [
+        str(path)
+        for path in sorted(beside)
+        if not path.name.startswith(".") and not any(path == other or path in other.parents for other in holding)
+    ]
+    if empty:
+        raise ValueError(f"{len(empty)} class folder(s) without an image: {_listed(empty)}. Fill or remove them.")
+
+
+def _listed(names, limit=20):
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(map(repr, names[:limit])) + more

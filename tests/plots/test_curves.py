@@ -1,0 +1,20 @@
+import numpy as np
+from PIL import Image
+
+from sdt_diffusion.plots import plot_accuracy_curve, plot_loss_curve
+
+
+def test_loss_curve_is_a_picture(tmp_path):
+    records = [{"step": 10 * i, "loss": 1 / i, "learning_rate": 1e-3} for i in range(1, 60)]
+    for n in (1, 2, 59):
+        plot_loss_curve(records[:n], tmp_path / "curve.png")
+        assert np.array(Image.open(tmp_path / "curve.png")).std() > 1
+
+
+def test_accuracy_curve_is_a_picture_whether_or_not_losses_are_there(tmp_path):
+    tested = [{"step": 10 * i, "test_accuracy": i / 9, "test_loss": 1 / (i + 1)} for i in range(10)]
+    logged = [{"step": 10 * i, "loss": 1 / i, "learning_rate": 1e-3} for i in range(1, 10)]
+    for records in (tested[:1], tested[:1] + logged[:1], tested + logged):
+        plot_accuracy_curve(records, tmp_path / "curve.png")
+        assert np.array(Image.open(tmp_path / "curve.png")).std() > 1
+    plot_loss_curve(tested + logged, tmp_path / "loss.png")

@@ -7,30 +7,23 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
 from accelerate import PartialState
-from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
-from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-from .. import classification  # noqa: F401  (lets the Auto classes find this project's classifiers)
 from ..data import CorruptImageError, DataArguments, LabelledImages, load_images
 from ..files import write_atomically
 from ..fingerprint import fingerprint
 from ..metrics.classification import Confusion, RunningConfusion
-from ..metrics.extractors.transformers_models import load_pretrained
 from ..plots import plot_confusion
 from .accuracy_report import describe_classes, format_classes, format_summary
 from .arguments import AccuracyArguments
+from .classifier import channels_of, image_mode_for, load_classifier, prepare_picture
 from .cost import count_cost
 from .labels import check_class_folders, check_labels, match_labels
-
-#: Channels of a model -> mode that its images are converted to.
-IMAGE_MODES = {1: "L", 3: "RGB"}
 
 
 def evaluate_accuracy(args: AccuracyArguments) -> str | None:
@@ -49,10 +42,11 @@ def evaluate_accuracy(args: AccuracyArguments) -> str | None:
     picture = args.output.with_suffix(".png")
     _check_outputs(args.output, picture)
     model, processor = load_classifier(args.model, args.dtype, state.device)
-    images = open_labelled_images(args, getattr(model.config, "num_channels", 3))
+    num_channels = channels_of(model)
+    images = open_labelled_images(args, num_channels)
     labels, matched_by = match_labels(images.class_names, model.config.id2label, args.match_labels)
     check_labels(images, labels, model.config.num_labels)
-    prepared = PreparedImages(images, processor, getattr(model.config, "num_channels", 3))
+    prepared = PreparedImages(images, processor, num_channels)
     sample = prepared.first().to(state.device, model.dtype)[None]
     cost = count_cost(model, sample)
     args.output.parent.mkdir(parents=True, exist_ok=True)
@@ -99,20 +93,6 @@ def evaluate_accuracy(args: AccuracyArguments) -> str | None:
     return f"{format_summary(record)}\n\n{format_classes(record['classes'])}"
 
 
-def load_classifier(name: str, dtype: str, device: torch.device) -> tuple[nn.Module, Any]:
-    """An image classifier of any architecture that transformers or this project knows, and its image processor.
-
-    Raises:
-        FileNotFoundError: If they cannot be loaded.
-        ValueError: If weights are missing: transformers would draw them at random, the classifier of a mere backbone.
-    """
-    how = {"dtype": getattr(torch, dtype), "output_loading_info": True}
-    model, info = load_pretrained(AutoModelForImageClassification, name, "an image classifier", **how)
-    if info["missing_keys"]:
-        raise ValueError(f"{name} has no weights for {', '.join(sorted(info['missing_keys']))[:160]}: is it trained?")
-    return model.to(device).eval(), load_pretrained(AutoImageProcessor, name, "an image processor")
-
-
 def open_labelled_images(args: AccuracyArguments, num_channels: int) -> LabelledImages:
     """The data set, with its images as they are but for the model's number of channels.
 
@@ -120,14 +100,12 @@ def open_labelled_images(args: AccuracyArguments, num_channels: int) -> Labelled
         FileNotFoundError: If a path does not exist.
         ValueError: If it cannot be read, has an empty class folder, or the model takes neither 1 nor 3 channels.
     """
-    if num_channels not in IMAGE_MODES:
-        raise ValueError(f"The model takes images of {num_channels} channels; only 1 and 3 can be read.")
     data_args = DataArguments(
         dataset=args.dataset,
         dataset_split=args.dataset_split,
         image_column=args.image_column,
         label_column=args.label_column,
-        image_mode=IMAGE_MODES[num_channels],
+        image_mode=image_mode_for(num_channels),
     )
     images = load_images(data_args, default_resolution=None, as_pictures=True)
     folder = Path(args.dataset).expanduser()
@@ -150,34 +128,19 @@ class PreparedImages(Dataset):
 
     def __getitems__(self, indices: Sequence[int]) -> list[tuple[torch.Tensor, int] | CorruptImageError]:
         try:
-            return [(self._prepare(picture), label) for picture, label in self.images.__getitems__(indices)]
+            pictures = self.images.__getitems__(indices)
+            return [
+                (prepare_picture(picture, self.processor, self.num_channels), label) for picture, label in pictures
+            ]
         except CorruptImageError as error:
             return [error]
 
     def first(self) -> torch.Tensor:
-        """The first image, which tells the shape of all.
-
-        Raises:
-            CorruptImageError: If it cannot be decoded.
-            ValueError: If the processor does not make what the model takes.
-        """
+        """The first image, which tells the shape of all; errors as of `prepare_picture` and `pictures`."""
         (item,) = self.__getitems__([0])
         if isinstance(item, CorruptImageError):
             raise item
-        channels = item[0].shape[0]
-        if channels != self.num_channels:
-            raise ValueError(
-                f"The image processor makes {channels} channels, but the model takes {self.num_channels}: give "
-                "image_mean and image_std as many values in preprocessor_config.json."
-            )
         return item[0]
-
-    def _prepare(self, picture: Image.Image) -> torch.Tensor:
-        if self.num_channels == 3:
-            return self.processor(picture, return_tensors="pt")["pixel_values"][0]
-        # Processors have several ideas of what a grey PIL image is.
-        pixels = np.array(picture)[:, :, None]
-        return self.processor(pixels, return_tensors="pt", input_data_format="channels_last")["pixel_values"][0]
 
 
 @torch.inference_mode()

@@ -118,3 +118,31 @@ class FidArguments:
     def __post_init__(self):
         require_at_least(self, 1, "num_features", "inception_splits", "kid_subsets")
         require_at_least(self, 2, "kid_subset_size")
+
+
+@dataclass
+class DecayArguments:
+    """Whose decays to draw, for what."""
+
+    model: str = field(metadata={"help": "Folder or Hub name of a classifier (with --image) or of a pipeline."})
+    output: Path = field(metadata={"help": "PNG file for the picture."})
+    image: Path | None = field(default=None, metadata={"help": "Image to show to a classifier."})
+    timestep: list[float] = field(
+        default_factory=list, metadata={"help": "Timesteps to which to noise a generator's sample."}
+    )
+    class_label: str | None = field(default=None, metadata={"help": "Id or name of the class to sample."})
+    seed: int = field(default=0, metadata={"help": "Seed of the sample and its noise."})
+    guidance_scale: float = field(default=1.5, metadata={"help": "Classifier-free guidance of the sample."})
+    num_inference_steps: int = field(default=50, metadata={"help": "Sampling steps of the sample."})
+    blocks: list[int] = field(
+        default_factory=list, metadata={"help": "Blocks, from 0; the first, middle and last by default."}
+    )
+    patches: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Patches to look from, such as 3,4 for row 3, column 4 of the first block's grid."},
+    )
+    attention: bool = field(default=False, metadata={"help": "Also draw the attention that comes of it."})
+
+    def __post_init__(self):
+        require_at_least(self, 0, "seed")
+        require_at_least(self, 1, "num_inference_steps")

@@ -1,0 +1,171 @@
+"""From a model and what it is shown to a picture of its decays."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+
+from ..files import write_atomically
+from ..fingerprint import fingerprint
+from ..generation import generate, sample_generator
+from ..plots import DecayRow, DecaySection, plot_decays
+from ..sdt import SDTPipeline
+from ..sdt.latents import decode_latents
+from ..sdt.schedulers import is_flow, swap_scheduler
+from .arguments import DecayArguments
+from .classifier import channels_of, image_mode_for, load_classifier, prepare_picture, undo_normalisation
+from .decay import BlockDecay, attention_maps, decay_maps, half_distances, record_decays
+
+CAPTION = "One map a head, seen from the marked patch. ½ at n: beyond n patches the decay more than halves attention."
+
+
+@torch.no_grad()
+def draw_decays(args: DecayArguments, device: torch.device | str = "cpu") -> None:
+    """Draws what the arguments ask for to `--output`.
+
+    Raises:
+        FileNotFoundError: If a model or an image is not there.
+        ValueError: If the arguments do not fit together or to the model, or the output exists.
+    """
+    if args.output.suffix != ".png":
+        raise ValueError(f"{args.output} must end in .png.")
+    if args.output.exists():
+        raise ValueError(f"{args.output} exists already; give another name, or delete it.")
+    if (args.image is None) == (not args.timestep):
+        raise ValueError(
+            "Give either --image, to show to a classifier, or --timestep, to noise a generator's sample to."
+        )
+    look = look_at_image if args.image is not None else look_at_samples
+    title, shown = look(args, device)
+    patches = parse_patches(args.patches, shown[0][2][0].grid_size, default=2 if len(shown) == 1 else 1)
+    sections = [
+        DecaySection(
+            decays[0].describe(),
+            [
+                row
+                for (label, picture, _), decay in zip(shown, decays, strict=True)
+                for row in _rows(label, picture, decay, patches, shown[0][2][0].grid_size, args.attention)
+            ],
+        )
+        for decays in zip(*(decays for _, _, decays in shown), strict=True)
+    ]
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(args.output, lambda path: plot_decays(sections, title, CAPTION, path))
+
+
+def look_at_image(args: DecayArguments, device) -> tuple[str, list[tuple[str, Image.Image, list[BlockDecay]]]]:
+    """The decays of a classifier for an image, with that image as the classifier sees it."""
+    model, processor = load_classifier(args.model, "float32", device)
+    num_channels = channels_of(model)
+    try:
+        with Image.open(args.image) as opened:
+            picture = opened.convert(image_mode_for(num_channels))
+    except OSError as error:
+        raise FileNotFoundError(f"--image {args.image} cannot be read: {error}") from error
+    pixel_values = prepare_picture(picture, processor, num_channels)
+    with record_decays(model, args.blocks, args.attention) as decays:
+        probabilities = model(pixel_values[None].to(device)).logits[0].softmax(dim=0)
+    best = int(probabilities.argmax())
+    verdict = f"taken for {model.config.id2label[best]!r} ({float(probabilities[best]):.0%})"
+    title = f"{Path(args.image).name}, {verdict}, by {type(model).__name__} {fingerprint(model)}"
+    return title, [("", undo_normalisation(pixel_values, processor), decays)]
+
+
+def look_at_samples(args: DecayArguments, device) -> tuple[str, list[tuple[str, Image.Image, list[BlockDecay]]]]:
+    """The decays of a generator for a sample of its own, noised to each timestep, with what it sees there."""
+    pipe = DiffusionPipeline.from_pretrained(args.model).to(device)
+    pipe.transformer.eval()
+    if args.class_label is None:
+        raise ValueError("Give --class_label, for which the generator is to sample.")
+    label = args.class_label  # a word that names a class is that class, else a number is an id
+    (label,) = pipe.prepare_class_labels(int(label) if label not in pipe.labels and label.isdecimal() else label)
+    for timestep in args.timestep:
+        check_timestep(pipe, timestep)
+    sampling = {"guidance_scale": args.guidance_scale, "num_inference_steps": args.num_inference_steps}
+    ((_, clean),) = generate(pipe, [label], seed=args.seed, output_type="latent", progress=False, **sampling)
+    noise = torch.randn(clean.shape, generator=sample_generator(args.seed, 1)).to(clean)
+    shown = []
+    for timestep in args.timestep:
+        noised = add_noise(pipe, clean[None], noise[None], timestep)
+        with record_decays(pipe.transformer, args.blocks, args.attention) as decays:
+            pipe.transformer(noised, torch.tensor([timestep], device=device), torch.tensor([label], device=device))
+        pixels = noised if pipe.vae is None else decode_latents(pipe.vae, noised)
+        (picture,) = pipe.image_processor.postprocess(pixels)
+        shown.append((f"t = {timestep:g}", picture, decays))
+    name = pipe.id2label.get(label, str(label))
+    title = f"class {name!r}, seed {args.seed}, by {type(pipe.transformer).__name__} {fingerprint(pipe.transformer)}"
+    return title, shown
+
+
+def check_timestep(pipe: SDTPipeline, timestep: float) -> None:
+    """Refuses a timestep that the model was not trained for.
+
+    Raises:
+        ValueError: Says which it was trained for.
+    """
+    last = pipe.scheduler.config.num_train_timesteps
+    if is_flow(pipe.scheduler):
+        if not 0 <= timestep <= last:
+            raise ValueError(
+                f"--timestep {timestep:g}: this flow-matching model knows 0 to {last}, {last} times sigma."
+            )
+    elif timestep != int(timestep) or not 0 <= timestep < last:
+        raise ValueError(f"--timestep {timestep:g}: this model knows the whole numbers 0..{last - 1}.")
+
+
+def add_noise(pipe: SDTPipeline, clean: torch.Tensor, noise: torch.Tensor, timestep: float) -> torch.Tensor:
+    """What training shows the model at a timestep: (1 - sigma) x + sigma noise, or the mixture of a DDPM schedule."""
+    if is_flow(pipe.scheduler):
+        sigma = timestep / pipe.scheduler.config.num_train_timesteps
+        return (1 - sigma) * clean + sigma * noise
+    # Other schedulers scale their samples in other ways.
+    scheduler = swap_scheduler(pipe.scheduler, "DDPMScheduler")
+    return scheduler.add_noise(clean, noise, torch.tensor([int(timestep)], device=clean.device))
+
+
+def parse_patches(texts: Sequence[str], grid_size: tuple[int, int], default: int) -> list[tuple[int, int]]:
+    """Patches from texts such as "3,4" (row and column); without any, the centre, and one nearer to a corner.
+
+    Raises:
+        ValueError: If a text is not two numbers on the grid.
+    """
+    rows, columns = grid_size
+    if not texts:
+        return [(rows // 2, columns // 2), (rows // 4, columns // 4)][:default]
+    patches = []
+    for text in texts:
+        parts = text.split(",")
+        if len(parts) != 2 or not all(part.strip().isdecimal() for part in parts):
+            raise ValueError(f"--patches {text!r}: give row and column, such as 3,4.")
+        y, x = map(int, parts)
+        if y >= rows or x >= columns:
+            raise ValueError(f"--patches {text!r}: the grid of the first block is {rows} x {columns}, counted from 0.")
+        patches.append((y, x))
+    return patches
+
+
+def _rows(label, picture, decay, patches, named_on, attention):
+    """Rows of the picture for one image: the patches, on this block's grid where they lie on the grid named on."""
+    patches = [
+        tuple(int((i + 0.5) / old * new) for i, old, new in zip(patch, named_on, decay.grid_size, strict=True))
+        for patch in patches
+    ]
+    factors, halves = decay_maps(decay, patches).cpu().numpy(), half_distances(decay, patches)
+    for i, patch in enumerate(patches):
+        heads = [f"head {head}" for head in range(len(factors[i]))]
+        where = f"{label}\npatch {patch[0]},{patch[1]}".strip()
+        notes = heads
+        if halves is not None:
+            notes = [f"{head}, ½ at {_brief(float(half))}" for head, half in zip(heads, halves[i], strict=True)]
+        yield DecayRow("decay", where, picture, patch, factors[i], notes)
+        if attention:
+            shares = attention_maps(decay, patches[i : i + 1])[0].cpu().numpy()
+            highest = shares.max(axis=(1, 2))
+            notes = [f"{head}, max {share:.2g}" for head, share in zip(heads, highest, strict=True)]
+            yield DecayRow("attention", "attention", None, patch, shares / highest[:, None, None], notes)
+
+
+def _brief(value):
+    return f"{value:.1f}" if value < 10 else f"{value:.0f}"

@@ -1,0 +1,84 @@
+import diffusers
+import pytest
+import torch
+from PIL import Image
+
+from sdt_diffusion.classification import SDTHImageProcessor
+from sdt_diffusion.evaluation.arguments import DecayArguments
+from sdt_diffusion.evaluation.decay_picture import add_noise, check_timestep, draw_decays, parse_patches
+from tests.classification.small import small_model
+
+
+@pytest.fixture
+def classifier(tmp_path):
+    small_model().save_pretrained(tmp_path / "classifier")
+    size = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 48}}
+    SDTHImageProcessor(**size).save_pretrained(tmp_path / "classifier")
+    Image.effect_noise((90, 60), 60).save(tmp_path / "image.png")
+    return {"model": str(tmp_path / "classifier"), "image": tmp_path / "image.png"}
+
+
+@pytest.fixture
+def generator(tmp_path, make_pipe, tiny_vae, make_model):
+    make_pipe(transformer=make_model(in_channels=4, decomposed=True), vae=tiny_vae).save_pretrained(tmp_path / "pipe")
+    return {"model": str(tmp_path / "pipe"), "class_label": "bee", "num_inference_steps": 2}
+
+
+def test_a_classifiers_decays(tmp_path, classifier):
+    draw_decays(DecayArguments(output=tmp_path / "new" / "decay.png", attention=True, **classifier))
+    picture = Image.open(tmp_path / "new" / "decay.png")
+    assert picture.height > picture.width
+    with pytest.raises(ValueError, match="exists already"):
+        draw_decays(DecayArguments(output=tmp_path / "new" / "decay.png", **classifier))
+
+
+def test_a_generators_decays_at_several_timesteps(tmp_path, generator):
+    heights = []
+    for timesteps in ([500.0], [900.0, 500.0, 20.5]):
+        output = tmp_path / f"{len(timesteps)}.png"
+        draw_decays(DecayArguments(output=output, timestep=timesteps, patches=["3,0"], **generator))
+        heights.append(Image.open(output).height)
+    assert heights[1] > 2 * heights[0]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({}, "Give either --image"),
+        ({"timestep": [1200.0]}, "--timestep 1200: this flow-matching model knows 0 to 1000"),
+        ({"timestep": [5.0], "class_label": None}, "Give --class_label"),
+        ({"timestep": [5.0], "class_label": "99"}, "Class label 99 is out of range"),
+        ({"timestep": [5.0], "class_label": "wasp"}, "Unknown class name"),
+        ({"timestep": [5.0], "blocks": [7]}, "There is no block 7"),
+        ({"timestep": [5.0], "patches": ["4,0"]}, "the grid of the first block is 4 x 4"),
+    ],
+)
+def test_bad_arguments_are_refused(tmp_path, generator, values, message):
+    with pytest.raises(ValueError, match=message):
+        draw_decays(DecayArguments(output=tmp_path / "decay.png", **{**generator, **values}))
+    assert not (tmp_path / "decay.png").exists()
+
+
+def test_a_missing_image_is_named(tmp_path, classifier):
+    with pytest.raises(FileNotFoundError, match=r"--image .*no\.png cannot be read"):
+        draw_decays(DecayArguments(output=tmp_path / "decay.png", **{**classifier, "image": tmp_path / "no.png"}))
+
+
+def test_patches():
+    assert parse_patches([], (8, 4), 2) == [(4, 2), (2, 1)]
+    assert parse_patches(["0,3", "7, 1"], (8, 4), 2) == [(0, 3), (7, 1)]
+    for text in ("1", "1,2,3", "-1,0", "a,b"):
+        with pytest.raises(ValueError, match=f"--patches '{text}': give row and column"):
+            parse_patches([text], (8, 4), 2)
+
+
+def test_noise_is_that_of_training(make_pipe):
+    clean, noise = torch.ones(1, 3, 2, 2), torch.full((1, 3, 2, 2), 5.0)
+    flow = make_pipe()
+    torch.testing.assert_close(add_noise(flow, clean, noise, 250.0), torch.full_like(clean, 0.75 + 1.25))
+    ddpm = make_pipe(diffusers.EulerDiscreteScheduler(beta_start=1e-4, beta_end=2e-2))
+    kept = torch.linspace(1e-4, 2e-2, 1000).neg().add(1).cumprod(0)[300]
+    torch.testing.assert_close(add_noise(ddpm, clean, noise, 300.0), kept.sqrt() * clean + (1 - kept).sqrt() * noise)
+    for timestep in (0.5, 1000, -1):
+        with pytest.raises(ValueError, match=r"knows the whole numbers 0\.\.999"):
+            check_timestep(ddpm, timestep)

@@ -86,7 +86,7 @@ def evaluate_accuracy(args: AccuracyArguments) -> str | None:
         "processor": json.loads(processor.to_json_string()),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
-    title = f"{args.dataset}: top-1 {confusion.top1:.2%} of {len(images)} images"
+    title = f"{Path(args.dataset).name}: top-1 {confusion.top1:.2%} of {len(images)} images"
     counts = confusion.within_data_set()
     write_atomically(picture, lambda path: plot_confusion(counts, images.class_names, title, path))
     write_atomically(args.output, lambda path: path.write_text(json.dumps(record, indent=1)))

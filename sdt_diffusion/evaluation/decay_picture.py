@@ -1,11 +1,11 @@
 """From a model and what it is shown to a picture of its decays."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
+from torch import nn
 
 from ..files import write_atomically
 from ..fingerprint import fingerprint
@@ -18,6 +18,8 @@ from .arguments import DecayArguments
 from .classifier import channels_of, image_mode_for, load_classifier, prepare_picture, undo_normalisation
 from .decay import BlockDecay, attention_maps, decay_maps, half_distances, record_decays
 
+#: A title, the network, and for each input a label, what the network sees of it, and the decays of its blocks.
+Look = tuple[str, nn.Module, list[tuple[str, Image.Image, list[BlockDecay]]]]
 CAPTION = "One map a head, seen from the marked patch. ½ at n: beyond n patches the decay more than halves attention."
 
 
@@ -38,7 +40,7 @@ def draw_decays(args: DecayArguments, device: torch.device | str = "cpu") -> Non
             "Give either --image, to show to a classifier, or --timestep, to noise a generator's sample to."
         )
     look = look_at_image if args.image is not None else look_at_samples
-    title, shown = look(args, device)
+    title, model, shown = look(args, device)
     patches = parse_patches(args.patches, shown[0][2][0].grid_size, default=2 if len(shown) == 1 else 1)
     sections = [
         DecaySection(
@@ -52,10 +54,11 @@ def draw_decays(args: DecayArguments, device: torch.device | str = "cpu") -> Non
         for decays in zip(*(decays for _, _, decays in shown), strict=True)
     ]
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(args.output, lambda path: plot_decays(sections, title, CAPTION, path))
+    caption = f"{type(model).__name__}, weights {fingerprint(model)}\n{CAPTION}"
+    write_atomically(args.output, lambda path: plot_decays(sections, title, caption, path))
 
 
-def look_at_image(args: DecayArguments, device) -> tuple[str, list[tuple[str, Image.Image, list[BlockDecay]]]]:
+def look_at_image(args: DecayArguments, device) -> Look:
     """The decays of a classifier for an image, with that image as the classifier sees it."""
     model, processor = load_classifier(args.model, "float32", device)
     num_channels = channels_of(model)
@@ -68,12 +71,11 @@ def look_at_image(args: DecayArguments, device) -> tuple[str, list[tuple[str, Im
     with record_decays(model, args.blocks, args.attention) as decays:
         probabilities = model(pixel_values[None].to(device)).logits[0].softmax(dim=0)
     best = int(probabilities.argmax())
-    verdict = f"taken for {model.config.id2label[best]!r} ({float(probabilities[best]):.0%})"
-    title = f"{Path(args.image).name}, {verdict}, by {type(model).__name__} {fingerprint(model)}"
-    return title, [("", undo_normalisation(pixel_values, processor), decays)]
+    title = f"{args.image.name}, taken for {model.config.id2label[best]!r} ({float(probabilities[best]):.0%})"
+    return title, model, [("", undo_normalisation(pixel_values, processor), decays)]
 
 
-def look_at_samples(args: DecayArguments, device) -> tuple[str, list[tuple[str, Image.Image, list[BlockDecay]]]]:
+def look_at_samples(args: DecayArguments, device) -> Look:
     """The decays of a generator for a sample of its own, noised to each timestep, with what it sees there."""
     pipe = DiffusionPipeline.from_pretrained(args.model).to(device)
     pipe.transformer.eval()
@@ -95,8 +97,7 @@ def look_at_samples(args: DecayArguments, device) -> tuple[str, list[tuple[str, 
         (picture,) = pipe.image_processor.postprocess(pixels)
         shown.append((f"t = {timestep:g}", picture, decays))
     name = pipe.id2label.get(label, str(label))
-    title = f"class {name!r}, seed {args.seed}, by {type(pipe.transformer).__name__} {fingerprint(pipe.transformer)}"
-    return title, shown
+    return f"a sample of the class {name!r}, seed {args.seed}", pipe.transformer, shown
 
 
 def check_timestep(pipe: SDTPipeline, timestep: float) -> None:

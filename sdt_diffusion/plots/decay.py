@@ -16,7 +16,9 @@ MARK = "#00e5ff"
 #: Maps in a line; more go to the next.
 COLUMNS = 8
 #: In inches: a map, space between maps, at the left for labels, beneath a map, above a section, above and below all.
-CELL, GAP, LEFT, NOTE, SECTION, TOP, BOTTOM = 1.1, 0.08, 0.85, 0.2, 0.3, 0.6, 0.75
+CELL, GAP, LEFT, NOTE, SECTION, TOP, BOTTOM = 1.1, 0.08, 0.85, 0.2, 0.3, 0.72, 0.75
+#: Characters of a title that fit into the narrowest picture.
+MAX_TITLE = 75
 #: The mark is at least such a part of a picture, around patches that are smaller.
 MIN_MARK = 1 / 14
 
@@ -66,7 +68,7 @@ def plot_decays(sections: Sequence[DecaySection], title: str, caption: str, path
     Args:
         sections: The blocks.
         title: Above all.
-        caption: Beneath the title.
+        caption: Beneath the title, two lines.
         path: PNG to write.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -87,7 +89,7 @@ def plot_decays(sections: Sequence[DecaySection], title: str, caption: str, path
     def write(left, top, text, size, **style):
         figure.text(left / width, 1 - top / height, text, fontsize=size, **{"va": "top", **style})
 
-    write(GAP, GAP, title, 10, fontweight="bold")
+    write(GAP, GAP, title if len(title) <= MAX_TITLE else f"{title[: MAX_TITLE - 1]}…", 10, fontweight="bold")
     write(GAP, GAP + 0.22, caption, 8)
     top = TOP
     for section in sections:

@@ -14,9 +14,9 @@ import sys
 import torch
 from accelerate import PartialState
 
+from sdt_diffusion.command_line import parse_arguments
 from sdt_diffusion.evaluation.accuracy import evaluate_accuracy
 from sdt_diffusion.evaluation.arguments import AccuracyArguments
-from sdt_diffusion.training.arguments import parse_arguments
 
 
 def main(argv):

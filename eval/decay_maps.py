@@ -14,9 +14,9 @@ import sys
 import torch
 
 import sdt_diffusion  # noqa: F401  (lets diffusers find the pipeline's classes)
+from sdt_diffusion.command_line import parse_arguments
 from sdt_diffusion.evaluation.arguments import DecayArguments
 from sdt_diffusion.evaluation.decay_picture import draw_decays
-from sdt_diffusion.training.arguments import parse_arguments
 
 
 def main(argv):

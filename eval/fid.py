@@ -14,11 +14,11 @@ import torch
 from accelerate import PartialState
 
 import sdt_diffusion  # noqa: F401  (lets diffusers find the pipeline's classes)
+from sdt_diffusion.command_line import parse_arguments
 from sdt_diffusion.data.raw_images import RawImageArguments
 from sdt_diffusion.evaluation.arguments import ExtractorArguments, FidArguments, SamplingArguments
 from sdt_diffusion.evaluation.compare import compare
 from sdt_diffusion.metrics.extractors import build_extractor
-from sdt_diffusion.training.arguments import parse_arguments
 
 
 def main(argv):

@@ -13,9 +13,9 @@ import torch
 from diffusers import DiffusionPipeline
 
 import sdt_diffusion  # noqa: F401  (lets diffusers find the pipeline's classes)
+from sdt_diffusion.command_line import parse_arguments, require_at_least
 from sdt_diffusion.data import DataArguments, load_images
 from sdt_diffusion.evaluation.label_accuracy import label_accuracy
-from sdt_diffusion.training.arguments import parse_arguments, require_at_least
 
 
 @dataclass

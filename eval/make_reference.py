@@ -13,13 +13,13 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
+from sdt_diffusion.command_line import parse_arguments, require_at_least
 from sdt_diffusion.data.raw_images import RawImageArguments, open_images
 from sdt_diffusion.evaluation.arguments import ExtractorArguments
 from sdt_diffusion.files import check_writable
 from sdt_diffusion.metrics.extraction import summarise
 from sdt_diffusion.metrics.extractors import build_extractor
 from sdt_diffusion.metrics.summary import STATISTICS_KEYS, check_summary_path, save_summary
-from sdt_diffusion.training.arguments import parse_arguments, require_at_least
 
 
 @dataclass

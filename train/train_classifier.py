@@ -26,11 +26,12 @@ from sdt_diffusion.classification.recipe import (
     layer_decay_groups,
     train_transform,
 )
+from sdt_diffusion.command_line import parse_arguments, require_at_least
 from sdt_diffusion.data import DataArguments, SeededTransform
 from sdt_diffusion.data.splits import ValidationDataArguments, load_splits
 from sdt_diffusion.files import move_into, write_atomically
 from sdt_diffusion.plots import plot_accuracy_curve
-from sdt_diffusion.training.arguments import OptimizationArguments, RunArguments, parse_arguments, require_at_least
+from sdt_diffusion.training.arguments import OptimizationArguments, RunArguments
 from sdt_diffusion.training.run import Training
 
 CONFIGS = Path(__file__).parent / "configs"

@@ -17,6 +17,7 @@ from accelerate.utils import set_seed
 from diffusers import AutoModel
 
 from sdt_diffusion import SDTPipeline
+from sdt_diffusion.command_line import parse_arguments, require_at_least
 from sdt_diffusion.data import DataArguments, RandomFlip, load_images
 from sdt_diffusion.evaluation.label_accuracy import label_accuracy
 from sdt_diffusion.files import move_into, write_atomically
@@ -24,7 +25,7 @@ from sdt_diffusion.generation import class_labels_for, generate
 from sdt_diffusion.plots import image_grid, plot_loss_curve
 from sdt_diffusion.sdt.arguments import ModelArguments
 from sdt_diffusion.sdt.latents import encode_pixels, vae_spatial_scale
-from sdt_diffusion.training.arguments import OptimizationArguments, RunArguments, parse_arguments, require_at_least
+from sdt_diffusion.training.arguments import OptimizationArguments, RunArguments
 from sdt_diffusion.training.objectives import ObjectiveArguments, build_objective, diffusion_loss
 from sdt_diffusion.training.run import Training
 

@@ -17,7 +17,8 @@ from timm.loss import SoftTargetCrossEntropy
 from timm.optim import param_groups_layer_decay
 from torch import nn
 
-from ..training.arguments import OptimizationArguments, RunArguments, require_at_least
+from ..command_line import require_at_least
+from ..training.arguments import OptimizationArguments, RunArguments
 from .image_processing_sdt_h import SDTHImageProcessor
 
 

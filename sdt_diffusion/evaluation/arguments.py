@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from ..command_line import require_at_least
 from ..metrics.evaluate import METRICS
-from ..training.arguments import require_at_least
 from .labels import Matching
 
 

@@ -16,9 +16,10 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from ..command_line import merged
 from ..data import DataArguments, ShuffledStream
 from ..files import write_atomically
-from .arguments import OptimizationArguments, RunArguments, merged
+from .arguments import OptimizationArguments, RunArguments
 from .checkpoint import (
     check_output_dir,
     check_same_run,

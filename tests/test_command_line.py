@@ -2,10 +2,11 @@ import pytest
 import yaml
 
 from sdt_diffusion.classification.recipe import RecipeArguments
+from sdt_diffusion.command_line import merged, parse_arguments
 from sdt_diffusion.data import DataArguments
 from sdt_diffusion.evaluation.arguments import FidArguments
 from sdt_diffusion.sdt.arguments import ModelArguments
-from sdt_diffusion.training.arguments import OptimizationArguments, RunArguments, merged, parse_arguments
+from sdt_diffusion.training.arguments import OptimizationArguments, RunArguments
 
 TYPES = (ModelArguments, DataArguments, OptimizationArguments, RunArguments)
 

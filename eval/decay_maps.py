@@ -23,7 +23,7 @@ def main(argv):
     (args,) = parse_arguments((DecayArguments,), argv, description=__doc__)
     try:
         draw_decays(args, "cuda" if torch.cuda.is_available() else "cpu")
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"Error: {error}")
     print(f"Written to {args.output}.")
 

@@ -5,17 +5,17 @@ from typing import Any
 import diffusers
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 from transformers.modeling_outputs import ImageClassifierOutputWithNoAttention
 
 from ..sdt import SDTTransformer2DModel
 from ..sdt.latents import encode_pixels
 from ..sdt.transformer_sdt import SDTPatchEmbed, position_embedding
 from .backbone import Backbone
+from .base import ImageClassifierModel
 from .configuration_sdt import SDTClassifierConfig
 
 
-class SDTForImageClassification(PreTrainedModel):
+class SDTForImageClassification(ImageClassifierModel):
     """Classifies by the tokens of one block of a generative transformer, averaged over the image.
 
     The image (or its latent, the mode of the VAE's posterior) gets the noise of one timestep, and the null class for a
@@ -28,10 +28,6 @@ class SDTForImageClassification(PreTrainedModel):
 
     config_class = SDTClassifierConfig
     base_model_prefix = "transformer"
-    main_input_name = "pixel_values"
-    input_modalities = ("image",)
-    accepts_loss_kwargs = False
-    supports_gradient_checkpointing = True
     _no_split_modules = ["SDTBlock"]  # noqa: RUF012 (transformers' names and forms, here and below)
     _keep_in_fp32_modules_strict = ["gate"]  # noqa: RUF012
 
@@ -135,25 +131,36 @@ class SDTForImageClassification(PreTrainedModel):
             return self.transformer.forward_features(noised.to(self.transformer.dtype), timestep, null_class)[0]
 
     def forward(
-        self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None, return_dict: bool | None = None
+        self,
+        pixel_values: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
     ) -> ImageClassifierOutputWithNoAttention | tuple[torch.Tensor, ...]:
         """Classifies images.
 
         Args:
             pixel_values: Images in -1 to 1, shape (batch, num_channels, height, width).
             labels: Class of each image, 0 to num_labels - 1, shape (batch,), for the loss.
+            output_hidden_states: Whether to return the tokens that the head sees, of shape (batch, tokens, width).
             return_dict: Whether to return an `ImageClassifierOutputWithNoAttention` instead of a tuple.
 
         Returns:
-            The loss (given labels), and the logits of shape (batch, num_labels).
+            The loss (given labels), the logits of shape (batch, num_labels), and the hidden states (if asked for).
 
         Raises:
-            ValueError: If the images do not fit the transformer.
+            ValueError: If the images do not fit the transformer, or labels do not fit the model.
         """
-        features = self.forward_features(pixel_values).mean(dim=1)
-        logits = self.head(self.norm(features))
+        if labels is not None:
+            self.check_labels(labels, len(pixel_values))
+        tokens = self.forward_features(pixel_values)
+        logits = self.head(self.norm(tokens.mean(dim=1)))
         loss = None if labels is None else self.loss_function(labels, logits, self.config)
-        output = ImageClassifierOutputWithNoAttention(loss=loss, logits=logits)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        output = ImageClassifierOutputWithNoAttention(
+            loss=loss, logits=logits, hidden_states=(tokens,) if output_hidden_states else None
+        )
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return output if return_dict else output.to_tuple()
 

@@ -4,14 +4,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 from transformers.modeling_outputs import ImageClassifierOutputWithNoAttention
 
+from .base import ImageClassifierModel
 from .configuration_sdt_h import SDTHConfig
 from .network import SDTHNetwork
 
 
-class SDTHForImageClassification(PreTrainedModel):
+class SDTHForImageClassification(ImageClassifierModel):
     """`SDTHNetwork` as a transformers model: RMT's backbone with spatial decay attention, and a classifier.
 
     Weights of a bare `SDTHNetwork`, which are also those of the timm models, load as well.
@@ -19,10 +19,6 @@ class SDTHForImageClassification(PreTrainedModel):
 
     config_class = SDTHConfig
     base_model_prefix = "network"
-    main_input_name = "pixel_values"
-    input_modalities = ("image",)
-    accepts_loss_kwargs = False
-    supports_gradient_checkpointing = True
     _no_split_modules = ["SDTBlock"]  # noqa: RUF012 (transformers' names and forms, here and below)
     _keep_in_fp32_modules_strict = ["gate"]  # noqa: RUF012
 
@@ -35,33 +31,6 @@ class SDTHForImageClassification(PreTrainedModel):
     def from_preset(cls, name: str, **overrides) -> "SDTHForImageClassification":
         """A randomly initialised model of a named size; arguments and errors of `SDTHConfig.from_preset`."""
         return cls(SDTHConfig.from_preset(name, **overrides))
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, ignore_mismatched_sizes: bool = False, **kwargs):
-        """transformers' `from_pretrained`.
-
-        Args:
-            pretrained_model_name_or_path: Folder or Hub name.
-            *args: See transformers.
-            ignore_mismatched_sizes: Initialise weights whose shape differs from the config's anew, such as the
-                classifier for another `num_labels`.
-            **kwargs: See transformers; config values among them.
-
-        Raises:
-            RuntimeError: If shapes differ, with the names of the weights and what to do.
-        """
-        kwargs.update(ignore_mismatched_sizes=True)
-        wants_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
-        mismatched = info["mismatched_keys"]
-        if mismatched and not ignore_mismatched_sizes:
-            name, stored, wanted = min(mismatched, key=lambda item: (".head.weight" not in item[0], item[0]))
-            raise RuntimeError(
-                f"{len(mismatched)} weights in {pretrained_model_name_or_path} have other shapes than the config asks "
-                f"for: {name} is {tuple(stored)}, not {tuple(wanted)}. If that is the classifier of another "
-                "num_labels, ignore_mismatched_sizes=True starts a new one."
-            )
-        return (model, info) if wants_info else model
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """See `SDTHNetwork.group_matcher`."""
@@ -101,7 +70,7 @@ class SDTHForImageClassification(PreTrainedModel):
             ValueError: If images or labels do not fit the model.
         """
         if labels is not None:
-            self._check_labels(labels, pixel_values)
+            self.check_labels(labels, len(pixel_values))
         feature_maps = self.network.forward_stages(pixel_values)
         logits = self.network.forward_head(feature_maps[-1])
         loss = None if labels is None else self.loss_function(labels, logits, self.config)
@@ -112,19 +81,3 @@ class SDTHForImageClassification(PreTrainedModel):
         )
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return output if return_dict else output.to_tuple()
-
-    def _check_labels(self, labels, pixel_values):
-        if labels.is_floating_point():
-            return
-        if labels.shape != pixel_values.shape[:1]:
-            raise ValueError(
-                f"{pixel_values.shape[0]} images need as many labels, not a tensor of shape {tuple(labels.shape)}."
-            )
-        # Reading labels back from an accelerator would stall it.
-        if labels.device.type == "cpu" and labels.numel() and not torch.compiler.is_compiling():
-            lowest, highest = int(labels.min()), int(labels.max())
-            if not 0 <= lowest <= highest < self.config.num_labels:
-                raise ValueError(
-                    f"Labels must lie in 0..{self.config.num_labels - 1} (num_labels is {self.config.num_labels}), "
-                    f"got {lowest}..{highest}."
-                )

@@ -176,7 +176,8 @@ def classify(
             pixel_values = pixel_values.to(state.device, model.dtype)
             start = _now(state.device)
             logits = model(pixel_values).logits
-            speeds.append(len(rows) / (_now(state.device) - start))
+            if len(rows) == len(batches[0]):  # the last one may be smaller, and slower an image
+                speeds.append(len(rows) / (_now(state.device) - start))
             bad = (~logits.isfinite()).any(dim=1).nonzero()
             if len(bad):
                 raise ValueError(f"The logits of {images.images.name}, row {rows[int(bad[0])]}, are not finite.")

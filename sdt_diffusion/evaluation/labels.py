@@ -32,7 +32,7 @@ def match_labels(
         The labels, and how they were found.
 
     Raises:
-        ValueError: If the model lacks some of the names, or a name means several of its labels.
+        ValueError: If the model lacks some of the names, or a name means several of its labels, or several names one.
     """
     named = any(name != f"LABEL_{label}" for label, name in id2label.items())
     labels_of_name = labels_of_names(id2label if named else {label: str(label) for label in id2label})
@@ -54,7 +54,15 @@ def match_labels(
                 f"{name!r} is a name of the model's labels {labels}. If the labels have the order of the data set's "
                 "classes, say so by --match_labels index."
             )
-    return [labels_of_name[name][0] for name in class_names], "name"
+    labels = [labels_of_name[name][0] for name in class_names]
+    for label in labels:
+        names = [name for name, other in zip(class_names, labels, strict=True) if other == label]
+        if len(names) > 1:
+            raise ValueError(
+                f"The data set's classes {_listed(names)} are all the model's label {label} ({id2label[label]!r}): "
+                "merge them, or say by --match_labels index that the labels have the order of the classes."
+            )
+    return labels, "name"
 
 
 def check_labels(images: LabelledImages, labels: Sequence[int], num_labels: int) -> None:

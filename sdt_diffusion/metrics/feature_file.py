@@ -1,5 +1,6 @@
 """Features that are too many for memory."""
 
+import os
 import tempfile
 from pathlib import Path
 
@@ -9,8 +10,8 @@ import numpy as np
 class FeatureFile:
     """A float32 array of features in a nameless temporary file, which vanishes with the process however that ends.
 
-    Read by slices or index arrays, like the array it stands for; each reading maps the file anew, so that memory holds
-    only what was asked for.
+    Read by slices or index arrays, like the array it stands for. Memory holds only what was asked for, which would not
+    be so of a mapped file, whose pages come with their neighbours.
 
     Args:
         folder: On which disk the file should be.
@@ -31,4 +32,10 @@ class FeatureFile:
 
     def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
         self._file.flush()
-        return np.array(np.memmap(self._file, dtype=np.float32, mode="r", shape=self.shape)[rows])
+        size = 4 * self.shape[1]
+        if isinstance(rows, slice):
+            start, stop, _ = rows.indices(len(self))
+            data = os.pread(self._file.fileno(), (stop - start) * size, start * size)
+        else:
+            data = b"".join(os.pread(self._file.fileno(), size, int(row) * size) for row in rows)
+        return np.frombuffer(data, dtype=np.float32).reshape(-1, self.shape[1])

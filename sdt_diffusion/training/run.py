@@ -163,6 +163,7 @@ class Training:
             if self.step == first_step and accelerator.is_main_process:
                 write_config(self.output_dir, self.config)
             self.step += 1
+            self._average_statistics()
             if self.ema is not None:
                 self.ema.step(self.unwrapped_model, self.step)
             progress_bar.update()
@@ -172,7 +173,7 @@ class Training:
                 record = {
                     "loss": sum(losses) / len(losses),
                     "grad_norm": norm,
-                    "learning_rate": self.lr_scheduler.get_last_lr()[0],
+                    "learning_rate": max(self.lr_scheduler.get_last_lr()),  # layer decay lowers others
                     "images_per_second": (self.step - window_start) * self.images_per_step / seconds,
                 }
                 self.record(record)
@@ -241,6 +242,15 @@ class Training:
             pin_memory=self.accelerator.device.type == "cuda",
         )
         return self.accelerator.prepare_data_loader(loader)
+
+    def _average_statistics(self) -> None:
+        """Makes the statistics of batch norms those of all processes: only one of them saves the model."""
+        if self.accelerator.num_processes == 1:
+            return
+        for module in self.unwrapped_model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats:
+                for statistic in (module.running_mean, module.running_var):
+                    statistic.copy_(self.accelerator.reduce(statistic, "mean"))
 
     def _clip_gradients(self) -> float:
         """Clips, and returns the norm before; stops the run if it will not become finite again."""

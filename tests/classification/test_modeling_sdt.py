@@ -172,3 +172,19 @@ def test_gradient_checkpointing_changes_no_gradient(make_probe):
         model(images(), labels=torch.tensor([2, 0])).loss.backward()
         gradients.append(model.transformer.pos_embed.proj.weight.grad)
     torch.testing.assert_close(*gradients)
+
+
+def test_hidden_states_are_the_tokens_that_the_head_sees(make_probe):
+    model = make_probe()
+    output = model(images(), output_hidden_states=True)
+    assert torch.equal(output.hidden_states[0], model.forward_features(images()))
+    assert model(images()).hidden_states is None
+
+
+def test_labels_and_weights_that_do_not_fit_are_refused(make_probe, tmp_path):
+    model = make_probe()
+    with pytest.raises(ValueError, match=r"Labels must lie in 0..2 .*, got 1..3"):
+        model(images(), labels=torch.tensor([1, 3]))
+    model.save_pretrained(tmp_path)
+    with pytest.raises(RuntimeError, match=r"head.bias is \(3,\), not \(7,\).*ignore_mismatched_sizes=True"):
+        AutoModelForImageClassification.from_pretrained(tmp_path, num_labels=7)

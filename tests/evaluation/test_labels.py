@@ -42,6 +42,11 @@ def test_a_name_of_several_labels_is_refused():
         match_labels(["crane"], {0: "dog", 1: "crane", 2: "crane"})
 
 
+def test_two_classes_of_one_label_are_refused():
+    with pytest.raises(ValueError, match=r"classes 'cat', 'kitty' are all the model's label 0 \('cat, kitty'\)"):
+        match_labels(["cat", "kitty"], {0: "cat, kitty", 1: "dog"})
+
+
 def test_a_class_beyond_the_labels_is_named():
     images = load_images(DataArguments(), None)
     check_labels(images, range(10), 10)

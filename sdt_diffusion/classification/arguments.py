@@ -9,16 +9,19 @@ from typing import Any, Literal
 from transformers import PreTrainedModel
 
 from .backbone import Backbone, load_backbone
+from .configuration_sdt_h import SDTHConfig
 from .modeling_sdt import SDTForImageClassification
 from .modeling_sdt_h import SDTHForImageClassification
 from .network import PRESETS
 
 #: What follows from the data set.
 DERIVED_KEYS = frozenset({"num_channels", "num_labels", "id2label", "label2id"})
+#: Names of the classifier layer's weights.
+HEAD_PREFIX = "network.head."
 #: Kind of `--model` -> the arguments that it takes besides.
 ARGUMENTS_OF_KIND = {
     "preset": {"spatial_decay", "drop_path", "model_overrides"},
-    "classifier": {"drop_path"},
+    "classifier": {"drop_path", "reinitialise_head"},
     "backbone": {"probe_block", "probe_timestep", "probe_objective", "finetune"},
 }
 
@@ -42,6 +45,10 @@ class ClassifierModelArguments:
     )
     model_overrides: str | None = field(
         default=None, metadata={"help": 'Further config values of a preset as JSON, such as {"depths": [1, 1, 2, 1]}.'}
+    )
+    reinitialise_head: bool = field(
+        default=False,
+        metadata={"help": "Start from an SDT-H of other classes: its classifier layer, and nothing else, is new."},
     )
     gradient_checkpointing: bool = field(default=False, metadata={"help": "Trade speed for memory."})
     probe_block: int | None = field(
@@ -112,7 +119,7 @@ class ClassifierModelArguments:
             class_names: Names of the classes, in the order of their labels.
 
         Raises:
-            ValueError: If a value does not fit the model, or `model_overrides` is no JSON object.
+            ValueError: If a value or the classes do not fit the model, or `model_overrides` is no JSON object.
         """
         labels = {
             "id2label": dict(enumerate(class_names)),
@@ -132,10 +139,7 @@ class ClassifierModelArguments:
                 **labels,
             )
         elif self.kind == "classifier":
-            own = {} if self.drop_path is None else {"drop_path_rate": self.drop_path}
-            model = SDTHForImageClassification.from_pretrained(
-                self.model, ignore_mismatched_sizes=True, num_channels=num_channels, **labels, **own
-            )
+            model = self._load_classifier(num_channels, class_names, labels)
         else:
             own = {"spatial_decay": self.spatial_decay, "drop_path_rate": self.drop_path}
             own = {key: value for key, value in own.items() if value is not None}
@@ -143,6 +147,34 @@ class ClassifierModelArguments:
             model = SDTHForImageClassification.from_preset(self.model, **overrides, **labels)
         if self.gradient_checkpointing:
             model.gradient_checkpointing_enable()
+        return model
+
+    def _load_classifier(self, num_channels, class_names, labels):
+        config = SDTHConfig.from_pretrained(self.model)
+        if config.num_channels != num_channels:
+            modes = {1: "L", 3: "RGB"}
+            raise ValueError(
+                f"--model {self.model} takes images of {config.num_channels} channel(s), not of {num_channels}: "
+                + (f"give --image_mode {modes[config.num_channels]}." if config.num_channels in modes else "")
+            )
+        if not self.reinitialise_head:
+            check_same_labels(self.model, config, class_names)
+        own = {} if self.drop_path is None else {"drop_path_rate": self.drop_path}
+        model, info = SDTHForImageClassification.from_pretrained(
+            self.model, ignore_mismatched_sizes=True, output_loading_info=True, **labels, **own
+        )
+        wrong = {name: f"is {tuple(stored)}, not {tuple(wanted)}" for name, stored, wanted in info["mismatched_keys"]}
+        wrong |= dict.fromkeys(info["missing_keys"], "is missing")
+        if self.reinitialise_head:
+            wrong = {name: what for name, what in wrong.items() if not name.startswith(HEAD_PREFIX)}
+        if wrong:
+            name = min(wrong)
+            raise ValueError(
+                f"--model {self.model}: {len(wrong)} weight(s) do not fit its config.json: {name} {wrong[name]}. Give "
+                "a folder as save_pretrained wrote it."
+            )
+        if self.reinitialise_head:
+            model.network.initialize(model.network.head)
         return model
 
     def _overrides(self) -> dict[str, Any]:
@@ -156,3 +188,30 @@ class ClassifierModelArguments:
         if derived:
             raise ValueError(f"--model_overrides: {', '.join(derived)} follow from the data set.")
         return overrides
+
+
+def check_same_labels(model: str, config: SDTHConfig, class_names: list[str]) -> None:
+    """Refuses a trained classifier whose labels mean other classes; one without names goes by its number of labels.
+
+    Args:
+        model: What to call it in messages.
+        config: Its config.
+        class_names: Names of the data set's classes, in the order of their labels.
+
+    Raises:
+        ValueError: Names both numbers of classes, or the first names that differ, and what to do.
+    """
+    remedy = "Give --reinitialise_head True for a new classifier layer on its other weights."
+    if config.num_labels != len(class_names):
+        raise ValueError(
+            f"--model {model} has {config.num_labels} labels, the data set {len(class_names)} classes. {remedy}"
+        )
+    names = [config.id2label[label] for label in range(config.num_labels)]
+    if names in (class_names, [f"LABEL_{label}" for label in range(config.num_labels)]):
+        return
+    label = next(label for label, name in enumerate(names) if name != class_names[label])
+    order = ", and the same names in another order" if sorted(names) == sorted(class_names) else ""
+    raise ValueError(
+        f"Label {label} is {names[label]!r} to --model {model}, but {class_names[label]!r} in the data set{order}. "
+        f"{remedy}"
+    )

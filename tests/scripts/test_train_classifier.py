@@ -163,7 +163,10 @@ def test_the_imagenet_recipe_on_a_folder_with_a_validation_split(main, folders, 
     again = tmp_path / "again"
     (folders / "train" / "cat").rename(tmp_path / "no cats")
     (folders / "val" / "cat").rename(tmp_path / "no cats to test on")
-    main(*folder_flags(folders, again, "--model", output_dir, "--drop_path", "0.3"))
+    flags = folder_flags(folders, again, "--model", output_dir, "--drop_path", "0.3")
+    with pytest.raises(ValueError, match=r"has 3 labels, the data set 2 classes.*--reinitialise_head True"):
+        main(*flags)
+    main(*flags, "--reinitialise_head", "True")
     config = json.loads((again / "config.json").read_text())
     assert config["id2label"] == {"0": "ant", "1": "bee"}
     assert (config["hidden_sizes"], config["drop_path_rate"]) == ([16] * 4, 0.3)

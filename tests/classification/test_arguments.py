@@ -1,0 +1,64 @@
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from sdt_diffusion.classification.arguments import ClassifierModelArguments
+from tests.classification.small import small_model
+
+NAMES = ["ant", "bee", "cat", "dog", "elk"]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A small classifier of five animals."""
+    small_model(id2label=dict(enumerate(NAMES))).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def build(folder, class_names=NAMES, num_channels=3, **flags):
+    return ClassifierModelArguments(model=str(folder), **flags).build(num_channels, class_names)
+
+
+def test_the_same_classes_keep_every_weight(folder):
+    model, stored = build(folder), load_file(folder / "model.safetensors")
+    assert all(torch.equal(tensor, stored[name]) for name, tensor in model.state_dict().items())
+    small_model().save_pretrained(folder)  # labels without names
+    assert build(folder).config.id2label[4] == "elk"
+
+
+@pytest.mark.parametrize(
+    ("class_names", "message"),
+    [
+        (NAMES[:3], "has 5 labels, the data set 3 classes"),
+        ([*NAMES[:4], "fox"], "Label 4 is 'elk' to --model .*, but 'fox' in the data set"),
+        ([NAMES[1], NAMES[0], *NAMES[2:]], "Label 0 is 'ant' to .*, but 'bee' in .*the same names in another order"),
+    ],
+)
+def test_other_classes_need_a_new_head_and_get_nothing_else_new(folder, class_names, message):
+    with pytest.raises(ValueError, match=rf"{message}.*--reinitialise_head True"):
+        build(folder, class_names)
+    model, stored = build(folder, class_names, reinitialise_head=True), load_file(folder / "model.safetensors")
+    assert list(model.config.id2label.values()) == class_names
+    for name, tensor in model.state_dict().items():
+        kept = tensor.shape == stored[name].shape and torch.equal(tensor, stored[name])
+        assert kept != name.startswith("network.head."), name
+
+
+@pytest.mark.parametrize("reinitialise_head", [False, True])
+def test_no_other_weight_is_ever_new(folder, reinitialise_head):
+    with pytest.raises(ValueError, match=r"takes images of 3 channel\(s\), not of 1: give --image_mode RGB"):
+        build(folder, num_channels=1, reinitialise_head=reinitialise_head)
+    stored = load_file(folder / "model.safetensors")
+    name = "network.patch_embed.0.weight"
+    for weights, message in (
+        ({**stored, name: stored[name][:, :1].contiguous()}, r"is \(8, 1, 3, 3\), not \(8, 3, 3, 3\)"),
+        ({key: tensor for key, tensor in stored.items() if key != name}, "is missing"),
+    ):
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+        with pytest.raises(ValueError, match=rf"1 weight\(s\) do not fit .*: {name} {message}"):
+            build(folder, reinitialise_head=reinitialise_head)
+
+
+def test_a_preset_has_no_head_to_reinitialise():
+    with pytest.raises(ValueError, match="--reinitialise_head does not apply to --model SDT-H-T, which is a preset"):
+        ClassifierModelArguments(reinitialise_head=True)

@@ -75,7 +75,11 @@ def main(argv):
     set_seed(run_args.seed)
     model = model_args.build(images.num_channels, images.class_names)
     processor = build_processor(
-        images.num_channels, data_args.resolution, recipe_args.crop_pct, model_args.kind != "backbone"
+        images.num_channels,
+        data_args.resolution,
+        recipe_args.crop_pct,
+        model_args.kind != "backbone",
+        model_args.processor,
     )
     training = Training(
         model,

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from .backbone import Backbone, load_backbone
 from .configuration_sdt_h import SDTHConfig
+from .image_processing_sdt_h import SDTHImageProcessor
 from .modeling_sdt import SDTForImageClassification
 from .modeling_sdt_h import SDTHForImageClassification
 from .network import PRESETS
@@ -101,9 +102,21 @@ class ClassifierModelArguments:
         """The trained generative transformer, if there is one."""
         return load_backbone(self.model, self.probe_objective) if self.kind == "backbone" else None
 
+    @cached_property
+    def processor(self) -> SDTHImageProcessor | None:
+        """The image processor saved with the classifier to start from, if there is one.
+
+        Raises:
+            ValueError: If it does something else than to resize the shorter side, crop a square and normalise.
+        """
+        path = Path(self.model) / "preprocessor_config.json"
+        return load_processor(path) if self.kind == "classifier" and path.is_file() else None
+
     @property
     def default_resolution(self) -> int:
         """Side of the images in pixels where the arguments leave it open."""
+        if self.processor is not None:
+            return self.processor.crop_size["height"]
         return 224 if self.backbone is None else self.backbone.resolution
 
     @property
@@ -188,6 +201,34 @@ class ClassifierModelArguments:
         if derived:
             raise ValueError(f"--model_overrides: {', '.join(derived)} follow from the data set.")
         return overrides
+
+
+def load_processor(path: Path) -> SDTHImageProcessor:
+    """The image processor in a preprocessor_config.json, if it is one that training can go by.
+
+    Raises:
+        ValueError: If it does something else than to resize the shorter side, crop a square and normalise 0 to 1.
+    """
+    try:
+        processor = SDTHImageProcessor.from_dict(json.loads(path.read_text()))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not an image processor's: {error}. Correct it, or remove it.") from error
+    steps = ("do_resize", "do_center_crop", "do_rescale", "do_normalize")
+    size, crop, factor = dict(processor.size), dict(processor.crop_size), processor.rescale_factor
+    fits = {
+        **{name: getattr(processor, name) is True for name in steps},
+        "size": [key for key, value in size.items() if value is not None] == ["shortest_edge"],
+        "crop_size": crop.get("height") is not None and crop.get("height") == crop.get("width"),
+        "rescale_factor": abs(255 * factor - 1) < 1e-3,
+        "image_std": len(processor.image_mean) == len(processor.image_std),
+    }
+    for name, fit in fits.items():
+        if not fit:
+            raise ValueError(
+                f"{path}: {name} is {getattr(processor, name)}, but training resizes the shorter side, crops a square "
+                "and normalises pixels of 0 to 1. Correct it, or remove the file to start from the defaults."
+            )
+    return processor
 
 
 def check_same_labels(model: str, config: SDTHConfig, class_names: list[str]) -> None:

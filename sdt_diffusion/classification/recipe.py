@@ -61,8 +61,9 @@ class RecipeArguments:
         default="batch", metadata={"help": "What is mixed by the same proportion."}
     )
     smoothing: float = field(default=0.0, metadata={"help": "Label smoothing."})
-    crop_pct: float = field(
-        default=1.0, metadata={"help": "In evaluation, the part of the shorter side that is looked at."}
+    crop_pct: float | None = field(
+        default=None,
+        metadata={"help": "In evaluation, the part of the shorter side that is looked at; --model FOLDER's, or 1."},
     )
 
     def __post_init__(self):
@@ -109,17 +110,39 @@ class RecipeArguments:
 
 
 def build_processor(
-    num_channels: int, resolution: int, crop_pct: float = 1.0, imagenet_normalisation: bool = True
+    num_channels: int,
+    resolution: int,
+    crop_pct: float | None = None,
+    imagenet_normalisation: bool = True,
+    base: SDTHImageProcessor | None = None,
 ) -> SDTHImageProcessor:
     """The image processor that is saved with the classifier, and that evaluation uses too.
 
     Args:
         num_channels: 3, or 1 for grey images.
         resolution: Side of the square that the model sees.
-        crop_pct: That side in units of the image's shorter one.
+        crop_pct: That side in units of the image's shorter one; that of `base`, or 1, by default.
         imagenet_normalisation: ImageNet's mean and deviation for colour images; otherwise, and for grey ones, pixels
             lie in -1 to 1.
+        base: The processor of the model that training starts from, whose mean, deviation and interpolation are kept.
+
+    Raises:
+        ValueError: If `base` has values for another number of channels.
     """
+    if base is not None:
+        if len(base.image_mean) != num_channels:
+            raise ValueError(
+                f"The model's preprocessor_config.json has {len(base.image_mean)} value(s) in image_mean, the images "
+                f"{num_channels} channel(s): correct the file, or remove it to start from the defaults."
+            )
+        side, crop = base.size["shortest_edge"], base.crop_size["height"]
+        if crop_pct is not None:
+            side = round(resolution / crop_pct)
+        elif resolution != crop:
+            side = round(resolution * side / crop)
+        values = {**base.to_dict(), "size": {"shortest_edge": side}}
+        return SDTHImageProcessor(**{**values, "crop_size": {"height": resolution, "width": resolution}})
+    crop_pct = 1.0 if crop_pct is None else crop_pct
     imagenet = imagenet_normalisation and num_channels == 3
     return SDTHImageProcessor(
         size={"shortest_edge": round(resolution / crop_pct)},

@@ -166,7 +166,11 @@ def test_the_imagenet_recipe_on_a_folder_with_a_validation_split(main, folders, 
     flags = folder_flags(folders, again, "--model", output_dir, "--drop_path", "0.3")
     with pytest.raises(ValueError, match=r"has 3 labels, the data set 2 classes.*--reinitialise_head True"):
         main(*flags)
-    main(*flags, "--reinitialise_head", "True")
+    edited = {"image_mean": [0.1, 0.2, 0.3], "crop_size": {"height": 24, "width": 24}}
+    (output_dir / "preprocessor_config.json").write_text(json.dumps({**processor, **edited}))
+    at = flags.index("--resolution")
+    main(*flags[:at], *flags[at + 2 :], "--reinitialise_head", "True")
+    assert json.loads((again / "preprocessor_config.json").read_text()) == {**processor, **edited}
     config = json.loads((again / "config.json").read_text())
     assert config["id2label"] == {"0": "ant", "1": "bee"}
     assert (config["hidden_sizes"], config["drop_path_rate"]) == ([16] * 4, 0.3)

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from .class_folders import check_class_folders
 from .images import DataArguments, LabelledImages, load_images
-from .raw_images import IMAGE_ENDINGS
 
 #: Split -> the folders that `datasets` takes it from.
 SPLIT_FOLDERS = {
@@ -82,8 +82,8 @@ def load_splits(
         FileNotFoundError: If a path does not exist.
         ValueError: If a class has no images, or the classes of the two differ; see also `load_images`.
     """
-    check_class_folders(data)
     images = load_images(data, default_resolution, as_pictures=True)
+    check_class_folders(Path(data.dataset).expanduser(), images.class_names)
     without = [name for label, name in enumerate(images.class_names) if not (images.labels == label).any()]
     if without:
         raise ValueError(
@@ -110,8 +110,8 @@ def load_splits(
             f"--validation_dataset and --validation_split name the images of {data.dataset} that are trained on: give "
             "others, or neither to have a part of each class held out."
         )
-    check_class_folders(other)
     tested = load_images(other, default_resolution, as_pictures=True)
+    check_class_folders(Path(other.dataset).expanduser(), tested.class_names)
     check_same_classes(images, tested)
     return images, images, tested
 
@@ -125,24 +125,6 @@ def stratified_split(labels: np.ndarray, fraction: float) -> tuple[np.ndarray, n
         held_out.append(chosen[: min(round(fraction * len(rows)), len(rows) - 1)])
     held_out = np.sort(np.concatenate(held_out))
     return np.setdiff1d(np.arange(len(labels)), held_out), held_out
-
-
-def check_class_folders(data: DataArguments) -> None:
-    """Refuses class folders without images, which `datasets` would leave out, numbering the other classes anew.
-
-    Raises:
-        ValueError: Names the first such folder.
-    """
-    root = Path(data.dataset).expanduser()
-    if not root.is_dir() or (root / "dataset_info.json").is_file():
-        return
-    names = SPLIT_FOLDERS.get(data.dataset_split, (data.dataset_split,))
-    root = next((root / name for name in names if (root / name).is_dir()), root)
-    for folder in sorted(root.iterdir()):
-        if not folder.is_dir() or folder.name.startswith("."):
-            continue
-        if not any(path.suffix.lower() in IMAGE_ENDINGS for path in folder.rglob("*")):
-            raise ValueError(f"The class folder {folder} holds no images: add some, or remove it.")
 
 
 def check_same_classes(images: LabelledImages, tested: LabelledImages) -> None:

@@ -1,14 +1,12 @@
 """Which label of a model each class of a data set is."""
 
-import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
 from ..data import LabelledImages
-from ..data.raw_images import IMAGE_ENDINGS
+from ..data.class_folders import check_class_folders as check_class_folders  # for evaluation's callers
 from ..sdt.pipeline_sdt import labels_of_names
 
 Matching = Literal["auto", "name", "index"]
@@ -79,28 +77,6 @@ def check_labels(images: LabelledImages, labels: Sequence[int], num_labels: int)
             f"{images.name}{where}: class {beyond} ({images.class_names[beyond]!r}) is beyond the model's labels "
             f"0..{num_labels - 1}."
         )
-
-
-def check_class_folders(folder: Path, class_names: Sequence[str]) -> None:
-    """Refuses empty folders beside those of classes: they are no classes, and all that follow would be one off.
-
-    Raises:
-        ValueError: Names them.
-    """
-    holding = {
-        Path(parent)
-        for parent, _, names in os.walk(folder)
-        if any(Path(name).suffix.lower() in IMAGE_ENDINGS for name in names)
-    }
-    class_folders = {path for path in holding if path != folder and path.name in class_names}
-    beside = {path for parent in {path.parent for path in class_folders} for path in parent.iterdir() if path.is_dir()}
-    empty = [
-        str(path)
-        for path in sorted(beside)
-        if not path.name.startswith(".") and not any(path == other or path in other.parents for other in holding)
-    ]
-    if empty:
-        raise ValueError(f"{len(empty)} class folder(s) without an image: {_listed(empty)}. Fill or remove them.")
 
 
 def _listed(names, limit=20):

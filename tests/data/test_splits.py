@@ -79,10 +79,20 @@ def test_classes_that_differ_are_named(tmp_path):
 def test_classes_without_images_are_named(tmp_path):
     train = fill(tmp_path / "train", "ant", "bee")
     (train / "cat").mkdir()
-    with pytest.raises(ValueError, match=r"The class folder .*train/cat holds no images"):
+    with pytest.raises(ValueError, match=r"1 class folder\(s\) without an image: '.*train/cat'"):
         load(train)
     with pytest.raises(ValueError, match=r"no image of the class\(es\) 'bee', 'dog'"):
         load(table(tmp_path / "x.parquet", [0, 2], ["ant", "bee", "cat", "dog"]))
+
+
+def test_a_folder_as_on_the_hub(tmp_path):
+    """Parquet files in `data/`, beside folders of other things."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "notes").mkdir()
+    for split in ("train", "validation"):
+        table(tmp_path / "data" / f"{split}-00000-of-00001.parquet", [0, 1, 0, 1], ["ant", "bee"])
+    images, _, tested = load(tmp_path, validation_split="validation")
+    assert (images.class_names, len(images), len(tested)) == (["ant", "bee"], 4, 4)
 
 
 @pytest.mark.parametrize("validation", [{"validation_split": "train"}, {"validation_dataset": "digits"}])

@@ -1,8 +1,7 @@
 import pytest
-from PIL import Image
 
 from sdt_diffusion.data import DataArguments, load_images
-from sdt_diffusion.evaluation.labels import check_class_folders, check_labels, match_labels
+from sdt_diffusion.evaluation.labels import check_labels, match_labels
 
 NAMELESS = {i: f"LABEL_{i}" for i in range(12)}
 DIGITS = [str(i) for i in range(10)]
@@ -52,17 +51,3 @@ def test_a_class_beyond_the_labels_is_named():
     check_labels(images, range(10), 10)
     with pytest.raises(ValueError, match=r"^digits, row 7: class 7 \('7'\) is beyond the model's labels 0\.\.6\.$"):
         check_labels(images, range(10), 7)
-
-
-@pytest.mark.parametrize("split", [".", "val"])
-def test_empty_class_folders_are_named(tmp_path, split):
-    for name in ("cat", "dog", "elk/old"):
-        (tmp_path / split / name).mkdir(parents=True)
-        Image.new("L", (2, 2)).save(tmp_path / split / name / "a.png")
-    (tmp_path / split / ".cache").mkdir()
-    check_class_folders(tmp_path, ["cat", "dog", "old"])
-    (tmp_path / split / "bee").mkdir()
-    (tmp_path / split / "bee" / "notes.txt").touch()
-    with pytest.raises(ValueError, match=r"^1 class folder\(s\) without an image: .*bee'\. Fill or remove them\.$"):
-        check_class_folders(tmp_path, ["cat", "dog", "old"])
-    check_class_folders(tmp_path, ["ant"])  # classes that are not folders

@@ -204,7 +204,7 @@ def test_bad_data_is_named_before_training(main, folders, tmp_path):
         assert not output_dir.exists()
 
     (folders / "train" / "dog").mkdir()
-    refused(r"The class folder .*train/dog holds no images: add some, or remove it")
+    refused(r"1 class folder\(s\) without an image: '.*train/dog'\. Fill or remove them")
     (folders / "train" / "dog").rmdir()
     (folders / "val" / "bee").rename(folders / "val" / "wasp")
     refused(r"images \(split 'train'\) has no image of the class\(es\) 'wasp'")

@@ -3,9 +3,11 @@ timm's parts, each of them off by default and named as in timm's training script
 """
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from typing import Any, Literal
 
 import torch
@@ -20,6 +22,37 @@ from torch import nn
 from ..command_line import require_at_least
 from ..training.arguments import OptimizationArguments, RunArguments
 from .image_processing_sdt_h import SDTHImageProcessor
+
+_COUNT, _WHOLE, _NUMBER, _BOOL = r"0*[1-9]\d*", r"\d+", r"\d+(\.\d*)?", r"[01]"
+_PROBABILITY = r"0(\.\d*)?|1(\.0*)?"
+#: First word of `--aa` -> its settings, and the pattern of their values; timm fails on others, or ignores them.
+AUTO_AUGMENT_SETTINGS = {
+    "rand": {
+        **{"m": _WHOLE, "n": _COUNT, "p": _PROBABILITY, "mstd": _NUMBER, "mmax": _COUNT, "inc": _BOOL},
+        "t": "weights|3aw?",
+    },
+    "augmix": {"m": _WHOLE, "w": _COUNT, "d": _WHOLE, "a": rf"(?!0+(\.0*)?$){_NUMBER}", "b": _BOOL, "mstd": _NUMBER},
+    **{policy: {"mstd": _NUMBER} for policy in ("original", "originalr", "v0", "v0r", "3a")},
+}
+
+
+def check_auto_augment(words: str) -> None:
+    """Refuses what timm would not understand of `--aa`.
+
+    Raises:
+        ValueError: Names the word, and those that there are.
+    """
+    kind, *settings = words.split("-")
+    if kind not in AUTO_AUGMENT_SETTINGS:
+        raise ValueError(f"--aa {words!r} is none of timm's: start with {', '.join(AUTO_AUGMENT_SETTINGS)}.")
+    known = AUTO_AUGMENT_SETTINGS[kind]
+    for setting in settings:
+        if not any(re.fullmatch(f"{name}({value})", setting, re.ASCII) for name, value in known.items()):
+            example = {"rand": "rand-m9-mstd0.5-inc1", "augmix": "augmix-m5-w4-d2"}.get(kind, f"{kind}-mstd0.5")
+            raise ValueError(
+                f"--aa {words!r}: {setting!r} is no setting of {kind}; they are {', '.join(known)}, each with its "
+                f"value, as in {example}."
+            )
 
 
 @dataclass
@@ -81,8 +114,8 @@ class RecipeArguments:
             value = getattr(self, name)
             if len(value) != 2 or not 0 < value[0] <= value[1]:
                 raise ValueError(f"--{name} takes the least and the largest value, such as 0.8 1.0, not {value}.")
-        if self.aa is not None and not self.aa.startswith(("rand", "augmix", "original", "v0", "3a")):
-            raise ValueError(f"--aa {self.aa!r} is none of timm's: start with rand, augmix, original, v0 or 3a.")
+        if self.aa is not None:
+            check_auto_augment(self.aa)
 
     @property
     def mixes(self) -> bool:
@@ -173,7 +206,8 @@ def train_transform(
         re_count=args.recount,
     )
     for step in transform.transforms:
-        for operation in getattr(step, "ops", ()):
+        # RandAugment and AugMix have operations, AutoAugment has lists of them.
+        for operation in (*getattr(step, "ops", ()), *chain.from_iterable(getattr(step, "policy", ()))):
             if operation.aug_fn is posterize:
                 operation.level_fn = partial(_posterize_level, operation.level_fn)
     return transform

@@ -1,9 +1,13 @@
+import re
+from itertools import chain
+
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
 from PIL import Image
 from timm.data import create_transform
+from timm.data.auto_augment import posterize
 from torch import nn
 from torch.nn import functional as F
 from transformers.modeling_outputs import ImageClassifierOutputWithNoAttention
@@ -46,13 +50,50 @@ def test_transforms_give_what_the_processor_gives(mode):
         assert transform(picture(seed, mode)).shape == (len(mode), 24, 24)
 
 
-def test_full_magnitude_leaves_pictures_a_bit():
+@pytest.mark.parametrize("aa", ["rand-m10-mstd0-inc1-n15", "augmix-m10-mstd0-w9", "v0-mstd9"])
+def test_full_magnitude_leaves_pictures_a_bit(aa):
     """DeiT's magnitude of 9 plus noise gets there now and then; Pillow refuses to posterize to none."""
-    recipe = RecipeArguments(aa="rand-m10-mstd0-inc1-n15")
-    transform = train_transform(recipe, build_processor(3, 24), random_flip=False)
-    for seed in range(20):
+    transform = train_transform(RecipeArguments(aa=aa), build_processor(3, 24), random_flip=False)
+    for seed in range(200 if aa.startswith("v0") else 20):
         with seeded(seed):
             assert transform(picture(seed)).shape == (3, 24, 24)
+
+
+def test_no_policy_posterizes_to_nothing():
+    for aa in ("v0", "v0r", "original", "originalr", "3a"):
+        transform = train_transform(RecipeArguments(aa=aa), build_processor(3, 24), random_flip=False)
+        (policy,) = [step.policy for step in transform.transforms if hasattr(step, "policy")]
+        for operation in chain.from_iterable(policy):
+            if operation.aug_fn is posterize:
+                assert all(operation.level_fn(level, {})[0] >= 1 for level in (0, 2, 10))
+
+
+@pytest.mark.parametrize(
+    "aa",
+    [
+        *("rand", "rand-m9-mstd0.5-inc1", "rand-m9-n3-p1.0-mmax30-mstd101-tweights", "rand-t3a", "rand-t3aw-n2"),
+        *("augmix", "augmix-m5-w4-d2-a0.5-b1-mstd1", "original-mstd0.5", "originalr", "v0", "v0r-mstd0.5", "3a"),
+    ],
+)
+def test_timms_automatic_augmentations_are_taken(aa):
+    transform = train_transform(RecipeArguments(aa=aa), build_processor(3, 24), random_flip=False)
+    assert transform(picture(0)).shape == (3, 24, 24)
+
+
+@pytest.mark.parametrize(
+    ("aa", "word"),
+    [
+        *(("rand-q9", "q9"), ("rand-zz", "zz"), ("rand-m", "m"), ("rand-m9.5", "m9.5"), ("rand-p2", "p2")),
+        *(("rand-m9-", ""), ("rand-tw", "tw"), ("rand-n0", "n0"), ("rand-mstdinf", "mstdinf"), ("augmix-a0", "a0")),
+        *(("augmix-n2", "n2"), ("v0-m9", "m9"), ("original-mstd1x", "mstd1x")),
+    ],
+)
+def test_what_timm_would_not_understand_is_named(aa, word):
+    with pytest.raises(ValueError, match=rf"^--aa '{aa}': '{re.escape(word)}' is no setting of {aa.split('-')[0]}; "):
+        RecipeArguments(aa=aa)
+    for kind in ("randaugment-m9", "v1", ""):
+        with pytest.raises(ValueError, match=rf"^--aa '{kind}' is none of timm's: start with rand, augmix"):
+            RecipeArguments(aa=kind)
 
 
 def test_the_transform_is_timms():

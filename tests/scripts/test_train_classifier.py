@@ -219,6 +219,7 @@ def test_bad_data_is_named_before_training(main, folders, tmp_path):
     [
         (["--model", "SDT-H-XXL"], "--model 'SDT-H-XXL' is neither a preset (SDT-H-T, "),
         (["--mixup", "1", "--train_batch_size", "7"], "--train_batch_size 7 must be even for --mixup and --cutmix"),
+        (["--aa", "rand-q9"], "--aa 'rand-q9': 'q9' is no setting of rand; they are m, n, "),
         (["--aa", "much"], "--aa 'much' is none of timm's"),
         (["--probe_block", "1"], "--probe_block does not apply to --model SDT-H-digits, which is a preset"),
         (["--model_overrides", '{"num_labels": 3}'], "num_labels follow from the data set"),

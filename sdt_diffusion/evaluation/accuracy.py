@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from ..data import CorruptImageError, DataArguments, LabelledImages, load_images
+from ..data.class_folders import check_class_folders
 from ..files import write_atomically
 from ..fingerprint import fingerprint
 from ..metrics.classification import Confusion, RunningConfusion
@@ -23,7 +24,7 @@ from .accuracy_report import describe_classes, format_classes, format_summary
 from .arguments import AccuracyArguments
 from .classifier import channels_of, image_mode_for, load_classifier, prepare_picture
 from .cost import count_cost
-from .labels import check_class_folders, check_labels, match_labels
+from .labels import check_labels, match_labels
 
 
 def evaluate_accuracy(args: AccuracyArguments) -> str | None:

@@ -6,7 +6,6 @@ from typing import Literal
 import numpy as np
 
 from ..data import LabelledImages
-from ..data.class_folders import check_class_folders as check_class_folders  # for evaluation's callers
 from ..sdt.pipeline_sdt import labels_of_names
 
 Matching = Literal["auto", "name", "index"]

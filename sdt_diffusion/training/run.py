@@ -219,7 +219,10 @@ class Training:
             self.log.append({"step": self.step, **values})
 
     def finish(self) -> None:
-        """Closes the trackers."""
+        """Closes the trackers and ends the processes' ties: together, and after DDP, which would outlive them."""
+        self.accelerator.wait_for_everyone()
+        self.model = self.unwrapped_model
+        self.accelerator.free_memory()
         self.accelerator.end_training()
 
     def _batches(self):

@@ -116,7 +116,7 @@ def test_loads_in_a_fresh_process_and_in_pipelines(make_model, make_probe, tiny_
         f"images, expected = torch.load(r'{tmp_path / 'expected.pt'}')\n"
         f"model = AutoModelForImageClassification.from_pretrained(r'{tmp_path}')\n"
         "assert not model.training and not any(p.requires_grad for p in model.transformer.parameters())\n"
-        "assert torch.equal(model(images).logits, expected)\n"
+        "torch.testing.assert_close(model(images).logits, expected)\n"  # with other threads than here
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
     image = Image.effect_noise((16, 16), 60).convert("RGB")

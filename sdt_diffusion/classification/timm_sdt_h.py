@@ -1,6 +1,6 @@
 """The classifier's timm face: `timm.create_model("sdt_h_tiny")` after `import sdt_diffusion.classification`.
 
-timm's own scripts take the models if that import comes first:
+Meant for timm's own scripts too, for which that import must come first (tests mimic what they call):
 
     python -c 'import runpy, sdt_diffusion.classification; runpy.run_path("train.py", run_name="__main__")' ...
 """

@@ -137,7 +137,7 @@ class PreparedImages(Dataset):
             return [error]
 
     def first(self) -> torch.Tensor:
-        """The first image, which tells the shape of all; errors as of `prepare_picture` and `pictures`."""
+        """The first image, which tells the shape of all; errors as of `prepare_picture` and the images'."""
         (item,) = self.__getitems__([0])
         if isinstance(item, CorruptImageError):
             raise item

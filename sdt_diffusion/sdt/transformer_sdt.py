@@ -102,11 +102,18 @@ class TimestepClassEmbedding(nn.Module):
         self.timestep_embedder = TimestepEmbedding(frequency_embedding_size, dim)
         self.class_embedder = nn.Embedding(num_classes + 1, dim)
 
-    def forward(self, timestep: torch.Tensor, class_labels: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    def forward(
+        self,
+        timestep: torch.Tensor,
+        class_labels: torch.Tensor,
+        dtype: torch.dtype,
+        force_drop_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Embeds timesteps and labels, each of shape (batch,), to (batch, dim)."""
-        if self.training and self.class_dropout_prob > 0:
-            drop = torch.rand(class_labels.shape, device=class_labels.device) < self.class_dropout_prob
-            class_labels = torch.where(drop, self.num_classes, class_labels)
+        if force_drop_ids is None and self.training and self.class_dropout_prob > 0:
+            force_drop_ids = torch.rand(class_labels.shape, device=class_labels.device) < self.class_dropout_prob
+        if force_drop_ids is not None:
+            class_labels = torch.where(force_drop_ids.bool(), self.num_classes, class_labels)
         time_embedding = self.timestep_embedder(self.time_proj(timestep).to(dtype))
         return F.silu(time_embedding + self.class_embedder(class_labels))
 
@@ -262,7 +269,11 @@ class SDTTransformer2DModel(
             nn.init.zeros_(linear.weight)
 
     def forward_features(
-        self, hidden_states: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor
+        self,
+        hidden_states: torch.Tensor,
+        timestep: torch.Tensor,
+        class_labels: torch.Tensor,
+        force_drop_ids: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Runs all blocks; same arguments and errors as `forward`.
 
@@ -274,7 +285,7 @@ class SDTTransformer2DModel(
         timestep = timestep.expand(hidden_states.shape[0])
 
         hidden_states = self.pos_embed(hidden_states)
-        conditioning = self.time_class_embed(timestep, class_labels, hidden_states.dtype)
+        conditioning = self.time_class_embed(timestep, class_labels, hidden_states.dtype, force_drop_ids)
         image_rotary_emb = self._rotary_embedding(grid_size, hidden_states.device) if self.config.rotary else None
         for block in self.transformer_blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
@@ -290,6 +301,7 @@ class SDTTransformer2DModel(
         hidden_states: torch.Tensor,
         timestep: torch.Tensor,
         class_labels: torch.Tensor,
+        force_drop_ids: torch.Tensor | None = None,
         return_dict: bool = True,
     ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
         """Predicts noise, velocity or flow from a noisy (latent) image.
@@ -298,6 +310,8 @@ class SDTTransformer2DModel(
             hidden_states: Shape (batch, in_channels, height, width); the sides need not be the trained ones.
             timestep: Shape (batch,) or a scalar, 0 to 1000: steps of a DDPM schedule, or 1000 sigma of a flow.
             class_labels: Labels 0 to num_classes - 1, or the null class `num_classes`, shape (batch,).
+            force_drop_ids: Which labels the null class replaces, shape (batch,), as in facebookresearch/DiT; by
+                default training draws them with probability `class_dropout_prob`.
             return_dict: Whether to return a `Transformer2DModelOutput` instead of a tuple.
 
         Returns:
@@ -307,7 +321,7 @@ class SDTTransformer2DModel(
             ValueError: If the channels, sides or labels do not fit the model.
         """
         height, width = hidden_states.shape[-2:]
-        hidden_states, conditioning = self.forward_features(hidden_states, timestep, class_labels)
+        hidden_states, conditioning = self.forward_features(hidden_states, timestep, class_labels, force_drop_ids)
         patch_size = self.config.patch_size
         grid_size = (height // patch_size, width // patch_size)
         shift, scale = self.proj_out_1(conditioning).unsqueeze(1).chunk(2, dim=-1)

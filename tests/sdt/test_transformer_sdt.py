@@ -164,6 +164,15 @@ def test_label_dropout_happens_in_training_only_and_at_its_rate(make_model):
     torch.testing.assert_close(embed.eval()(timestep, labels, torch.float32), kept.expand_as(output))
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_labels_are_dropped_where_forced_and_nowhere_else(make_model, training):
+    model = make_model(class_dropout_prob=0.5).train(training)
+    images, timestep = torch.randn(4, 3, 8, 8), torch.full((4,), 500.0)
+    forced = model(images, timestep, torch.arange(4), force_drop_ids=torch.tensor([1, 0, 1, 0])).sample
+    expected = model.eval()(images, timestep, torch.tensor([5, 1, 5, 3])).sample
+    torch.testing.assert_close(forced, expected)
+
+
 def test_gradient_checkpointing_changes_no_gradient(make_model):
     gradients = []
     for checkpointing in (False, True):

@@ -102,6 +102,7 @@ def main(argv):
             evaluation_args.validation_steps and step % evaluation_args.validation_steps == 0
         )
         if due and step not in tested:
+            training.gather()
             found = evaluate_classifier(
                 training.trained_model,
                 test_images,

@@ -26,7 +26,7 @@ from sdt_diffusion.plots import image_grid, plot_loss_curve
 from sdt_diffusion.sdt.arguments import ModelArguments
 from sdt_diffusion.sdt.latents import encode_pixels, vae_spatial_scale
 from sdt_diffusion.training.arguments import OptimizationArguments, RunArguments
-from sdt_diffusion.training.objectives import ObjectiveArguments, build_objective, diffusion_loss
+from sdt_diffusion.training.objectives import DiffusionLoss, ObjectiveArguments, build_objective
 from sdt_diffusion.training.run import Training
 
 DIGITS_CONFIG = Path(__file__).parent / "configs" / "digits.yaml"
@@ -74,10 +74,11 @@ def main(argv):
         num_classes=images.num_classes,
     )
     objective = build_objective(objective_args)
+    diffusion_loss = DiffusionLoss(objective, model.config.class_dropout_prob)
 
-    def compute_loss(model, pixels, class_labels):
+    def compute_loss(model, pixels, class_labels, draws):
         clean = pixels if vae is None else encode_pixels(vae, pixels)
-        return diffusion_loss(model, objective, clean, class_labels)
+        return diffusion_loss(model, clean, class_labels, draws)
 
     training = Training(
         model,
@@ -89,6 +90,7 @@ def main(argv):
         data_args,
         arguments,
         augment=RandomFlip(run_args.seed) if data_args.random_flip else None,
+        further_values=diffusion_loss.by_timestep,
     )
     if vae is not None:
         vae.to(training.accelerator.device)

@@ -21,6 +21,7 @@ from torch import nn
 
 from ..command_line import require_at_least
 from ..training.arguments import OptimizationArguments, RunArguments
+from ..training.draws import Draws
 from .image_processing_sdt_h import SDTHImageProcessor
 
 _COUNT, _WHOLE, _NUMBER, _BOOL = r"0*[1-9]\d*", r"\d+", r"\d+(\.\d*)?", r"[01]"
@@ -242,8 +243,10 @@ class ClassificationLoss:
                 num_classes=num_labels,
             )
 
-    def __call__(self, model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """The loss of a batch; `images` may be overwritten."""
+    def __call__(
+        self, model: nn.Module, images: torch.Tensor, labels: torch.Tensor, draws: Draws | None = None
+    ) -> torch.Tensor:
+        """The loss of a batch; `images` may be overwritten. timm mixes by NumPy's generator, not by `draws`."""
         if self.mixup is None:
             targets = mixup_target(labels, self.num_labels, smoothing=self.smoothing)
         else:

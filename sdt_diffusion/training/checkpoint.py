@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from safetensors import SafetensorError
 
 from ..files import sync, write_atomically
 from .arguments import RESUMABLE_CHANGES
@@ -21,12 +22,17 @@ PRODUCTS = ("model_index.json", "config.json")
 MANIFEST_FILE = "checkpoint.json"
 
 
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written; the message says which one is left."""
+
+
 def save_checkpoint(
     output_dir: Path,
     step: int,
     save: Callable[[Path], Any],
     total_limit: int | None = None,
     config: dict[str, Any] | None = None,
+    state: dict[str, Any] | None = None,
     is_main_process: bool = True,
     wait_for_everyone: Callable[[], None] = lambda: None,
 ) -> Path:
@@ -40,15 +46,20 @@ def save_checkpoint(
         save: Fills the folder it is given.
         total_limit: Checkpoints to keep, `None` for all.
         config: The run's config, kept in the manifest.
+        state: Small things to go on from, kept in the manifest too.
         is_main_process: Whether this process is the main one.
         wait_for_everyone: Barrier of the processes.
 
     Returns:
         The checkpoint's folder.
+
+    Raises:
+        CheckpointError: If it cannot be written, on a full disk for one. Nothing is left of it, and no other deleted.
     """
     path, partial = output_dir / f"checkpoint-{step}", output_dir / f"checkpoint-{step}.partial"
     if is_main_process:
-        shutil.rmtree(partial, ignore_errors=True)
+        for left_by_a_kill in output_dir.glob("checkpoint-*.partial"):
+            shutil.rmtree(left_by_a_kill, ignore_errors=True)
         partial.mkdir(parents=True)
     wait_for_everyone()
     try:
@@ -58,24 +69,36 @@ def save_checkpoint(
             files = [file for file in partial.rglob("*") if file.is_file()]
             sizes = {str(file.relative_to(partial)): file.stat().st_size for file in files}
             (partial / MANIFEST_FILE).write_text(
-                json.dumps({"step": step, "config": config or {}, "files": sizes}, indent=2)
+                json.dumps({"step": step, "config": config or {}, "state": state or {}, "files": sizes}, indent=2)
             )
             for file in (*files, partial / MANIFEST_FILE, partial):
                 sync(file)
-            shutil.rmtree(path, ignore_errors=True)  # an incomplete one, that the run started over from before
+            if path.exists():  # the run started over from before it
+                path.rename(output_dir / f"checkpoint-{step}.old.partial")
             partial.rename(path)
             sync(output_dir)
-    except BaseException:
+            shutil.rmtree(output_dir / f"checkpoint-{step}.old.partial", ignore_errors=True)
+    except BaseException as error:
         if is_main_process:
             shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, (OSError, SafetensorError)):
+            raise CheckpointError(f"{path} could not be written: {error}. {_what_is_left(output_dir)}") from error
         raise
     if is_main_process and total_limit is not None:
         # Damaged ones do not count: a later one of those must not cost the run the one it has just written.
         others = [other for other in list_checkpoints(output_dir) if other != path and is_complete(other)]
         for old in others[: max(0, len(others) + 1 - max(1, total_limit))]:
-            shutil.rmtree(old)
+            going = old.rename(old.with_name(f"{old.name}.partial"))  # half of it would look like a damaged one
+            shutil.rmtree(going, ignore_errors=True)
     wait_for_everyone()
     return path
+
+
+def _what_is_left(output_dir):
+    whole = [path.name for path in list_checkpoints(output_dir) if is_complete(path)]
+    if not whole:
+        return "There is none before it."
+    return f"{whole[-1]} is whole: make room, and go on with --resume_from_checkpoint latest."
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
@@ -85,7 +108,7 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """What a checkpoint says of itself: its `step`, the `config` of its run, and the size of its `files`."""
+    """What a checkpoint says of itself: `step`, its run's `config`, `state`, and the size of its `files`."""
     return json.loads((path / MANIFEST_FILE).read_text())
 
 

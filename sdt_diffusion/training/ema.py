@@ -1,39 +1,66 @@
-"""Exponential moving average of the weights, held in a model that is ready for use."""
+"""Exponential moving averages of the weights: several widths at once."""
 
-import copy
+from collections.abc import Callable
 
 import torch
-from diffusers.training_utils import EMAModel
-from torch import nn
 
 from .arguments import OptimizationArguments
+from .power_profile import gamma_of
+from .sharded import local
+
+#: Optimizer step, counted from 1, to the weight of the old average.
+Profile = Callable[[int], float]
 
 
-class ModelEMA:
-    """A copy of the model whose parameters are diffusers' `EMAModel` average.
+def constant_profile(decay: float) -> Profile:
+    """DiT's: the same decay from the first step, beginning at the initial weights."""
+    return lambda step: decay
 
-    Buffers, which for batch norms are the statistics of activations, are averaged along, as timm does.
 
-    The decay ramps as (1 + step) / (10 + step) up to `ema_decay`; `ema_min_decay=0.9999` makes it DiT's constant.
+def ramped_profile(decay: float) -> Profile:
+    """diffusers': (1 + n) / (10 + n) after n steps, up to `decay`, beginning at the weights after the first step."""
+    return lambda step: 0.0 if step == 1 else min(step / (9 + step), decay)
+
+
+def power_profile(sigma_rel: float) -> Profile:
+    """An average whose width is always the same part of the training so far (Karras et al. 2024, section 3.1).
+
+    The old average's weight (1 - 1/t)^(gamma + 1) gives the weights of step t a share proportional to t^gamma.
+    """
+    gamma = gamma_of(sigma_rel)
+    return lambda step: (1 - 1 / step) ** (gamma + 1)
+
+
+def profiles(args: OptimizationArguments) -> dict[str, Profile]:
+    """The averages that the arguments ask for, by the ending of their folders' names; the first is the product."""
+    if not args.use_ema:
+        return {}
+    if args.ema_profile == "power":
+        return {f"ema_{sigma_rel:g}": power_profile(sigma_rel) for sigma_rel in args.ema_sigma_rel}
+    profile = constant_profile if args.ema_profile == "constant" else ramped_profile
+    return {"ema": profile(args.ema_decay)}
+
+
+class WeightAverage:
+    """The average of a model's weights under one profile.
+
+    Statistics of batch norms are averaged along, as timm does. Of a sharded model, each process averages its part.
 
     Args:
-        model: The model to average, not wrapped by accelerate yet.
-        args: Holds the decays.
-        device: Where the average lives: the model's device in training.
+        sources: Names and tensors of the model, which optimizer steps change in place.
+        profile: See `profiles`.
     """
 
-    def __init__(self, model: nn.Module, args: OptimizationArguments, device: torch.device):
-        self.model = copy.deepcopy(model).to(device).eval().requires_grad_(False)
-        self.average = EMAModel([], decay=args.ema_decay, min_decay=args.ema_min_decay, foreach=True)
-        self.average.shadow_params = list(self.model.parameters())
+    def __init__(self, sources: dict[str, torch.Tensor], profile: Profile):
+        self.sources, self.profile = sources, profile
+        self.tensors = {name: tensor.detach().clone() for name, tensor in sources.items()}
 
-    def step(self, model: nn.Module, global_step: int) -> None:
-        """Averages in the weights after optimizer step `global_step`, counted from 1."""
-        self.average.optimization_step = global_step - 1  # so nothing but the weights needs saving
-        self.average.step(model.parameters())
-        weight = 1 - self.average.cur_decay_value
-        for average, buffer in zip(self.model.buffers(), model.buffers(), strict=True):
-            if buffer.is_floating_point():
-                average.lerp_(buffer, weight)
-            else:
-                average.copy_(buffer)
+    def step(self, step: int) -> None:
+        """Averages in the weights after optimizer step `step`, counted from 1."""
+        share = 1 - self.profile(step)
+        pairs = [(local(self.tensors[name]), local(source.detach())) for name, source in self.sources.items()]
+        floating = [pair for pair in pairs if pair[0].is_floating_point()]
+        torch._foreach_lerp_([average for average, _ in floating], [source for _, source in floating], share)
+        for average, source in pairs:
+            if not average.is_floating_point():
+                average.copy_(source)

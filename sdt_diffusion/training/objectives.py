@@ -1,5 +1,6 @@
 """What the model learns to predict: noise or velocity under a DDPM schedule, or the flow from data to noise."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Literal, NamedTuple
 
@@ -7,6 +8,8 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.schedulers import SchedulerMixin
 from diffusers.training_utils import compute_density_for_timestep_sampling, compute_snr
+
+from .draws import Draws
 
 
 @dataclass
@@ -44,6 +47,8 @@ class Noised(NamedTuple):
     weight: torch.Tensor
 
 
+#: What the keys of `DiffusionLoss.by_timestep` begin with.
+BY_TIMESTEP = "loss_by_timestep/"
 DIT_SCHEDULE = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 2e-2, "beta_schedule": "linear"}
 
 
@@ -53,6 +58,7 @@ class DDPMObjective:
     def __init__(self, args: ObjectiveArguments):
         self.prediction_type, self.snr_gamma = args.prediction_type, args.snr_gamma
         self.noise_scheduler = DDPMScheduler(**DIT_SCHEDULE, prediction_type=args.prediction_type)
+        self.num_train_timesteps = self.noise_scheduler.config.num_train_timesteps
 
     def sampling_scheduler(self, pixels: bool) -> SchedulerMixin:
         """The scheduler saved with the pipeline; predictions of pixels are clipped to their range."""
@@ -60,11 +66,13 @@ class DDPMObjective:
             **DIT_SCHEDULE, prediction_type=self.prediction_type, timestep_spacing="trailing", clip_sample=pixels
         )
 
-    def noised(self, clean: torch.Tensor) -> Noised:
+    def noised(self, clean: torch.Tensor, draws: Draws) -> Noised:
         """Draws noise and timesteps for a batch."""
-        noise = torch.randn_like(clean)
-        timestep = torch.randint(
-            0, self.noise_scheduler.config.num_train_timesteps, (len(clean),), device=clean.device
+        noise = draws.normal(clean.shape[1:])
+        timestep = draws.take(
+            lambda images, generator: torch.randint(
+                self.num_train_timesteps, (images,), generator=generator, device=clean.device
+            )
         )
         sample = self.noise_scheduler.add_noise(clean, noise, timestep)
         weight = torch.ones(len(clean), device=clean.device)
@@ -87,12 +95,15 @@ class FlowObjective:
         """The scheduler saved with the pipeline."""
         return FlowMatchEulerDiscreteScheduler(num_train_timesteps=self.num_train_timesteps)
 
-    def noised(self, clean: torch.Tensor) -> Noised:
+    def noised(self, clean: torch.Tensor, draws: Draws) -> Noised:
         """Draws noise and times for a batch."""
         args = self.args
-        noise = torch.randn_like(clean)
-        sigma = compute_density_for_timestep_sampling(
-            args.weighting_scheme, len(clean), args.logit_mean, args.logit_std, args.mode_scale, device=clean.device
+        noise = draws.normal(clean.shape[1:])
+        shape = (args.logit_mean, args.logit_std, args.mode_scale)
+        sigma = draws.take(
+            lambda images, generator: compute_density_for_timestep_sampling(
+                args.weighting_scheme, images, *shape, device=clean.device, generator=generator
+            )
         )
         broadcast = sigma.reshape(-1, *[1] * (clean.ndim - 1))
         sample = (1 - broadcast) * clean + broadcast * noise
@@ -104,16 +115,63 @@ def build_objective(args: ObjectiveArguments) -> DDPMObjective | FlowObjective:
     return {"ddpm": DDPMObjective, "flow": FlowObjective}[args.objective](args)
 
 
-def diffusion_loss(
-    model: torch.nn.Module, objective: DDPMObjective | FlowObjective, clean: torch.Tensor, class_labels: torch.Tensor
-) -> torch.Tensor:
-    """Weighted mean squared error of the model's prediction on a freshly noised batch, in fp32."""
-    noised = objective.noised(clean)
-    prediction = model(noised.sample, noised.timestep, class_labels, return_dict=False)[0]
-    if prediction.shape != noised.target.shape:
-        raise ValueError(
-            f"The model predicts {tuple(prediction.shape)}, but the target is {tuple(noised.target.shape)}: training "
-            "needs out_channels equal to in_channels."
-        )
-    error = (prediction.float() - noised.target.float()).square().mean(dim=tuple(range(1, clean.ndim)))
-    return (noised.weight * error).mean()
+class DiffusionLoss:
+    """Weighted mean squared error of a model's prediction on freshly noised batches, in fp32.
+
+    Args:
+        objective: What to predict.
+        class_dropout_prob: Share of the labels that the null class replaces, for classifier-free guidance.
+        num_buckets: Ranges of timesteps that `by_timestep` tells apart.
+    """
+
+    def __init__(
+        self, objective: DDPMObjective | FlowObjective, class_dropout_prob: float = 0.0, num_buckets: int = 10
+    ):
+        self.objective, self.class_dropout_prob, self.num_buckets = objective, class_dropout_prob, num_buckets
+        self._sums = torch.zeros(2, num_buckets)  # of errors, and of images
+
+    def __call__(
+        self, model: torch.nn.Module, clean: torch.Tensor, class_labels: torch.Tensor, draws: Draws
+    ) -> torch.Tensor:
+        """The loss of a batch of clean (latent) images.
+
+        Raises:
+            ValueError: If the model predicts another shape than the target's.
+        """
+        noised = self.objective.noised(clean, draws)
+        dropped = draws.uniform() < self.class_dropout_prob
+        prediction = model(noised.sample, noised.timestep, class_labels, force_drop_ids=dropped, return_dict=False)[0]
+        if prediction.shape != noised.target.shape:
+            raise ValueError(
+                f"The model predicts {tuple(prediction.shape)}, but the target is {tuple(noised.target.shape)}: "
+                "training needs out_channels equal to in_channels."
+            )
+        error = (prediction.float() - noised.target.float()).square().mean(dim=tuple(range(1, clean.ndim)))
+        self._count(noised.timestep, error.detach())
+        return (noised.weight * error).mean()
+
+    def by_timestep(self, sum_over_processes: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
+        """The mean squared error in each range of timesteps, unweighted, since this was last called.
+
+        Args:
+            sum_over_processes: Adds a tensor up over all processes.
+
+        Returns:
+            "loss_by_timestep/0000-0099" and so on to the error; without ranges that no image fell in.
+        """
+        errors, images = sum_over_processes(self._sums).tolist()
+        self._sums = torch.zeros_like(self._sums)
+        edges = [self.objective.num_train_timesteps * i // self.num_buckets for i in range(self.num_buckets + 1)]
+        return {
+            f"{BY_TIMESTEP}{edges[i]:04d}-{edges[i + 1] - 1:04d}": errors[i] / images[i]
+            for i in range(self.num_buckets)
+            if images[i]
+        }
+
+    def _count(self, timestep, error):
+        bucket = (timestep * self.num_buckets / self.objective.num_train_timesteps).long()
+        bucket = bucket.clamp(max=self.num_buckets - 1)  # sigma may round up to 1
+        self._sums = self._sums.to(error.device)
+        finite = error.isfinite()
+        self._sums[0].index_add_(0, bucket, error.where(finite, 0))
+        self._sums[1].index_add_(0, bucket, finite.float())

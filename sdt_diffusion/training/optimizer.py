@@ -1,6 +1,6 @@
 """AdamW and its learning rate."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -34,25 +34,30 @@ def build_optimizer(
     )
 
 
-def build_lr_scheduler(
-    optimizer: torch.optim.Optimizer, args: OptimizationArguments, max_train_steps: int, processes: int
-) -> torch.optim.lr_scheduler.LambdaLR:
+def build_lr_schedule(
+    optimizer: torch.optim.Optimizer, args: OptimizationArguments, max_train_steps: int
+) -> Callable[[int], None]:
     """The schedule of diffusers that the arguments name, ending at `min_lr` where it would end at 0.
 
     Args:
         optimizer: Whose learning rates follow it.
         args: Names the schedule.
         max_train_steps: Its length.
-        processes: Processes of the run: accelerate steps a schedule once for each.
+
+    Returns:
+        Function of the steps made before that sets the learning rates of the next: nothing that a checkpoint would
+        have to hold.
     """
-    warmup = args.lr_warmup_steps * processes
+    warmup = args.lr_warmup_steps
     scheduler = get_scheduler(
-        args.lr_scheduler, optimizer, num_warmup_steps=warmup, num_training_steps=max_train_steps * processes
+        args.lr_scheduler, optimizer, num_warmup_steps=warmup, num_training_steps=max_train_steps
     )
-    if args.min_lr:
-        floor = args.min_lr / args.learning_rate
-        factor = scheduler.lr_lambdas[0]
-        scheduler.lr_lambdas = [
-            lambda step: factor(step) if step < warmup else floor + (1 - floor) * factor(step)
-        ] * len(scheduler.lr_lambdas)
-    return scheduler
+    factor, floor = scheduler.lr_lambdas[0], args.min_lr / args.learning_rate if args.min_lr else 0.0
+    peaks = scheduler.base_lrs
+
+    def set_learning_rates(step: int) -> None:
+        scale = factor(step) if step < warmup else floor + (1 - floor) * factor(step)
+        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+            group["lr"] = peak * scale
+
+    return set_learning_rates

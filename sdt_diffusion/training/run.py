@@ -1,7 +1,7 @@
 """The training loop."""
 
+import copy
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -9,8 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader
@@ -28,29 +26,30 @@ from .checkpoint import (
     save_checkpoint,
     write_config,
 )
-from .ema import ModelEMA
+from .draws import Draws
+from .ema import WeightAverage, profiles
+from .guard import FiniteGuard
+from .interruption import Interrupted, StopRequest, ignore_in_worker
+from .launch import build_accelerator
 from .log import TrainingLog
-from .optimizer import build_lr_scheduler, build_optimizer
-
-#: Steps in a row that fp16's gradient scaler may skip.
-MAX_SKIPPED_STEPS = 50
-
-
-class NonFiniteLossError(RuntimeError):
-    """The loss or the gradient is NaN or infinite; the step was not made."""
+from .optimizer import build_lr_schedule, build_optimizer
+from .post_hoc import save_snapshot
+from .sharded import is_sharded, whole
+from .state import TrainingState, gather
 
 
 class Training:
     """One run: prepares everything under accelerate, resumes, and trains.
 
-    Every random draw of a step (noise, timesteps, dropped labels and paths, mixing) follows from the seed, the process
-    and the step, and every sample, with its augmentation, from its position in the stream. So weights, optimizer,
-    schedule and average are all the state there is, and a run killed anywhere and resumed ends with the same weights.
+    Every random draw of a step follows from the seed, the step and the image's place in it, and every sample, with its
+    augmentation, from its position in the stream. So weights, moments and averages are all the state there is: a run
+    killed anywhere and resumed ends with the same weights, and any number of processes that makes steps of as many
+    images goes the same way, up to rounding. Only dropout, dropped paths and mixed images differ between processes.
 
     Args:
         model: The model to train; has `save_pretrained` and `from_pretrained`.
-        name: Its folder in a checkpoint; the averaged model lies in `<name>_ema`.
-        compute_loss: Function of (model, images, labels), giving a scalar.
+        name: Its folder in a checkpoint; averaged models lie in `<name>_ema...`.
+        compute_loss: Function of (model, images, labels, draws), giving a scalar; see `Draws`.
         images: The data set, see `ShuffledStream`.
         run: Length, place and pace.
         optimization: How to optimise.
@@ -59,6 +58,8 @@ class Training:
         augment: See `ShuffledStream`.
         num_repeats: See `ShuffledStream`.
         parameter_groups: See `build_optimizer`.
+        further_values: Function of a sum over all processes, giving values to log beside the loss, of the steps since
+            it was last called; all processes call it.
 
     Raises:
         ValueError: If the output folder or the checkpoint is another run's, or the checkpoint is not usable.
@@ -68,7 +69,7 @@ class Training:
         self,
         model: nn.Module,
         name: str,
-        compute_loss: Callable[[nn.Module, torch.Tensor, torch.Tensor], torch.Tensor],
+        compute_loss: Callable[[nn.Module, torch.Tensor, torch.Tensor, Draws], torch.Tensor],
         images: Any,
         run: RunArguments,
         optimization: OptimizationArguments,
@@ -77,16 +78,20 @@ class Training:
         augment: Callable[[Any, int], torch.Tensor] | None = None,
         num_repeats: int = 1,
         parameter_groups: Sequence[dict[str, Any]] | None = None,
+        further_values: Callable[[Callable[[torch.Tensor], torch.Tensor]], dict[str, float]] | None = None,
     ):
-        self.name, self.compute_loss, self.images = name, compute_loss, images
+        self.compute_loss, self.images, self.further_values = compute_loss, images, further_values
         self.augment, self.num_repeats = augment, num_repeats
         self.run, self.optimization, self.data = run, optimization, data
         self.output_dir = Path(run.output_dir)
         self.accelerator = build_accelerator(run)
-        run.mixed_precision = self.accelerator.mixed_precision
         self.config = merged(*arguments)
-        # A step of more processes sees other images, with other noise.
-        self.checkpoint_config = {**self.config, "num_processes": self.accelerator.num_processes}
+        # What a step sees follows from these two as well.
+        self.checkpoint_config = {
+            **self.config,
+            "train_batch_size * gradient_accumulation_steps * processes": self.images_per_step,
+            "images of the data set": len(images),
+        }
 
         resume = run.resume_from_checkpoint is not None
         check_output_dir(self.output_dir, self.config, resume)
@@ -96,21 +101,11 @@ class Training:
         elif resume:
             self.accelerator.print(f"There is no checkpoint in {self.output_dir} yet: starting from the beginning.")
 
-        self.ema = ModelEMA(model, optimization, self.accelerator.device) if optimization.use_ema else None
-        self.optimizer = build_optimizer(model, optimization, parameter_groups)
-        self.lr_scheduler = build_lr_scheduler(
-            self.optimizer, optimization, run.max_train_steps, self.accelerator.num_processes
-        )
-        self.model, self.optimizer, self.lr_scheduler = self.accelerator.prepare(
-            model, self.optimizer, self.lr_scheduler
-        )
-        self.accelerator.register_save_state_pre_hook(self._save_models)
-        self.accelerator.register_load_state_pre_hook(self._load_models)
-
-        self.step, self.skipped_steps = 0, 0
+        self.guard = FiniteGuard(run.max_skipped_steps)
+        self.step = 0
+        self._prepare(model, name, parameter_groups)
         if checkpoint is not None:
-            self.accelerator.load_state(str(checkpoint))
-            self.step = read_manifest(checkpoint)["step"]
+            self._load_checkpoint(checkpoint)
             self.accelerator.print(f"Resumed from {checkpoint}, after step {self.step}.")
         self.log = TrainingLog(self.output_dir, self.step)
         scalars = {key: value for key, value in self.config.items() if isinstance(value, (int, float, str, bool))}
@@ -123,17 +118,18 @@ class Training:
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 
     @property
-    def trained_model(self) -> nn.Module:
-        """What the run is for: the averaged model, or without an average the model itself."""
-        return self.unwrapped_model if self.ema is None else self.ema.model
-
-    @property
     def images_per_step(self) -> int:
         """Images of an optimizer step, over all processes."""
         return self.run.train_batch_size * self.run.gradient_accumulation_steps * self.accelerator.num_processes
 
     def steps(self) -> Iterator[int]:
-        """Trains to `max_train_steps`, yielding the steps done after each one (and its checkpoint, if one was due)."""
+        """Trains to `max_train_steps`, yielding the steps done after each one (and its checkpoint, if one was due).
+
+        Raises:
+            NonFiniteLossError: See `FiniteGuard`.
+            CheckpointError: If a checkpoint cannot be written.
+            Interrupted: After SIGTERM, when the step under way and a checkpoint are done.
+        """
         run, accelerator = self.run, self.accelerator
         progress_bar = tqdm(
             total=run.max_train_steps,
@@ -142,64 +138,80 @@ class Training:
             unit="step",
             disable=not accelerator.is_local_main_process,
         )
-        losses, seconds, since, window_start = [], 0.0, time.perf_counter(), self.step
-        first_step = self.step
+        window, losses, first_step = Window(), [], self.step
         self.model.train()
-        for index, (images, labels) in enumerate(self._batches(), self.step * run.gradient_accumulation_steps):
-            seed_batch(run.seed, accelerator.process_index, index)
-            with accelerator.accumulate(self.model):
-                loss = self.compute_loss(self.model, images, labels)
-                accelerator.backward(loss)
-                losses.append(accelerator.reduce(loss.detach().float(), "mean").item())
-                self._check_finite(losses[-1], "loss")
-                if accelerator.sync_gradients:
-                    norm = self._clip_gradients()
-                self.optimizer.step()
-                self.lr_scheduler.step()
-                self.optimizer.zero_grad()
-            if not accelerator.sync_gradients:
-                continue
+        with StopRequest() as stop_request:
+            for index, (images, labels) in enumerate(self._batches()):
+                draws = self._draws(index % run.gradient_accumulation_steps)
+                with accelerator.accumulate(self.model):
+                    batch_loss = self.compute_loss(self.model, images, labels, draws)
+                    accelerator.backward(batch_loss)
+                    losses.append(batch_loss.detach().float())
+                    if accelerator.sync_gradients:
+                        loss, norm, stop = self._make_step(losses, stop_request.received)
+                        losses = []
+                if not accelerator.sync_gradients:
+                    continue
 
-            if self.step == first_step and accelerator.is_main_process:
-                write_config(self.output_dir, self.config)
-            self.step += 1
-            self._average_statistics()
-            if self.ema is not None:
-                self.ema.step(self.unwrapped_model, self.step)
-            progress_bar.update()
-            seconds += time.perf_counter() - since  # without checkpoints and what the caller does
-            last = self.step == run.max_train_steps
-            if self.step % run.logging_steps == 0 or last:
-                record = {
-                    "loss": sum(losses) / len(losses),
-                    "grad_norm": norm,
-                    "learning_rate": max(self.lr_scheduler.get_last_lr()),  # layer decay lowers others
-                    "images_per_second": (self.step - window_start) * self.images_per_step / seconds,
-                }
-                self.record(record)
-                progress_bar.set_postfix_str(f"loss {record['loss']:.4f}, {record['images_per_second']:.0f} images/s")
-                losses, seconds, window_start = [], 0.0, self.step
-            if last or (run.checkpointing_steps and self.step % run.checkpointing_steps == 0):
-                self.save_checkpoint()
-            yield self.step
-            self.model.train()
-            since = time.perf_counter()
+                if self.step == first_step and accelerator.is_main_process:
+                    write_config(self.output_dir, self.config)
+                self.step += 1
+                self._average_statistics()
+                for average in self.averages.values():
+                    average.step(self.step)
+                progress_bar.update()
+                window.add(loss, norm)
+                window.pause()
+                last = self.step == run.max_train_steps
+                if self.step % run.logging_steps == 0 or last:
+                    self._record_window(window, progress_bar)
+                    window = Window()
+                every = self.optimization.ema_snapshot_steps
+                if every and (last or self.step % every == 0):
+                    self._save_snapshots()
+                every = run.checkpointing_steps
+                if last or stop or (every and self.step % every == 0):
+                    self.save_checkpoint()
+                if stop and not last:
+                    progress_bar.close()
+                    accelerator.print(
+                        f"Stopped by SIGTERM after step {self.step}, which checkpoint-{self.step} holds. Go on with "
+                        "--resume_from_checkpoint latest."
+                    )
+                    self.finish()
+                    raise Interrupted
+                if last:
+                    self.gather()
+                yield self.step
+                self.model.train()
+                window.resume()
         progress_bar.close()
+
+    def gather(self) -> None:
+        """Brings `trained_model` up to date where FSDP2 keeps a part of it in each process; all processes call it."""
+        if self._sharded:
+            tensors = (
+                next(iter(self.averages.values())).tensors if self.averages else self.unwrapped_model.state_dict()
+            )
+            self.trained_model.load_state_dict(gather(tensors))
 
     def save_checkpoint(self) -> None:
         """Writes `checkpoint-<step>`, all or nothing."""
+        scaler = self.accelerator.scaler
         save_checkpoint(
             self.output_dir,
             self.step,
-            self.accelerator.save_state,
+            lambda folder: self.state.save(folder, self.accelerator.is_main_process),
             self.run.checkpoints_total_limit,
             self.checkpoint_config,
+            {"guard": self.guard.state_dict(), "scaler": scaler and scaler.state_dict()},
             self.accelerator.is_main_process,
             self.accelerator.wait_for_everyone,
         )
 
     def save_picture(self, name: str, make: Callable[[], Image.Image]) -> None:
         """Makes a picture on the main process, saves it in the run's folder and shows it to the trackers."""
+        self.gather()
         if not self.accelerator.is_main_process:
             return
         picture = make()
@@ -225,6 +237,32 @@ class Training:
         self.accelerator.free_memory()
         self.accelerator.end_training()
 
+    def _prepare(self, model, name, parameter_groups):
+        """Model, optimizer, schedule and averages; `trained_model` is what the run is for, whole and ready for use."""
+        optimizer = build_optimizer(model, self.optimization, parameter_groups)
+        skeleton = copy.deepcopy(model).to("meta")
+        product = copy.deepcopy(model).to(self.accelerator.device).eval().requires_grad_(False)
+        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.set_learning_rates = build_lr_schedule(optimizer, self.optimization, self.run.max_train_steps)
+        tensors = self.unwrapped_model.state_dict()
+        self.averages = {
+            ending: WeightAverage(tensors, profile) for ending, profile in profiles(self.optimization).items()
+        }
+        self.state = TrainingState(name, skeleton, self.unwrapped_model, optimizer, self.averages)
+        self._sharded = any(is_sharded(tensor) for tensor in tensors.values())
+        if self.averages and not self._sharded:  # the first average lives in the model that is the product
+            product.load_state_dict(next(iter(self.averages.values())).tensors, assign=True)
+            product.requires_grad_(False)
+        self.trained_model = product if self.averages or self._sharded else self.unwrapped_model
+
+    def _load_checkpoint(self, checkpoint):
+        manifest = read_manifest(checkpoint)
+        self.state.load(checkpoint)
+        self.guard.load_state_dict(manifest["state"]["guard"])
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(manifest["state"]["scaler"])
+        self.step = manifest["step"]
+
     def _batches(self):
         """Batches from the position reached to the end of the run, on this process's device."""
         run = self.run
@@ -243,73 +281,97 @@ class Training:
             batch_size=run.train_batch_size,
             num_workers=self.data.dataloader_num_workers,
             pin_memory=self.accelerator.device.type == "cuda",
+            worker_init_fn=ignore_in_worker,
         )
         return self.accelerator.prepare_data_loader(loader)
 
-    def _average_statistics(self) -> None:
-        """Makes the statistics of batch norms those of all processes: only one of them saves the model."""
-        if self.accelerator.num_processes == 1:
-            return
-        for module in self.unwrapped_model.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats:
-                for statistic in (module.running_mean, module.running_var):
-                    statistic.copy_(self.accelerator.reduce(statistic, "mean"))
+    def _draws(self, batch):
+        """The random numbers of a batch of this step, as accelerate deals batches to the processes in turn."""
+        run, accelerator = self.run, self.accelerator
+        first = (batch * accelerator.num_processes + accelerator.process_index) * run.train_batch_size
+        seed_batch(run.seed, self.step * self.images_per_step + first)
+        rows = slice(first, first + run.train_batch_size)
+        return Draws(run.seed, self.step, rows, self.images_per_step, accelerator.device)
 
-    def _clip_gradients(self) -> float:
-        """Clips, and returns the norm before; stops the run if it will not become finite again."""
+    def _make_step(self, losses, stop):
+        """Clips and steps, unless the guard objects.
+
+        Returns:
+            The loss, the gradient's norm before clipping, and whether any process was told to stop.
+        """
         max_norm = self.optimization.max_grad_norm or math.inf
-        norm = float(self.accelerator.clip_grad_norm_(self.model.parameters(), max_norm))
-        self.skipped_steps = 0 if math.isfinite(norm) else self.skipped_steps + 1
-        # fp16's scaler skips such a step and lowers its scale; it needs a few to find it, but not without end.
-        if self.accelerator.scaler is None or self.skipped_steps >= MAX_SKIPPED_STEPS:
-            self._check_finite(norm, "gradient norm")
-        return norm
+        norm = whole(self.accelerator.clip_grad_norm_(self.model.parameters(), max_norm))
+        loss = torch.stack(losses).mean()
+        values = torch.stack([loss, norm.to(loss), torch.full_like(loss, stop)])
+        loss, norm, stop = self.accelerator.reduce(values, "mean").tolist()  # the same in all processes
+        self.set_learning_rates(self.step)
+        # fp16's scaler leaves such a step out by itself, and lowers its scale when it is asked to make it.
+        if self.guard.admits(self.step + 1, loss, norm) or self.accelerator.scaler is not None:
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss, norm, bool(stop)
 
-    def _check_finite(self, value: float, what: str) -> None:
-        if not math.isfinite(value):
-            raise NonFiniteLossError(
-                f"The {what} is {value} at step {self.step + 1}; training stopped before that step changed the "
-                "weights. The last checkpoint is sound. What helps: a lower --learning_rate or --max_grad_norm, "
-                "--mixed_precision no, for generation --qk_norm rms_norm; each of them is another run, with its own "
-                "--output_dir."
-            )
+    def _record_window(self, window, progress_bar):
+        values = {
+            **window.means(),
+            "learning_rate": max(group["lr"] for group in self.optimizer.param_groups),  # layer decay lowers others
+            "images_per_second": window.steps * self.images_per_step / window.seconds,
+        }
+        if self.guard.skipped:
+            values["skipped_steps"] = self.guard.skipped
+        if self.further_values is not None:
+            values |= self.further_values(lambda tensor: self.accelerator.reduce(tensor, "sum"))
+        self.record(values)
+        shown = [f"{values['images_per_second']:.0f} images/s"]
+        if "loss" in values:
+            shown.insert(0, f"loss {values['loss']:.4f}")
+        progress_bar.set_postfix_str(", ".join(shown))
 
-    def _save_models(self, models, weights, folder):
-        for name, module in self._named_models().items():
-            module.save_pretrained(Path(folder) / name, is_main_process=self.accelerator.is_main_process)
-        weights.clear()  # accelerate need not save them again
+    def _save_snapshots(self):
+        for sigma_rel, average in zip(self.optimization.ema_sigma_rel, self.averages.values(), strict=True):
+            tensors = gather(average.tensors, keep=self.accelerator.is_main_process)
+            if self.accelerator.is_main_process:
+                save_snapshot(self.output_dir, self.step, sigma_rel, tensors)
 
-    def _load_models(self, models, folder):
-        for name, module in self._named_models().items():
-            module.load_state_dict(type(module).from_pretrained(Path(folder) / name).state_dict())
-        models.clear()
+    def _average_statistics(self):
+        """Makes the statistics of batch norms those of all processes: only one of them saves the model."""
+        if self.accelerator.num_processes > 1:
+            from timm.utils import distribute_bn
 
-    def _named_models(self):
-        ema = {} if self.ema is None else {f"{self.name}_ema": self.ema.model}
-        return {self.name: self.unwrapped_model, **ema}
-
-
-def build_accelerator(run: RunArguments) -> Accelerator:
-    """Accelerate, as the arguments and `accelerate launch` want it."""
-    if run.allow_tf32:
-        torch.backends.cuda.matmul.allow_tf32 = True
-    logging_dir = Path(run.output_dir) / run.logging_dir
-    accelerator = Accelerator(
-        mixed_precision=run.mixed_precision,
-        gradient_accumulation_steps=run.gradient_accumulation_steps,
-        log_with=None if run.report_to == "none" else run.report_to,
-        project_config=ProjectConfiguration(project_dir=run.output_dir, logging_dir=str(logging_dir)),
-    )
-    if accelerator.device.type == "cpu":  # `accelerate launch` asks for one thread, however many cores there are
-        affinity = getattr(os, "sched_getaffinity", None)
-        cores = len(affinity(0)) if affinity else os.cpu_count() or 1
-        local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        torch.set_num_threads(run.cpu_threads or max(1, cores // local_processes))
-    return accelerator
+            distribute_bn(self.unwrapped_model, self.accelerator.num_processes, reduce=True)
 
 
-def seed_batch(seed: int, process: int, index: int) -> None:
-    """Seeds torch, and NumPy for timm's mixing, for one batch of one process."""
-    state = int(np.random.SeedSequence([seed, process, index]).generate_state(1, np.uint64)[0])
+class Window:
+    """The steps since something was last logged: their losses, and the time they took."""
+
+    def __init__(self):
+        self.steps, self.losses, self.norms = 0, [], []
+        self.seconds, self._since = 0.0, time.perf_counter()
+
+    def add(self, loss: float, norm: float) -> None:
+        """Counts a step; one that is not finite has no part in the means."""
+        self.steps += 1
+        if math.isfinite(loss) and math.isfinite(norm):
+            self.losses.append(loss)
+            self.norms.append(norm)
+
+    def pause(self) -> None:
+        """Stops the clock, for checkpoints and what the caller of the loop does."""
+        self.seconds += time.perf_counter() - self._since
+
+    def resume(self) -> None:
+        """Starts the clock again."""
+        self._since = time.perf_counter()
+
+    def means(self) -> dict[str, float]:
+        """Mean loss and norm of the gradient; nothing if no step was finite."""
+        if not self.losses:
+            return {}
+        return {"loss": sum(self.losses) / len(self.losses), "grad_norm": sum(self.norms) / len(self.norms)}
+
+
+def seed_batch(seed: int, position: int) -> None:
+    """Seeds torch and NumPy, for dropout and timm's mixing, by the position of a batch's first image in the stream."""
+    state = int(np.random.SeedSequence([seed, 4, position]).generate_state(1, np.uint64)[0])
     torch.manual_seed(state)
     np.random.seed(state % 2**32)

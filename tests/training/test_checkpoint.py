@@ -4,6 +4,7 @@ import pytest
 import yaml
 
 from sdt_diffusion.training.checkpoint import (
+    CheckpointError,
     check_output_dir,
     check_same_run,
     find_checkpoint,
@@ -40,7 +41,9 @@ def test_a_checkpoint_is_whole_and_knows_its_step(tmp_path):
 
 def test_a_failed_save_leaves_nothing_and_keeps_what_there_was(tmp_path):
     save_checkpoint(tmp_path, 1, save)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(
+        CheckpointError, match=r"checkpoint-2 could not be written: No space left .* checkpoint-1 is whole"
+    ):
         save_checkpoint(tmp_path, 2, fail, total_limit=1)
     assert names(tmp_path) == ["checkpoint-1"]
     assert find_checkpoint(tmp_path, "latest") == tmp_path / "checkpoint-1"

@@ -2,53 +2,76 @@ import pytest
 import torch
 
 from sdt_diffusion.training.arguments import OptimizationArguments
-from sdt_diffusion.training.ema import ModelEMA
+from sdt_diffusion.training.ema import WeightAverage, constant_profile, power_profile, profiles, ramped_profile
 
 
-def averages(steps, **kwargs):
-    """The average after each step, of a weight that is set to 1, 2, 3 ..."""
-    model = torch.nn.Linear(1, 1, bias=False)
-    torch.nn.init.zeros_(model.weight)
-    ema = ModelEMA(model, OptimizationArguments(**kwargs), torch.device("cpu"))
+def averages(profile, steps=30):
+    """The average after each step, of a weight that begins at 0 and is set to 1, 2, 3 ..."""
+    weights = {"weight": torch.zeros(1)}
+    average = WeightAverage(weights, profile)
     values = []
     for step in range(1, steps + 1):
-        torch.nn.init.constant_(model.weight, float(step))
-        ema.step(model, step)
-        values.append(ema.model.weight.item())
+        weights["weight"].fill_(step)
+        average.step(step)
+        values.append(average.tensors["weight"].item())
     return values
 
 
-def expected(steps, decay, min_decay=0.0):
-    average, values = 0.0, []
-    for step in range(1, steps + 1):
-        ramp = max(min((1 + step - 1) / (10 + step - 1), decay), min_decay) if step > 1 else 0.0
+def test_a_constant_average_begins_at_the_initial_weights():
+    decay, expected = 0.9, [0.0]
+    for step in range(1, 31):
+        expected.append(decay * expected[-1] + (1 - decay) * step)
+    assert averages(constant_profile(decay)) == pytest.approx(expected[1:], rel=1e-5)
+
+
+@pytest.mark.parametrize("decay", [0.9999, 0.3])
+def test_a_ramped_average_follows_diffusers_recursion(decay):
+    average, expected = 0.0, []
+    for step in range(1, 31):
+        ramp = min((1 + step - 1) / (10 + step - 1), decay) if step > 1 else 0.0
         average = ramp * average + (1 - ramp) * step
-        values.append(average)
-    return values
+        expected.append(average)
+    assert averages(ramped_profile(decay)) == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("kwargs", [{"ema_decay": 0.9999}, {"ema_decay": 0.3}, {"ema_min_decay": 0.9999}])
-def test_average_follows_the_ramped_recursion(kwargs):
-    wanted = expected(30, kwargs.get("ema_decay", 0.9999), kwargs.get("ema_min_decay", 0.0))
-    assert averages(30, **kwargs) == pytest.approx(wanted, rel=1e-5)
+@pytest.mark.parametrize("sigma_rel", [0.05, 0.1, 0.25])
+def test_a_power_average_has_the_width_it_is_named_for(sigma_rel):
+    """Mean and standard deviation of the time at which the averaged weights were made, as parts of the training."""
+    steps = 4000
+    profile, first, second = power_profile(sigma_rel), 0.0, 0.0
+    for step in range(1, steps + 1):
+        beta = profile(step)
+        first = beta * first + (1 - beta) * step
+        second = beta * second + (1 - beta) * step**2
+    assert (second - first**2) ** 0.5 / steps == pytest.approx(sigma_rel, rel=1e-3)
 
 
-def test_the_average_is_ready_to_sample_and_takes_no_gradient():
-    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Dropout(0.5)).train()
-    ema = ModelEMA(model, OptimizationArguments(), torch.device("cpu"))
-    assert not ema.model.training
-    assert not any(p.requires_grad for p in ema.model.parameters())
-    assert all(p.requires_grad for p in model.parameters())
-    assert model.training
+def test_statistics_of_batch_norms_are_averaged_along_and_counts_copied():
+    model = torch.nn.BatchNorm1d(1)
+    average = WeightAverage(model.state_dict(), constant_profile(0.75))
+    model.running_mean.fill_(8)
+    model.num_batches_tracked.fill_(5)
+    average.step(1)
+    assert average.tensors["running_mean"].item() == pytest.approx(2.0)
+    assert average.tensors["num_batches_tracked"] == 5
 
 
-def test_statistics_of_batch_norms_are_averaged_along():
-    model = torch.nn.BatchNorm1d(1, affine=False)
-    ema = ModelEMA(torch.nn.Sequential(torch.nn.Linear(1, 1), model), OptimizationArguments(), torch.device("cpu"))
-    holder = torch.nn.Sequential(torch.nn.Linear(1, 1), model)
-    for step in range(1, 21):
-        model.running_mean.fill_(step)
-        model.num_batches_tracked.fill_(step)
-        ema.step(holder, step)
-    assert ema.model[1].running_mean.item() == pytest.approx(expected(20, 0.9999)[-1], rel=1e-5)
-    assert ema.model[1].num_batches_tracked == 20
+def test_averages_are_named_by_their_width():
+    assert list(profiles(OptimizationArguments())) == ["ema"]
+    assert list(profiles(OptimizationArguments(ema_profile="constant"))) == ["ema"]
+    assert list(profiles(OptimizationArguments(ema_profile="power"))) == ["ema_0.05", "ema_0.1"]
+    assert profiles(OptimizationArguments(use_ema=False)) == {}
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"ema_sigma_rel": [0.3]}, "sigma_rel must lie between 0 and 0.289, not 0.3"),
+        ({"ema_sigma_rel": [0.1, 0.1]}, "--ema_sigma_rel must be different numbers"),
+        ({"ema_decay": 1.1}, "--ema_decay must be at most 1"),
+        ({"ema_snapshot_steps": 10}, "--ema_snapshot_steps needs --ema_profile power"),
+    ],
+)
+def test_widths_and_decays_that_cannot_be_are_refused(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        OptimizationArguments(**kwargs)

@@ -3,13 +3,25 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
-from sdt_diffusion.training.objectives import ObjectiveArguments, build_objective, diffusion_loss
+from sdt_diffusion.training.draws import Draws
+from sdt_diffusion.training.objectives import DiffusionLoss, ObjectiveArguments, build_objective
+
+
+def draws_for(n):
+    return Draws(seed=0, step=0, rows=slice(0, n), images_per_step=n)
 
 
 def noised(n=4096, **kwargs):
-    torch.manual_seed(0)
     clean = torch.full((n, 1, 2, 2), 0.7)
-    return clean, build_objective(ObjectiveArguments(**kwargs)).noised(clean)
+    return clean, build_objective(ObjectiveArguments(**kwargs)).noised(clean, draws_for(n))
+
+
+class Zero(torch.nn.Module):
+    """Predicts zero, and remembers what it was asked."""
+
+    def forward(self, sample, timestep, class_labels, force_drop_ids, return_dict):
+        self.timestep, self.dropped = timestep, force_drop_ids
+        return (torch.zeros_like(sample),)
 
 
 def test_flow_lies_on_the_line_from_data_to_noise():
@@ -66,13 +78,10 @@ def test_min_snr_weights():
 
 @pytest.mark.parametrize("objective", ["ddpm", "flow"])
 def test_loss_of_predicting_zero_is_the_targets_power(objective):
-    class Zero(torch.nn.Module):
-        def forward(self, sample, timestep, class_labels, return_dict):
-            return (torch.zeros_like(sample),)
-
-    torch.manual_seed(0)
     clean = torch.full((4096, 1, 2, 2), 0.7)
-    loss = diffusion_loss(Zero(), build_objective(ObjectiveArguments(objective=objective)), clean, None)
+    loss = DiffusionLoss(build_objective(ObjectiveArguments(objective=objective)))(
+        Zero(), clean, None, draws_for(4096)
+    )
     assert loss.item() == pytest.approx(1.0 if objective == "ddpm" else 1 + 0.7**2, rel=0.05)
 
 
@@ -84,11 +93,46 @@ def test_arguments_of_the_other_objective_are_refused(args):
 
 def test_a_prediction_of_another_shape_is_refused():
     class Wide(torch.nn.Module):
-        def forward(self, sample, timestep, class_labels, return_dict):
+        def forward(self, sample, timestep, class_labels, force_drop_ids, return_dict):
             return (torch.cat([sample, sample], 1),)
 
     with pytest.raises(ValueError, match=r"predicts \(2, 2, 4, 4\), but the target is \(2, 1, 4, 4\)"):
-        diffusion_loss(Wide(), build_objective(ObjectiveArguments()), torch.zeros(2, 1, 4, 4), None)
+        DiffusionLoss(build_objective(ObjectiveArguments()))(Wide(), torch.zeros(2, 1, 4, 4), None, draws_for(2))
+
+
+def test_labels_are_dropped_as_often_as_asked():
+    model, loss = Zero(), DiffusionLoss(build_objective(ObjectiveArguments()), class_dropout_prob=0.25)
+    loss(model, torch.zeros(4096, 1, 2, 2), None, draws_for(4096))
+    assert model.dropped.float().mean().item() == pytest.approx(0.25, abs=0.03)
+
+
+@pytest.mark.parametrize("objective", ["ddpm", "flow"])
+def test_the_error_is_told_by_ranges_of_timesteps(objective):
+    model, loss = Zero(), DiffusionLoss(build_objective(ObjectiveArguments(objective=objective)), num_buckets=4)
+    clean = torch.full((64, 1, 2, 2), 0.7)
+    draws = draws_for(64)
+    target = loss.objective.noised(clean, draws_for(64)).target
+    loss(model, clean, None, draws)
+    errors = target.square().mean(dim=(1, 2, 3))
+    expected = {
+        f"loss_by_timestep/{low:04d}-{low + 249:04d}": errors[(model.timestep // 250) == low // 250].mean().item()
+        for low in (0, 250, 500, 750)
+        if ((model.timestep // 250) == low // 250).any()
+    }
+    found = loss.by_timestep(lambda sums: sums)
+    assert found == pytest.approx(expected)
+    assert loss.by_timestep(lambda sums: sums) == {}
+
+
+def test_the_error_by_timestep_is_of_all_processes_and_of_what_is_finite():
+    loss = DiffusionLoss(build_objective(ObjectiveArguments()), num_buckets=1)
+    clean = torch.zeros(8, 1, 2, 2)
+    clean[3] = torch.nan
+    loss(Zero(), clean, None, draws_for(8))
+    noise = build_objective(ObjectiveArguments()).noised(torch.zeros(8, 1, 2, 2), draws_for(8)).target
+    expected = noise[[0, 1, 2, 4, 5, 6, 7]].square().mean().item()
+    found = loss.by_timestep(lambda sums: sums * 2)  # two processes that saw the same
+    assert found["loss_by_timestep/0000-0999"] == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("args", [{"objective": "flow"}, {"objective": "ddpm", "prediction_type": "v_prediction"}])

@@ -1,0 +1,42 @@
+"""Accelerate, as the arguments and `accelerate launch` want it."""
+
+import os
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import ProjectConfiguration, is_bf16_available, parse_flag_from_env
+
+from .arguments import RunArguments
+
+
+def build_accelerator(run: RunArguments) -> Accelerator:
+    """The accelerator of a run; writes the precision that was chosen into `run`."""
+    if run.allow_tf32:
+        torch.set_float32_matmul_precision("high")
+    accelerator = Accelerator(
+        mixed_precision=run.mixed_precision or default_precision(),
+        gradient_accumulation_steps=run.gradient_accumulation_steps,
+        log_with=None if run.report_to == "none" else run.report_to,
+        project_config=ProjectConfiguration(
+            project_dir=run.output_dir, logging_dir=str(Path(run.output_dir) / run.logging_dir)
+        ),
+    )
+    run.mixed_precision = accelerator.mixed_precision
+    if accelerator.device.type == "cpu":  # `accelerate launch` asks for one thread, however many cores there are
+        affinity = getattr(os, "sched_getaffinity", None)
+        cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+        local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        torch.set_num_threads(run.cpu_threads or max(1, cores // local_processes))
+    return accelerator
+
+
+def default_precision() -> str | None:
+    """bf16 on accelerators that have it; `None`, for what `accelerate launch` says, on others or if it names one.
+
+    Its "no" names none: it is what it says unless it is told otherwise. `--mixed_precision no` is heard.
+    """
+    if os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no":
+        return None
+    device = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).device
+    return "bf16" if device.type not in ("cpu", "mps") and is_bf16_available() else None

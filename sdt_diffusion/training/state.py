@@ -1,0 +1,127 @@
+"""What a checkpoint holds: weights, averages and AdamW's moments, whole, however many processes shared them."""
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from .ema import WeightAverage
+from .sharded import copy_whole, whole
+
+OPTIMIZER_FILE = "optimizer.safetensors"
+#: What transformers notes in a config when it saves a model.
+NOT_OF_THE_MODEL = frozenset({"architectures", "dtype", "transformers_version"})
+
+
+class TrainingState:
+    """The tensors of a run, as they are saved and loaded.
+
+    Weights and averages are folders of `save_pretrained`; the optimizer's state is a safetensors file with a tensor
+    for each parameter and moment, by the parameter's name. Nothing in them tells by how many processes, or under which
+    strategy, they were made: any number of processes goes on from them, under DDP, FSDP2 or alone.
+
+    Args:
+        name: Folder of the weights; averages have theirs behind an underscore.
+        skeleton: The model without its weights, on the meta device.
+        model: The model that is trained, under no wrapper; its tensors may be sharded.
+        optimizer: Its optimizer, under no wrapper.
+        averages: Its averages, by the ending of their folders' names.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        skeleton: nn.Module,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        averages: Mapping[str, WeightAverage],
+    ):
+        self.skeleton, self.model, self.optimizer = skeleton, model, optimizer
+        self.models = {name: model.state_dict()}
+        self.models |= {f"{name}_{ending}": average.tensors for ending, average in averages.items()}
+        self._parameter_names = {id(parameter): name for name, parameter in model.named_parameters()}
+
+    def save(self, folder: Path, is_main_process: bool = True) -> None:
+        """Fills a folder; all processes gather, the main one writes."""
+        for name, tensors in self.models.items():
+            gathered = gather(tensors, keep=is_main_process)
+            if is_main_process:
+                module = copy.deepcopy(self.skeleton)
+                module.load_state_dict(gathered, assign=True)
+                module.save_pretrained(folder / name)
+        moments = {
+            f"{self._parameter_names[id(parameter)]}.{key}": value
+            for parameter, state in self.optimizer.state.items()
+            for key, value in state.items()
+        }
+        gathered = gather(moments, keep=is_main_process)
+        if is_main_process:
+            save_file(gathered, folder / OPTIMIZER_FILE)
+
+    @torch.no_grad()
+    def load(self, folder: Path) -> None:
+        """Takes over what `save` wrote.
+
+        Raises:
+            ValueError: If the folder's model has another config; lists what differs.
+        """
+        for name, tensors in self.models.items():
+            module = type(self.skeleton).from_pretrained(folder / name)
+            check_same_config(folder / name, config_of(module), config_of(self.skeleton))
+            saved = module.state_dict()
+            for key, tensor in tensors.items():
+                copy_whole(saved[key], tensor)
+        saved = load_file(folder / OPTIMIZER_FILE)
+        state = self.optimizer.state_dict()
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        state["state"] = {
+            index: _moments(saved, f"{self._parameter_names[id(parameter)]}.", parameter)
+            for index, parameter in enumerate(parameters)
+        }
+        self.optimizer.load_state_dict(state)
+
+
+def gather(tensors: Mapping[str, torch.Tensor], keep: bool = True) -> dict[str, torch.Tensor]:
+    """Whole tensors on the CPU; a process that does not keep them only takes part."""
+    gathered = {}
+    for name, tensor in tensors.items():
+        tensor = whole(tensor.detach())
+        if keep:
+            gathered[name] = tensor.cpu().contiguous()
+    return gathered
+
+
+def config_of(model: nn.Module) -> dict[str, Any]:
+    """The config of a model of diffusers or transformers."""
+    config = dict(model.config) if isinstance(model.config, Mapping) else model.config.to_dict()
+    return {key: value for key, value in config.items() if not key.startswith("_") and key not in NOT_OF_THE_MODEL}
+
+
+def check_same_config(where: Path, saved: dict[str, Any], config: dict[str, Any]) -> None:
+    """Refuses weights of another model.
+
+    Raises:
+        ValueError: Lists the keys that differ.
+    """
+    differences = [
+        f"{key}: {saved.get(key)!r} there, {config.get(key)!r} now"
+        for key in sorted(set(saved) | set(config))
+        if saved.get(key) != config.get(key)
+    ]
+    if differences:
+        raise ValueError(f"{where} is another model: {'; '.join(differences)}.")
+
+
+def _moments(saved, prefix, parameter):
+    moments = {}
+    for name in [name for name in saved if name.startswith(prefix)]:
+        tensor, key = saved[name], name.removeprefix(prefix)
+        moments[key] = tensor
+        if key != "step":  # a moment: spread over the processes as its parameter is
+            moments[key] = torch.zeros_like(parameter, requires_grad=False)
+            copy_whole(tensor, moments[key])
+    return moments

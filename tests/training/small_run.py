@@ -1,0 +1,89 @@
+"""A small run in a process of its own, alone or as one of several: for test_processes.py.
+
+    python small_run.py OUTPUT_DIR STRATEGY [FIELD=VALUE ...]
+
+STRATEGY is "ddp", which a single process does without, or "fsdp2".
+"""
+
+import sys
+
+import torch
+import yaml
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+from sdt_diffusion import SDTTransformer2DModel
+from sdt_diffusion.data import DataArguments
+from sdt_diffusion.training import run as training_run
+from sdt_diffusion.training.arguments import OptimizationArguments, RunArguments
+from sdt_diffusion.training.objectives import DiffusionLoss, ObjectiveArguments, build_objective
+from tests.conftest import TINY
+
+
+class Images:
+    """More than a step and not a multiple of it: epochs end within batches."""
+
+    def __len__(self):
+        return 21
+
+    def __getitems__(self, indices):
+        ramp = torch.linspace(-1, 1, 3 * 8 * 8).reshape(3, 8, 8)
+        return [(ramp * (i + 1) / 21, i % 5) for i in indices]
+
+
+def sharded(build_accelerator):
+    """Accelerate takes FSDP to be for accelerators only; torch's fully_shard works between CPU processes too."""
+
+    def build(run):
+        accelerator = build_accelerator(run)
+        accelerator.state.distributed_type = DistributedType.FSDP
+        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=False
+        )
+        return accelerator
+
+    return build
+
+
+def main(output_dir, strategy, *values):
+    if strategy == "fsdp2":
+        training_run.build_accelerator = sharded(training_run.build_accelerator)
+    run = RunArguments(
+        output_dir=output_dir,
+        report_to="none",
+        cpu_threads=1,
+        logging_steps=2,
+        **{
+            "train_batch_size": 8,
+            "max_train_steps": 6,
+            "checkpointing_steps": 3,
+            **{key: yaml.safe_load(value) for key, value in (word.split("=") for word in values)},
+        },
+    )
+    # With its usual epsilon AdamW makes full steps of gradients that are nothing but rounding errors.
+    optimization = OptimizationArguments(
+        learning_rate=1e-2, adam_epsilon=1e-4, lr_scheduler="cosine", lr_warmup_steps=2, ema_profile="power"
+    )
+    torch.manual_seed(0)
+    model = SDTTransformer2DModel(**TINY)
+    loss = DiffusionLoss(build_objective(ObjectiveArguments()), class_dropout_prob=0.5)
+    training = training_run.Training(
+        model,
+        "transformer",
+        loss,
+        Images(),
+        run,
+        optimization,
+        DataArguments(),
+        (run, optimization),
+        further_values=loss.by_timestep,
+    )
+    for _ in training.steps():
+        pass
+    training.gather()
+    if training.accelerator.is_main_process:
+        training.trained_model.save_pretrained(training.output_dir / "product")
+    training.finish()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,81 @@
+"""One run shared by processes: the same weights, and checkpoints that any number of them can go on from."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from safetensors.torch import load_file
+
+from sdt_diffusion.training.log import read_log
+from tests.training import small_run
+
+#: Sums in another order: weights, averages and moments of order one, at a learning rate of 0.01.
+TOLERANCE = 1e-6
+
+
+def train(output_dir, strategy, *values, processes):
+    """A single process is this one: starting another takes longer than the run."""
+    if processes == 1:
+        for state in (AcceleratorState, PartialState, GradientState):
+            state._reset_state()
+        small_run.main(str(output_dir), strategy, *values)
+        return output_dir
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    result = subprocess.run(
+        [sys.executable, *launcher, small_run.__file__, output_dir, strategy, *values],
+        env={**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    return output_dir
+
+
+def begun(folder, run):
+    """A folder that holds another's first checkpoint."""
+    shutil.copytree(run / "checkpoint-3", folder / "checkpoint-3")
+    shutil.copy(run / "training_config.yaml", folder)
+    return folder
+
+
+def assert_same(folder, expected_folder, files=4):
+    names = sorted(path.relative_to(expected_folder) for path in expected_folder.rglob("*.safetensors"))
+    assert len(names) == files
+    for name in names:
+        found, expected = load_file(folder / name), load_file(expected_folder / name)
+        assert found.keys() == expected.keys()
+        for key in expected:
+            torch.testing.assert_close(found[key], expected[key], rtol=0, atol=TOLERANCE)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    return train(tmp_path_factory.mktemp("processes") / "alone", "ddp", processes=1)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_processes_with_half_the_batch_each_learn_what_one_does(alone, tmp_path, strategy):
+    shared = train(tmp_path / strategy, strategy, "train_batch_size=4", processes=2)
+    assert_same(shared / "checkpoint-6", alone / "checkpoint-6")
+    assert_same(shared / "product", alone / "product", files=1)
+    for found, expected in zip(read_log(shared), read_log(alone), strict=True):
+        del found["images_per_second"], expected["images_per_second"]
+        assert found == pytest.approx(expected, rel=1e-4)
+
+    # What two have saved, one goes on from.
+    resume = ("train_batch_size=4", "gradient_accumulation_steps=2", "resume_from_checkpoint=latest")
+    part = train(begun(tmp_path / "part", shared), "ddp", *resume, processes=1)
+    assert_same(part / "checkpoint-6", alone / "checkpoint-6")
+
+
+def test_what_one_has_saved_two_go_on_from(alone, tmp_path):
+    resume = ("train_batch_size=4", "resume_from_checkpoint=latest")
+    part = train(begun(tmp_path / "part", alone), "fsdp2", *resume, processes=2)
+    assert_same(part / "checkpoint-6", alone / "checkpoint-6")

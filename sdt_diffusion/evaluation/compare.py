@@ -21,6 +21,7 @@ from ..metrics.evaluate import (
     check_metrics,
     compute_metrics,
     format_table,
+    label,
     warnings_about,
 )
 from ..metrics.extraction import summarise
@@ -90,6 +91,7 @@ def compare(
     values = compute_metrics(metrics, found, expected, args.kid_subsets, args.kid_subset_size, device)
     record = {
         **values,
+        "labels": {name: label(name, len(samples), extractor) for name in metrics},
         "samples": {**found.provenance, **({"model": sampling_args.model} if pipe else {})},
         "reference": {"path": args.reference, **expected.provenance},
         "settings": {

@@ -48,6 +48,7 @@ def test_images_against_themselves(real, tmp_path):
     assert metrics_of(record)["fid"] == 0
     assert (record["precision"], record["recall"]) == (1, 1)
     assert record["samples"]["count"] == record["reference"]["count"] == 25
+    assert record["labels"]["fid"] == "FD(pixels)-25"
     assert "FD(pixels)-25" in table
     assert "rank-deficient" in table
     assert np.array(Image.open(tmp_path / "out" / "fid.png")).std() > 1

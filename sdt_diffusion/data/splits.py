@@ -54,6 +54,16 @@ class ImageSubset:
         self.images, self.indices = images, np.asarray(indices)
 
     @property
+    def name(self) -> str:
+        """What to call the data set."""
+        return self.images.name
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return self.images.num_classes
+
+    @property
     def labels(self) -> np.ndarray:
         """Label of each image."""
         return self.images.labels[self.indices]

@@ -31,6 +31,7 @@ from sdt_diffusion.data import DataArguments, SeededTransform
 from sdt_diffusion.data.splits import ValidationDataArguments, load_splits
 from sdt_diffusion.files import move_into, write_atomically
 from sdt_diffusion.plots import plot_accuracy_curve
+from sdt_diffusion.sharing import HubArguments, create_hub_repo, share_run
 from sdt_diffusion.training.arguments import OptimizationArguments, RunArguments
 from sdt_diffusion.training.run import Training
 
@@ -50,7 +51,7 @@ class EvaluationArguments:
 
 
 def main(argv):
-    arguments = parse_arguments(
+    *arguments, hub_args = parse_arguments(
         (
             ClassifierModelArguments,
             DataArguments,
@@ -59,6 +60,7 @@ def main(argv):
             OptimizationArguments,
             RunArguments,
             EvaluationArguments,
+            HubArguments,
         ),
         argv,
         recipes={"digits": CONFIGS / "digits_classifier.yaml"},
@@ -94,6 +96,8 @@ def main(argv):
         num_repeats=recipe_args.aug_repeats,
         parameter_groups=layer_decay_groups(model, recipe_args, optimization_args.adam_weight_decay),
     )
+    if training.accelerator.is_main_process:
+        create_hub_repo(hub_args, training.output_dir)  # if that cannot be, it shows now and not in the end
     # A run that was killed between a checkpoint and its test has the test to make up for.
     tested = {record["step"] for record in training.log.records if "test_accuracy" in record}
 
@@ -141,6 +145,7 @@ def main(argv):
         )
         print(f"Saved the classifier, results.json and accuracy_curve.png to {output_dir}")
     training.finish()
+    share_run(hub_args, training, train_images, [training.trained_model], __file__, argv)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from sdt_diffusion.generation import class_labels_for, generate
 from sdt_diffusion.plots import image_grid, plot_loss_curve
 from sdt_diffusion.sdt.arguments import ModelArguments
 from sdt_diffusion.sdt.latents import encode_pixels, vae_spatial_scale
+from sdt_diffusion.sharing import HubArguments, create_hub_repo, share_run
 from sdt_diffusion.training.arguments import OptimizationArguments, RunArguments
 from sdt_diffusion.training.objectives import DiffusionLoss, ObjectiveArguments, build_objective
 from sdt_diffusion.training.run import Training
@@ -51,8 +52,11 @@ class ValidationArguments:
 
 
 def main(argv):
-    arguments = parse_arguments(
-        (ModelArguments, DataArguments, ObjectiveArguments, OptimizationArguments, RunArguments, ValidationArguments),
+    *arguments, hub_args = parse_arguments(
+        (
+            *(ModelArguments, DataArguments, ObjectiveArguments, OptimizationArguments, RunArguments),
+            *(ValidationArguments, HubArguments),
+        ),
         argv,
         recipes={"digits": DIGITS_CONFIG},
         description=__doc__,
@@ -92,6 +96,8 @@ def main(argv):
         augment=RandomFlip(run_args.seed) if data_args.random_flip else None,
         further_values=diffusion_loss.by_timestep,
     )
+    if training.accelerator.is_main_process:
+        create_hub_repo(hub_args, training.output_dir)  # if that cannot be, it shows now and not in the end
     if vae is not None:
         vae.to(training.accelerator.device)
     pipe = SDTPipeline(
@@ -130,6 +136,7 @@ def main(argv):
             )
         print(f"Saved the pipeline, samples.png and loss_curve.png to {output_dir}")
     training.finish()
+    share_run(hub_args, training, images, [m for m in (pipe.transformer, vae) if m is not None], __file__, argv)
 
 
 if __name__ == "__main__":

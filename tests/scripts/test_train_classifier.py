@@ -57,6 +57,7 @@ def test_training_leaves_a_classifier_for_pipelines_a_log_results_and_a_curve(tr
     assert (results["train_images"], results["test_images"]) == (1438, 359)
     assert f"{results['test_accuracy']:.2%} of 359 test images are classified right" in result.stdout
     assert np.array(Image.open(output_dir / "accuracy_curve.png")).std() > 1
+    assert f"| top-1 accuracy | {results['test_accuracy']:.2%} | 359 |" in (output_dir / "README.md").read_text()
     assert list(output_dir.rglob("*partial*")) == []
     assert_same_weights(output_dir, output_dir / "checkpoint-20" / "classifier_ema")
     code = (

@@ -1,6 +1,7 @@
 """Context-aware gating (CAG): from tokens, and a conditioning vector, to decays."""
 
 import math
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -71,7 +72,7 @@ class ContextAwareGate(nn.Module):
         Returns:
             The gate G, shape (batch, heads, tokens), and alpha, shape (heads,).
         """
-        with torch.autocast(hidden_states.device.type, enabled=False):
+        with _without_autocast(hidden_states.device.type):
             logits = _project(self.proj, hidden_states)
             if self.conditioning_proj is not None:
                 logits = logits + _project(self.conditioning_proj, conditioning).unsqueeze(1)
@@ -118,3 +119,8 @@ def _project(linear: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """Calls the module (offloading and LoRA hook into that) in its weight's dtype, fp32 unless somebody cast it."""
     logits = linear(x.to(linear.weight.dtype))
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def _without_autocast(device_type):
+    # The meta device, on which costs are counted, has no autocast to switch off.
+    return nullcontext() if device_type == "meta" else torch.autocast(device_type, enabled=False)

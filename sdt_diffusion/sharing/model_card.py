@@ -5,6 +5,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..files import write_atomically
@@ -48,7 +49,7 @@ def write_model_card(folder: Path, name: str | None = None, license: str | None 
     """
     record = read_record(folder)
     path = folder / CARD_FILE
-    previous = ModelCard.load(path, ignore_metadata_errors=True) if path.is_file() else None
+    previous = _read_card(path) if path.is_file() else None
     if previous is not None and KEEP_MARK not in previous.text:
         warnings.warn(f"{path} was not written by this program: left as it is.", stacklevel=2)
         return path
@@ -73,6 +74,13 @@ def write_model_card(folder: Path, name: str | None = None, license: str | None 
     card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n")
     write_atomically(path, card.save)
     return path
+
+
+def _read_card(path):
+    try:
+        return ModelCard.load(path)
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{path}: the metadata above its text cannot be read: {error}") from error
 
 
 def _is_pipeline(folder: Path) -> bool:

@@ -83,6 +83,15 @@ def test_a_card_of_someone_elses_making_is_left_alone(finished_run):
     assert path.read_text() == "# Mine\n"
 
 
+def test_metadata_that_cannot_be_read_is_not_lost(finished_run):
+    path = write_model_card(finished_run.folder, license="mit")
+    broken = path.read_text().replace("license: mit", "license: [mit")
+    path.write_text(broken)
+    with pytest.raises(ValueError, match=r"README.md: the metadata above its text cannot be read"):
+        write_model_card(finished_run.folder)
+    assert path.read_text() == broken
+
+
 def test_a_classifiers_card(finished_run):
     folder = finished_run.folder
     (folder / "model_index.json").unlink()

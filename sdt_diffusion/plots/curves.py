@@ -7,10 +7,10 @@ import numpy as np
 
 
 def plot_loss_curve(records: Sequence[dict[str, float]], path: Path) -> None:
-    """Loss over steps, as logged and smoothed, with the learning rate below.
+    """Loss over steps, as logged and smoothed, with the losses by timestep and the learning rate below.
 
     Args:
-        records: Dictionaries with `step`, `loss` and `learning_rate`; others are left out.
+        records: Dictionaries with `step`, `loss`, `learning_rate` and "loss_by_timestep/..."; others are left out.
         path: PNG to write.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -19,9 +19,9 @@ def plot_loss_curve(records: Sequence[dict[str, float]], path: Path) -> None:
     records = [record for record in records if "loss" in record]
     steps = np.array([record["step"] for record in records])
     losses = np.array([record["loss"] for record in records])
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = Figure(figsize=(8, 8), layout="constrained")
     FigureCanvasAgg(figure)
-    loss_axes, rate_axes = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
+    loss_axes, timestep_axes, rate_axes = figure.subplots(3, 1, sharex=True, height_ratios=[4, 4, 1])
     loss_axes.plot(steps, losses, color="tab:blue", alpha=0.3, label="logged")
     loss_axes.plot(steps, _smooth(losses), color="tab:blue", label="smoothed")
     loss_axes.set_ylabel("loss")
@@ -29,11 +29,27 @@ def plot_loss_curve(records: Sequence[dict[str, float]], path: Path) -> None:
     loss_axes.set_ylim(0.95 * losses.min(), 1.05 * np.percentile(losses, 98))
     loss_axes.grid(alpha=0.3)
     loss_axes.legend()
+    _plot_losses_by_timestep(records, timestep_axes)
     rate_axes.plot(steps, [record["learning_rate"] for record in records], color="tab:gray")
     rate_axes.set_ylabel("learning rate")
     rate_axes.set_xlabel("step")
     rate_axes.set_ylim(bottom=0)
     figure.savefig(path, dpi=120)
+
+
+def _plot_losses_by_timestep(records, axes):
+    from matplotlib import colormaps
+
+    ranges = sorted({key for record in records for key in record if key.startswith("loss_by_timestep/")})
+    for key, shade in zip(ranges, np.linspace(0, 0.9, len(ranges)), strict=True):
+        known = [(record["step"], record[key]) for record in records if record.get(key)]
+        steps, losses = np.array(known).T
+        label = key.removeprefix("loss_by_timestep/")
+        axes.semilogy(steps, _smooth(losses), color=colormaps["viridis"](shade), label=label)
+    axes.set_ylabel("error by timestep")
+    axes.grid(alpha=0.3, which="both")
+    if ranges:
+        axes.legend(ncols=2, fontsize="small")
 
 
 def plot_accuracy_curve(records: Sequence[dict[str, float]], path: Path) -> None:

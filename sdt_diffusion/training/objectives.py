@@ -47,8 +47,6 @@ class Noised(NamedTuple):
     weight: torch.Tensor
 
 
-#: What the keys of `DiffusionLoss.by_timestep` begin with.
-BY_TIMESTEP = "loss_by_timestep/"
 DIT_SCHEDULE = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 2e-2, "beta_schedule": "linear"}
 
 
@@ -163,7 +161,7 @@ class DiffusionLoss:
         self._sums = torch.zeros_like(self._sums)
         edges = [self.objective.num_train_timesteps * i // self.num_buckets for i in range(self.num_buckets + 1)]
         return {
-            f"{BY_TIMESTEP}{edges[i]:04d}-{edges[i + 1] - 1:04d}": errors[i] / images[i]
+            f"loss_by_timestep/{edges[i]:04d}-{edges[i + 1] - 1:04d}": errors[i] / images[i]
             for i in range(self.num_buckets)
             if images[i]
         }

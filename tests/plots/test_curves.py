@@ -11,6 +11,17 @@ def test_loss_curve_is_a_picture(tmp_path):
         assert np.array(Image.open(tmp_path / "curve.png")).std() > 1
 
 
+def test_losses_by_timestep_are_shown_where_they_are_known(tmp_path):
+    records = [{"step": 10 * i, "loss": 1 / i, "learning_rate": 1e-3} for i in range(1, 30)]
+    plot_loss_curve(records, tmp_path / "without.png")
+    for record in records[1:]:
+        record |= {"loss_by_timestep/0000-0499": 0.9 / record["step"], "loss_by_timestep/0500-0999": 0.5}
+    del records[7]["loss_by_timestep/0500-0999"]
+    plot_loss_curve(records, tmp_path / "with.png")
+    without, shown = (np.array(Image.open(tmp_path / name))[300:600] for name in ("without.png", "with.png"))
+    assert (shown != without).any(axis=2).mean() > 0.01
+
+
 def test_accuracy_curve_is_a_picture_whether_or_not_losses_are_there(tmp_path):
     tested = [{"step": 10 * i, "test_accuracy": i / 9, "test_loss": 1 / (i + 1)} for i in range(10)]
     logged = [{"step": 10 * i, "loss": 1 / i, "learning_rate": 1e-3} for i in range(1, 10)]

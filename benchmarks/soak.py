@@ -37,28 +37,38 @@ def start(output_dir):
     )
 
 
-def steps_done(output_dir):
-    """Of the last whole checkpoint, and whether one is being written or deleted."""
-    steps = [path.name.removeprefix("checkpoint-") for path in output_dir.glob("checkpoint-*")]
-    return max((int(step) for step in steps if step.isdigit()), default=0), any(not s.isdigit() for s in steps)
+def checkpoints(output_dir):
+    """Names of whole checkpoints, and of those being written or deleted."""
+    return {path.name for path in output_dir.glob("checkpoint-*")}
 
 
-def kill_at_random(output_dir, delay):
-    """Starts the run, kills it after `delay` seconds of training or before, and says where it was."""
+def last_step(output_dir):
+    steps = [name.removeprefix("checkpoint-") for name in checkpoints(output_dir)]
+    return max((int(step) for step in steps if step.isdigit()), default=0)
+
+
+def kill_at_random(output_dir, longest_life):
+    """Starts the run, kills it, and says where it was.
+
+    One in five dies at any time from its start on, the others within `longest_life` seconds of the first sign of a
+    checkpoint: starting takes so long that few would get any further.
+    """
+    before = checkpoints(output_dir)
     process = start(output_dir)
-    before, _ = steps_done(output_dir)
     since = time.monotonic()
-    patience = random.uniform(0, 60)  # some die before they have begun
-    while steps_done(output_dir) == (before, False) and process.poll() is None and time.monotonic() - since < patience:
+    patience = random.uniform(0, 10) if random.random() < 0.2 else 600
+    while checkpoints(output_dir) == before and process.poll() is None and time.monotonic() - since < patience:
         time.sleep(0.001)
-    if steps_done(output_dir) != (before, False):
-        time.sleep(delay)
+    if checkpoints(output_dir) != before:
+        time.sleep(random.uniform(0, longest_life))
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    after, writing = steps_done(output_dir)
     if process.returncode != -signal.SIGKILL:
         raise RuntimeError(f"the run ended by itself, with {process.returncode}: give it more steps")
-    return after, "while a checkpoint was written" if writing else "between checkpoints" if after > before else "early"
+    after = checkpoints(output_dir)
+    if any(name.endswith(".partial") for name in after - before):
+        return "while a checkpoint was written or deleted"
+    return "between checkpoints" if after != before else "before the first checkpoint of their life"
 
 
 def files(output_dir):
@@ -78,12 +88,12 @@ def main():
         undisturbed, killed = Path(folder) / "undisturbed", Path(folder) / "killed"
         if start(undisturbed).wait():
             raise RuntimeError("the undisturbed run failed")
-        moments, reached = Counter(), 0
+        moments = Counter()
         progress = tqdm(range(args.kills), desc="Killing", unit="kill")
         for _ in progress:
-            reached, moment = kill_at_random(killed, random.uniform(0, 1))
-            moments[moment] += 1
-            progress.set_postfix_str(f"step {reached} of {STEPS}")
+            moments[kill_at_random(killed, longest_life=2.0)] += 1
+            progress.set_postfix_str(f"step {last_step(killed)} of {STEPS}")
+        reached = last_step(killed)
         if start(killed).wait():
             raise RuntimeError("the killed run did not come to its end")
         expected, found = files(undisturbed), files(killed)

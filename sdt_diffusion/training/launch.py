@@ -6,6 +6,8 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import ProjectConfiguration, is_bf16_available, parse_flag_from_env
+from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from .arguments import RunArguments
 
@@ -40,3 +42,20 @@ def default_precision() -> str | None:
         return None
     device = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).device
     return "bf16" if device.type not in ("cpu", "mps") and is_bf16_available() else None
+
+
+def prepare(
+    accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """`accelerator.prepare`, by which FSDP2 computes in the same precision as DDP: that of autocast.
+
+    FSDP2's own mixed precision would round all that goes into the model too: timesteps to the 8 bits of bf16.
+    """
+    if not accelerator.is_fsdp2:
+        return accelerator.prepare(model, optimizer)
+    accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
+    model, optimizer = accelerator.prepare(model, optimizer)
+    if accelerator.mixed_precision != "no":
+        dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[accelerator.mixed_precision]
+        model.forward = torch.autocast(accelerator.device.type, dtype)(model.forward)
+    return model, optimizer

@@ -1,6 +1,5 @@
 """Averages of the weights that nobody asked for while training: from snapshots of others (Karras et al. 2024)."""
 
-import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -38,8 +37,7 @@ def save_snapshot(output_dir: Path, step: int, sigma_rel: float, weights: dict[s
     """Stores an average in the run's folder, in full precision: combining many magnifies rounding errors."""
     path = output_dir / SNAPSHOT_FOLDER / f"step-{step:07d}-{sigma_rel:g}.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
-    metadata = {"step": json.dumps(step), "sigma_rel": json.dumps(sigma_rel)}
-    write_atomically(path, lambda partial: save_file(weights, partial, metadata))
+    write_atomically(path, lambda partial: save_file(weights, partial))
 
 
 def list_snapshots(output_dir: Path) -> list[Snapshot]:

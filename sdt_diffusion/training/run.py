@@ -30,7 +30,7 @@ from .draws import Draws
 from .ema import WeightAverage, profiles
 from .guard import FiniteGuard
 from .interruption import Interrupted, StopRequest, ignore_in_worker
-from .launch import build_accelerator
+from .launch import build_accelerator, prepare
 from .log import TrainingLog
 from .optimizer import build_lr_schedule, build_optimizer
 from .post_hoc import save_snapshot
@@ -242,7 +242,7 @@ class Training:
         optimizer = build_optimizer(model, self.optimization, parameter_groups)
         skeleton = copy.deepcopy(model).to("meta")
         product = copy.deepcopy(model).to(self.accelerator.device).eval().requires_grad_(False)
-        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.model, self.optimizer = prepare(self.accelerator, model, optimizer)
         self.set_learning_rates = build_lr_schedule(optimizer, self.optimization, self.run.max_train_steps)
         tensors = self.unwrapped_model.state_dict()
         self.averages = {

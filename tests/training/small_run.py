@@ -39,6 +39,8 @@ def sharded(build_accelerator):
         accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
             fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=False
         )
+        if run.mixed_precision != "no":
+            accelerator.state.fsdp_plugin.set_mixed_precision(run.mixed_precision)  # as accelerate would have
         return accelerator
 
     return build
@@ -53,6 +55,7 @@ def main(output_dir, strategy, *values):
         cpu_threads=1,
         logging_steps=2,
         **{
+            "mixed_precision": "no",
             "train_batch_size": 8,
             "max_train_steps": 6,
             "checkpointing_steps": 3,

@@ -10,6 +10,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from safetensors.torch import load_file
+from torch import distributed
 
 from sdt_diffusion.training.log import read_log
 from tests.training import small_run
@@ -79,3 +80,15 @@ def test_what_one_has_saved_two_go_on_from(alone, tmp_path):
     resume = ("train_batch_size=4", "resume_from_checkpoint=latest")
     part = train(begun(tmp_path / "part", alone), "fsdp2", *resume, processes=2)
     assert_same(part / "checkpoint-6", alone / "checkpoint-6")
+
+
+def test_fsdp2_computes_in_the_precision_of_ddp(tmp_path):
+    """bf16 for matrix products, and not for the timesteps: a step of 4 between 512 and 1000."""
+    expected = train(tmp_path / "alone", "ddp", "mixed_precision=bf16", processes=1)
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        found = train(tmp_path / "sharded", "fsdp2", "mixed_precision=bf16", processes=1)
+    finally:
+        if distributed.is_initialized():  # a run that comes to its end ends the group
+            distributed.destroy_process_group()
+    assert_same(found / "product", expected / "product", files=1)

@@ -21,7 +21,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 ROOT = Path(__file__).parents[1]
-STEPS = 600
+STEPS = 1500
 RUN = [
     *(sys.executable, "train/train_dit.py", "--cpu_threads", "1", "--model_overrides", '{"num_layers": 2}'),
     *("--max_train_steps", str(STEPS), "--checkpointing_steps", "10", "--checkpoints_total_limit", "2"),

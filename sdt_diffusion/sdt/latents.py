@@ -1,7 +1,29 @@
 """Between pixels and a VAE's latents, normalised the same in training and in decoding."""
 
+from typing import NamedTuple
+
 import torch
 from torch import nn
+
+
+class LatentNormalisation(NamedTuple):
+    """Between the latents z of a VAE and those that the model sees, (z - shift_factor) * scaling_factor."""
+
+    scaling_factor: float
+    shift_factor: float = 0.0
+
+    @classmethod
+    def of(cls, vae: nn.Module) -> "LatentNormalisation":
+        """The one in the VAE's config."""
+        return cls(vae.config.scaling_factor, getattr(vae.config, "shift_factor", None) or 0.0)
+
+    def apply(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents as the model sees them."""
+        return (latents - self.shift_factor) * self.scaling_factor
+
+    def undo(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents as the VAE decodes them."""
+        return latents / self.scaling_factor + self.shift_factor
 
 
 def vae_spatial_scale(vae: nn.Module | None) -> int:
@@ -14,24 +36,53 @@ def vae_spatial_scale(vae: nn.Module | None) -> int:
 
 
 @torch.no_grad()
-def encode_pixels(vae: nn.Module, pixels: torch.Tensor, sample: bool = True) -> torch.Tensor:
-    """Pixels in -1 to 1 to normalised latents, (z - shift_factor) * scaling_factor.
+def posterior_moments(vae: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
+    """Mean and standard deviation of the latents of pixels, as they are before the normalisation.
 
-    z is a sample of the posterior, or its mode.
+    Args:
+        vae: An `AutoencoderKL`, or an `AutoencoderDC`, whose latents are certain: their deviation is 0.
+        pixels: In -1 to 1, shape (batch, channels, height, width).
+
+    Returns:
+        In fp32, shape (batch, 2, latent_channels, height / scale, width / scale).
     """
     encoded = vae.encode(pixels.to(vae.dtype))
     if hasattr(encoded, "latent_dist"):
-        latents = encoded.latent_dist.sample() if sample else encoded.latent_dist.mode()
+        moments = (encoded.latent_dist.mean, encoded.latent_dist.std)
     else:
-        latents = encoded.latent  # AutoencoderDC
-    return (latents.float() - _shift(vae)) * vae.config.scaling_factor
+        moments = (encoded.latent, torch.zeros_like(encoded.latent))
+    return torch.stack(moments, dim=1).float()
+
+
+def sample_posterior(
+    moments: torch.Tensor, noise: torch.Tensor | None, normalisation: LatentNormalisation
+) -> torch.Tensor:
+    """Normalised latents, drawn with given noise.
+
+    Args:
+        moments: Mean and standard deviation, shape (batch, 2, channels, height, width); see `posterior_moments`.
+        noise: Standard normal, shape (batch, channels, height, width); `None` for the mean.
+        normalisation: The normalisation.
+
+    Returns:
+        In fp32, shape (batch, channels, height, width).
+    """
+    mean, std = moments.float().unbind(dim=1)
+    return normalisation.apply(mean if noise is None else mean + std * noise)
+
+
+def encode_pixels(vae: nn.Module, pixels: torch.Tensor, sample: bool = True) -> torch.Tensor:
+    """Pixels in -1 to 1 to normalised latents: a sample of the posterior, or its mean."""
+    moments = posterior_moments(vae, pixels)
+    noise = torch.randn_like(moments[:, 0]) if sample else None
+    return sample_posterior(moments, noise, LatentNormalisation.of(vae))
 
 
 def decode_latents(vae: nn.Module, latents: torch.Tensor) -> torch.Tensor:
     """Normalised latents to pixels in -1 to 1."""
-    latents = latents / vae.config.scaling_factor + _shift(vae)
+    return decode_raw_latents(vae, LatentNormalisation.of(vae).undo(latents))
+
+
+def decode_raw_latents(vae: nn.Module, latents: torch.Tensor) -> torch.Tensor:
+    """Latents as the VAE encodes them to pixels in -1 to 1."""
     return vae.decode(latents.to(vae.dtype), return_dict=False)[0].float()
-
-
-def _shift(vae):
-    return getattr(vae.config, "shift_factor", None) or 0.0

@@ -1,7 +1,8 @@
 """Images and labels from the formats that `datasets` reads."""
 
 from .augmentation import RandomFlip, SeededTransform
-from .images import CorruptImageError, DataArguments, LabelledImages, load_images
+from .decoding import CorruptImageError
+from .images import DataArguments, LabelledImages, load_images
 from .stream import ShuffledStream
 
 __all__ = [

@@ -1,6 +1,5 @@
-"""Labelled images from scikit-learn's digits, a folder, a parquet or arrow file, or the Hub."""
+"""Labelled images from scikit-learn's digits, a folder, parquet, arrow or tar files, or the Hub."""
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,17 +9,22 @@ import numpy as np
 import torch
 from PIL import Image
 
+from .decoding import ImageDecoder
+
 #: File ending -> reader of the `datasets` library.
-FILE_FORMATS = {".parquet": "parquet", ".arrow": "arrow"}
+FILE_FORMATS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
 
 
 @dataclass
-class DataArguments:
-    """What to train on."""
+class ImageArguments:
+    """Which images to read."""
 
     dataset: str = field(
         default="digits",
-        metadata={"help": "'digits' (embedded), an image folder, a .parquet or .arrow file, or a name on the Hub."},
+        metadata={
+            "help": "'digits' (embedded), an image folder, a .parquet, .arrow or webdataset .tar file, a pattern of "
+            "such files, or a name on the Hub."
+        },
     )
     dataset_split: str | None = field(default="train", metadata={"help": "Split to read."})
     image_column: str | None = field(default=None, metadata={"help": "Column of the images; found by its type."})
@@ -31,12 +35,14 @@ class DataArguments:
     image_mode: Literal["RGB", "L"] | None = field(
         default=None, metadata={"help": "Colour or grey; L for digits, RGB for all else by default."}
     )
+
+
+@dataclass
+class DataArguments(ImageArguments):
+    """What to train on."""
+
     random_flip: bool = field(default=False, metadata={"help": "Mirror every other image."})
     dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that load images."})
-
-
-class CorruptImageError(ValueError):
-    """An image of the data set that cannot be decoded; the message names it."""
 
 
 class LabelledImages:
@@ -75,7 +81,8 @@ class LabelledImages:
             feature = dataset.features[label_column]
         self.dataset = dataset.cast_column(image_column, Image(decode=False))  # decoding by hand can name the culprit
         self.image_column, self.label_column, self.name = image_column, label_column, name
-        self.resolution, self.image_mode, self.as_pictures = resolution, image_mode, as_pictures
+        self.image_mode = image_mode
+        self.decode = ImageDecoder(resolution, image_mode, as_pictures)
         labels = dataset[label_column][:]
         for row, label in enumerate(labels):
             if not isinstance(label, int):
@@ -110,39 +117,12 @@ class LabelledImages:
         """Images, as tensors of shape (channels, resolution, resolution), and labels, read in one go."""
         images = self.dataset[list(indices)][self.image_column]
         return [
-            (self._decode(image, index), int(self.labels[index])) for image, index in zip(images, indices, strict=True)
+            (self.decode(image, index, self.name), int(self.labels[index]))
+            for image, index in zip(images, indices, strict=True)
         ]
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor | Image.Image, int]:
         return self.__getitems__([index])[0]
-
-    def _decode(self, image: dict, index: int) -> torch.Tensor | Image.Image:
-        try:
-            source = io.BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"]
-            with Image.open(source) as opened:
-                if opened.mode.startswith(("I", "F")):
-                    raise ValueError(f"mode {opened.mode} has more than 8 bits a channel; convert it to 8 bits")
-                picture = opened.convert(self.image_mode)
-            return picture if self.as_pictures else self._to_tensor(center_crop(picture, self.resolution))
-        except Exception as error:
-            path = f" ({image['path']})" if image.get("path") else ""
-            raise CorruptImageError(f"Cannot read the image of row {index}{path} of {self.name}: {error}") from error
-
-    def _to_tensor(self, image: Image.Image) -> torch.Tensor:
-        pixels = torch.from_numpy(np.array(image)).reshape(self.resolution, self.resolution, self.num_channels)
-        return pixels.permute(2, 0, 1).float() / 127.5 - 1
-
-
-def center_crop(image: Image.Image, size: int) -> Image.Image:
-    """ADM's rule: halve by box filter while twice as large, resize the short side bicubically, crop the centre."""
-    if image.size == (size, size):
-        return image
-    while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = size / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
 
 
 def load_images(args: DataArguments, default_resolution: int | None, as_pictures: bool = False) -> LabelledImages:
@@ -160,7 +140,7 @@ def load_images(args: DataArguments, default_resolution: int | None, as_pictures
     args.resolution = args.resolution or default_resolution
     args.image_mode = args.image_mode or ("L" if args.dataset == "digits" else "RGB")
     dataset = read_dataset(args)
-    image_column, label_column = find_image_column(dataset, args), _label_column(dataset, args)
+    image_column, label_column = find_image_column(dataset, args), find_label_column(dataset, args)
     shape = (args.resolution, args.image_mode)
     return LabelledImages(dataset, image_column, label_column, *shape, args.dataset, as_pictures)
 
@@ -178,8 +158,12 @@ def load_digits_dataset():
     return Dataset.from_dict(columns, features=features)
 
 
-def read_dataset(args: DataArguments):
+def read_dataset(args: ImageArguments, streaming: bool = False):
     """The `datasets.Dataset` that the arguments name; without a split, the only one there is.
+
+    Args:
+        args: The arguments.
+        streaming: Give an `IterableDataset`, which reads files as they lie, in passing, without a copy of them.
 
     Raises:
         FileNotFoundError: If a path does not exist.
@@ -189,19 +173,21 @@ def read_dataset(args: DataArguments):
 
     name, split = args.dataset, args.dataset_split
     if name == "digits":
-        return load_digits_dataset()
+        return _streamed(load_digits_dataset(), streaming)
     path = Path(name).expanduser()
     looks_local = path.suffix in FILE_FORMATS or name.startswith(("/", ".", "~"))
-    if not path.exists() and looks_local:
+    files = [path] if path.exists() else sorted(path.parent.glob(path.name))
+    if looks_local and not files:
         raise FileNotFoundError(f"There is no file or folder {path}; give an existing path or a name on the Hub.")
     try:
-        if path.is_file():
+        if files and files[0].is_file():
             if path.suffix not in FILE_FORMATS:
-                raise ValueError(f"{path}: only {' and '.join(FILE_FORMATS)} files and folders can be read.")
-            return load_dataset(FILE_FORMATS[path.suffix], data_files=str(path), split="train")
+                raise ValueError(f"{path}: only {', '.join(FILE_FORMATS)} files and folders can be read.")
+            data_files = [str(file) for file in files]
+            return load_dataset(FILE_FORMATS[path.suffix], data_files=data_files, split="train", streaming=streaming)
         if (path / "dataset_info.json").is_file():  # written by Dataset.save_to_disk
-            return load_from_disk(str(path))
-        splits = load_dataset(str(path) if path.is_dir() else name, split=split)
+            return _streamed(load_from_disk(str(path)), streaming)
+        splits = load_dataset(str(path) if path.is_dir() else name, split=split, streaming=streaming)
         if split is not None:
             return splits
         if len(splits) > 1:
@@ -211,7 +197,11 @@ def read_dataset(args: DataArguments):
         raise ValueError(f"Cannot read the data set {name} (split {split!r}): {error}") from error
 
 
-def find_image_column(dataset, args: DataArguments) -> str:
+def _streamed(dataset, streaming):
+    return dataset.to_iterable_dataset() if streaming else dataset
+
+
+def find_image_column(dataset, args: ImageArguments) -> str:
     """The column of images: the one that the arguments name, or the only one of that type.
 
     Raises:
@@ -224,7 +214,12 @@ def find_image_column(dataset, args: DataArguments) -> str:
     )
 
 
-def _label_column(dataset, args):
+def find_label_column(dataset, args: ImageArguments) -> str:
+    """The column of labels: the one that the arguments name, or the only one by its type or name.
+
+    Raises:
+        ValueError: If there is none or more than one.
+    """
     from datasets import ClassLabel
 
     return _column(

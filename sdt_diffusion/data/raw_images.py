@@ -17,7 +17,8 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from .images import CorruptImageError, DataArguments, center_crop, find_image_column, read_dataset
+from .decoding import CorruptImageError, center_crop
+from .images import DataArguments, find_image_column, read_dataset
 
 IMAGE_ENDINGS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"})
 

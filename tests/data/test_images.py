@@ -8,7 +8,7 @@ from datasets import Image as ImageFeature
 from PIL import Image
 
 from sdt_diffusion.data import CorruptImageError, DataArguments, load_images
-from sdt_diffusion.data.images import center_crop
+from sdt_diffusion.data.decoding import center_crop
 
 
 def picture(seed, size=(12, 10), mode="RGB"):
@@ -152,7 +152,7 @@ class TestBadInput:
 
     def test_file_of_another_kind(self, tmp_path):
         (tmp_path / "x.csv").write_text("a,b")
-        with pytest.raises(ValueError, match=r"x\.csv: only \.parquet and \.arrow files and folders"):
+        with pytest.raises(ValueError, match=r"x\.csv: only \.parquet, \.arrow, \.tar files and folders"):
             load_images(DataArguments(dataset=str(tmp_path / "x.csv")), default_resolution=8)
 
     def test_folder_without_subfolders_has_no_labels(self, tmp_path):

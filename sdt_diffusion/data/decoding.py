@@ -1,0 +1,68 @@
+"""Encoded images to tensors or pictures."""
+
+import io
+
+import numpy as np
+import torch
+from PIL import Image
+
+
+class CorruptImageError(ValueError):
+    """An image of the data set that cannot be decoded; the message names it."""
+
+
+class ImageDecoder:
+    """Decodes images as `datasets.Image(decode=False)` gives them, so that an error can name the culprit.
+
+    Args:
+        resolution: Side in pixels of the square that images are cropped to; `None` with `as_pictures`.
+        image_mode: "RGB" or "L".
+        as_pictures: Give PIL images of that mode, otherwise as they are, for transforms that crop by themselves.
+    """
+
+    def __init__(self, resolution: int | None, image_mode: str, as_pictures: bool = False):
+        self.resolution, self.image_mode, self.as_pictures = resolution, image_mode, as_pictures
+
+    def __call__(self, image: dict | None, row: int, dataset: str) -> torch.Tensor | Image.Image:
+        """Decodes one image.
+
+        Args:
+            image: Its `bytes`, or the `path` of its file.
+            row: Its row, for messages.
+            dataset: What the data set is called, for messages.
+
+        Returns:
+            A picture, or a tensor in -1 to 1 of shape (channels, resolution, resolution).
+
+        Raises:
+            CorruptImageError: If that cannot be done.
+        """
+        image = image or {}
+        try:
+            if not image:
+                raise ValueError("there is none")
+            source = io.BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"]
+            with Image.open(source) as opened:
+                if opened.mode.startswith(("I", "F")):
+                    raise ValueError(f"mode {opened.mode} has more than 8 bits a channel; convert it to 8 bits")
+                picture = opened.convert(self.image_mode)
+            return picture if self.as_pictures else self._to_tensor(center_crop(picture, self.resolution))
+        except Exception as error:
+            path = f" ({image['path']})" if image.get("path") else ""
+            raise CorruptImageError(f"Cannot read the image of row {row}{path} of {dataset}: {error}") from error
+
+    def _to_tensor(self, image: Image.Image) -> torch.Tensor:
+        pixels = torch.from_numpy(np.array(image)).reshape(self.resolution, self.resolution, len(self.image_mode))
+        return pixels.permute(2, 0, 1).float() / 127.5 - 1
+
+
+def center_crop(image: Image.Image, size: int) -> Image.Image:
+    """ADM's rule: halve by box filter while twice as large, resize the short side bicubically, crop the centre."""
+    if image.size == (size, size):
+        return image
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))

@@ -13,6 +13,7 @@ from .files import write_atomically
 from .fingerprint import fingerprint
 from .generation import describe_sampling, generate
 from .sdt import SDTPipeline
+from .settings import differences
 
 MANIFEST_FILE = "manifest.json"
 
@@ -153,16 +154,10 @@ def _claim(folder, manifest):
     path = folder / MANIFEST_FILE
     if path.is_file():
         there = json.loads(path.read_text())
-        differences = [
-            key
-            if key in ("class_labels", "scheduler")
-            else f"{key}: {there.get(key)!r} there, {manifest.get(key)!r} now"
-            for key in sorted(set(there) | set(manifest))
-            if there.get(key) != manifest.get(key)
-        ]
-        if differences:
+        found = differences(there, manifest, unquoted=("class_labels", "scheduler"))
+        if found:
             raise ValueError(
-                f"{folder} holds samples made otherwise ({'; '.join(differences)}). Delete it, or give another "
+                f"{folder} holds samples made otherwise ({'; '.join(found)}). Delete it, or give another "
                 "--samples_dir."
             )
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

@@ -4,7 +4,7 @@ import io
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 
 class CorruptImageError(ValueError):
@@ -37,19 +37,22 @@ class ImageDecoder:
         Raises:
             CorruptImageError: If that cannot be done.
         """
-        image = image or {}
+        image = image or {"bytes": None, "path": None}
         try:
-            if not image:
-                raise ValueError("there is none")
-            source = io.BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"]
-            with Image.open(source) as opened:
-                if opened.mode.startswith(("I", "F")):
-                    raise ValueError(f"mode {opened.mode} has more than 8 bits a channel; convert it to 8 bits")
-                picture = opened.convert(self.image_mode)
-            return picture if self.as_pictures else self._to_tensor(center_crop(picture, self.resolution))
+            return self._decode(io.BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"])
+        except UnidentifiedImageError:
+            problem = "it is no image that Pillow knows"
         except Exception as error:
-            path = f" ({image['path']})" if image.get("path") else ""
-            raise CorruptImageError(f"Cannot read the image of row {row}{path} of {dataset}: {error}") from error
+            problem = error if any(image.values()) else "there is none"
+        path = f" ({image['path']})" if image.get("path") else ""
+        raise CorruptImageError(f"Cannot read the image of row {row}{path} of {dataset}: {problem}")
+
+    def _decode(self, source: io.BytesIO | str) -> torch.Tensor | Image.Image:
+        with Image.open(source) as opened:
+            if opened.mode.startswith(("I", "F")):
+                raise ValueError(f"mode {opened.mode} has more than 8 bits a channel; convert it to 8 bits")
+            picture = opened.convert(self.image_mode)
+        return picture if self.as_pictures else self._to_tensor(center_crop(picture, self.resolution))
 
     def _to_tensor(self, image: Image.Image) -> torch.Tensor:
         pixels = torch.from_numpy(np.array(image)).reshape(self.resolution, self.resolution, len(self.image_mode))

@@ -1,0 +1,223 @@
+"""Latents that were encoded once, in files that are read piece by piece.
+
+A cache is a folder of
+
+- `shard-00000.safetensors`, ...: `moments` of shape (images, 2, 2, channels, height, width), which are the mean and the
+  standard deviation of the VAE's posterior, not normalised, for an image and for its mirror; and `labels` of shape
+  (images,), int64. The header's metadata name the classes.
+- `manifest.json`: how they were made, the VAE's normalisation, the classes, and size and checksum of every shard.
+"""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tqdm.auto import tqdm
+
+MANIFEST_FILE = "manifest.json"
+FORMAT, VERSION = "sdt_diffusion latents", 1
+DTYPES = {"F16": "float16", "F32": "float32"}
+#: Shards that a process keeps open; systems allow some 1,000 files.
+MAX_OPEN_FILES = 512
+
+
+class LatentCache:
+    """The posteriors of a data set's images, as training reads them: with memory for what was asked for, and no more.
+
+    The files could be mapped into memory, but the pages of a mapping stay with the process until they are needed
+    elsewhere, and an error of the disk would end it without a word.
+
+    Args:
+        folder: The folder.
+        mirrors: Read the mirrored image's posterior too.
+
+    Raises:
+        ValueError: If it is no cache, of another version, or not whole; the message names the shard.
+    """
+
+    def __init__(self, folder: Path, mirrors: bool = False):
+        self.folder, self.mirrors, self.name = folder, mirrors, str(folder)
+        self.manifest = read_manifest(folder)
+        self.class_names: list[str] = self.manifest["class_names"]
+        shards = [_open_shard(folder, record, self.manifest) for record in self.manifest["shards"]]
+        self._paths = [folder / record["file"] for record in self.manifest["shards"]]
+        self._offsets = [offset for offset, _ in shards]
+        self.labels = np.concatenate([labels for _, labels in shards])
+        self._starts = np.cumsum([0] + [len(labels) for _, labels in shards])
+        self._dtype = np.dtype(self.manifest["settings"]["dtype"])
+        self._files = {}
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self.class_names)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of the latents."""
+        return tuple(self.manifest["moments_shape"][2:])
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitems__(self, indices: Sequence[int]) -> list[tuple[torch.Tensor, int]]:
+        """Moments and labels of some images.
+
+        Moments have the shape (2, channels, height, width), or with `mirrors` (2, 2, channels, height, width): of the
+        image and its mirror.
+        """
+        stored = self.manifest["moments_shape"]
+        moments = np.empty((len(indices), *(stored if self.mirrors else stored[1:])), self._dtype)
+        shards = np.searchsorted(self._starts, indices, side="right") - 1
+        size = math.prod(stored) * self._dtype.itemsize
+        for target, index, shard in zip(moments.view(np.uint8), indices, shards.tolist(), strict=True):
+            offset = self._offsets[shard] + int(index - self._starts[shard]) * size
+            if os.preadv(self._descriptor(shard), [target], offset) != target.nbytes:
+                raise ValueError(f"{self._paths[shard]} has become shorter: encode its images again.")
+        return list(zip(torch.from_numpy(moments), self.labels[indices].tolist(), strict=True))
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return self.__getitems__([index])[0]
+
+    def __getstate__(self):
+        return {**self.__dict__, "_files": {}}
+
+    def _descriptor(self, shard):
+        if shard not in self._files:
+            if len(self._files) >= MAX_OPEN_FILES:
+                self._files.clear()
+            self._files[shard] = self._paths[shard].open("rb", buffering=0)
+        return self._files[shard].fileno()
+
+
+def is_latent_cache(folder: Path) -> bool:
+    """Whether a folder is a finished cache, of whatever version."""
+    try:
+        return json.loads((folder / MANIFEST_FILE).read_text())["format"] == FORMAT
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a cache.
+
+    Raises:
+        ValueError: If there is none that can be read.
+    """
+    path = folder / MANIFEST_FILE
+    if not is_latent_cache(folder):
+        raise ValueError(
+            f"{path} is no manifest of latents: train/encode_latents.py makes them, and writes it when all are there."
+        )
+    manifest = json.loads(path.read_text())
+    if manifest.get("version") != VERSION:
+        raise ValueError(
+            f"{path} is of version {manifest.get('version')!r}, and this program reads version {VERSION}: encode the "
+            "images again, or use the program that made it."
+        )
+    missing = {"settings", "class_names", "moments_shape", "shards"} - set(manifest)
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(sorted(missing))}: it was changed by hand, or is damaged.")
+    return manifest
+
+
+def write_shard(path: Path, moments: torch.Tensor, labels: torch.Tensor, class_names: Sequence[str] | None) -> None:
+    """Writes a shard; see the top of this file.
+
+    Args:
+        path: The file.
+        moments: Shape (images, 2, 2, channels, height, width).
+        labels: Shape (images,).
+        class_names: Names of the classes, if they are known yet.
+    """
+    tensors = {"moments": moments.contiguous(), "labels": labels.to(torch.int64)}
+    save_file(tensors, path, metadata={"class_names": json.dumps(class_names and list(class_names))})
+
+
+def shard_labels(path: Path) -> np.ndarray:
+    """The labels in a shard."""
+    with safe_open(path, framework="numpy") as shard:
+        return shard.get_tensor("labels")
+
+
+def has_size(folder: Path, record: dict[str, Any]) -> bool:
+    """Whether a shard is there with the size that the manifest says."""
+    path = folder / record["file"]
+    return path.is_file() and path.stat().st_size == record["num_bytes"]
+
+
+def checksum(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def verify(folder: Path, progress: bool = True) -> int:
+    """Compares every byte of a cache with its checksums.
+
+    Args:
+        folder: The cache.
+        progress: Whether to show a progress bar over the shards.
+
+    Returns:
+        Number of shards.
+
+    Raises:
+        ValueError: Names the shards that are missing, cut off or changed.
+    """
+    records = read_manifest(folder)["shards"]
+    damaged = [
+        record["file"]
+        for record in tqdm(records, desc="Verifying", unit="shard", disable=not progress)
+        if not has_size(folder, record) or checksum(folder / record["file"]) != record["sha256"]
+    ]
+    if damaged:
+        raise ValueError(
+            f"{folder}: {len(damaged)} of {len(records)} shards are damaged: {', '.join(damaged)}. Delete them and "
+            "run the command that made the cache: it encodes what is missing."
+        )
+    return len(records)
+
+
+def _open_shard(folder, record, manifest) -> tuple[int, np.ndarray]:
+    """Where the moments lie in the file, and the labels."""
+    path = folder / record["file"]
+    if not has_size(folder, record):
+        found = f"{path.stat().st_size} bytes long" if path.is_file() else "missing"
+        raise ValueError(
+            f"{path} is {found}, and should have {record['num_bytes']} bytes: run the command that made the cache, it "
+            "encodes what is missing."
+        )
+    expected = [record["num_images"], *manifest["moments_shape"]], manifest["settings"]["dtype"]
+    try:
+        with safe_open(path, framework="numpy") as shard:
+            moments, labels = shard.get_slice("moments"), shard.get_tensor("labels")
+            found = moments.get_shape(), DTYPES.get(moments.get_dtype())
+            class_names = json.loads(shard.metadata()["class_names"])
+        with path.open("rb") as file:
+            header_size = int.from_bytes(file.read(8), "little")
+            offset = 8 + header_size + json.loads(file.read(header_size))["moments"]["data_offsets"][0]
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged, delete it and encode its images again: {error}") from error
+    if found != expected or len(labels) != record["num_images"]:
+        raise ValueError(f"{path} holds {found[1]} of shape {found[0]}, not {expected[1]} of shape {expected[0]}.")
+    if class_names not in (None, manifest["class_names"]):
+        differing = sorted(set(class_names) ^ set(manifest["class_names"])) or ["their order"]
+        raise ValueError(
+            f"{path} is of other classes than the manifest says ({', '.join(differing[:10])} differ): it belongs to "
+            "another cache."
+        )
+    if len(labels) and not (labels.min() >= 0 and labels.max() < len(manifest["class_names"])):
+        raise ValueError(f"{path} has labels outside 0..{len(manifest['class_names']) - 1}.")
+    return offset, labels

@@ -1,0 +1,1 @@
+"""Images through a VAE into a cache of latents."""

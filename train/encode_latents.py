@@ -1,8 +1,8 @@
 """Encodes the images of a data set, and their mirrors, into a cache of latents that train_dit.py reads.
 
-    accelerate launch train/encode_latents.py --dataset IMAGES --output_dir CACHE --pretrained_vae_model_name_or_path VAE
-    accelerate launch train/encode_latents.py --dataset "tars/train-*.tar" --streaming True ...
-    python train/encode_latents.py --verify True --output_dir CACHE
+    accelerate launch train/encode_latents.py --dataset DATA --output_dir CACHE --pretrained_vae_model_name_or_path VAE
+    accelerate launch train/encode_latents.py ... --dataset "tars/train-*.tar" --streaming True
+    python train/encode_latents.py --output_dir CACHE --verify True
 
 The same command goes on where it was interrupted. preview.png, written with the first shard, shows whether the VAE and
 the crop are what they should be.

@@ -1,15 +1,18 @@
 """Images and labels from the formats that `datasets` reads."""
 
-from .augmentation import RandomFlip, SeededTransform
+from .augmentation import RandomFlip, RandomMirror, SeededTransform
 from .decoding import CorruptImageError
 from .images import DataArguments, LabelledImages, load_images
+from .latent_cache import LatentCache
 from .stream import ShuffledStream
 
 __all__ = [
     "CorruptImageError",
     "DataArguments",
     "LabelledImages",
+    "LatentCache",
     "RandomFlip",
+    "RandomMirror",
     "SeededTransform",
     "ShuffledStream",
     "load_images",

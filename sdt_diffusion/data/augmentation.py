@@ -19,8 +19,19 @@ class RandomFlip:
     def __init__(self, seed: int):
         self.seed = seed
 
+    def mirrors(self, position: int) -> bool:
+        """Whether the image at a position is mirrored."""
+        return bool(np.random.default_rng([self.seed, 1, position]).integers(2))
+
     def __call__(self, image: torch.Tensor, position: int) -> torch.Tensor:
-        return image.flip(-1) if np.random.default_rng([self.seed, 1, position]).integers(2) else image
+        return image.flip(-1) if self.mirrors(position) else image
+
+
+class RandomMirror(RandomFlip):
+    """Takes, of images that come with their mirrors along the first axis, the one that `RandomFlip` would give."""
+
+    def __call__(self, both: torch.Tensor, position: int) -> torch.Tensor:
+        return both[int(self.mirrors(position))]
 
 
 class SeededTransform:

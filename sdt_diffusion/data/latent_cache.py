@@ -2,7 +2,7 @@
 
 A cache is a folder of
 
-- `shard-00000.safetensors`, ...: `moments` of shape (images, 2, 2, channels, height, width), which are the mean and the
+- `shard-00000.safetensors`, ...: `moments` of shape (images, 2, 2, channels, height, width), which are mean and
   standard deviation of the VAE's posterior, not normalised, for an image and for its mirror; and `labels` of shape
   (images,), int64. The header's metadata name the classes.
 - `manifest.json`: how they were made, the VAE's normalisation, the classes, and size and checksum of every shard.

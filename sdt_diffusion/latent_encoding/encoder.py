@@ -62,7 +62,7 @@ class ShardEncoder:
         return moments.cpu()
 
     @torch.no_grad()
-    def preview(self, moments: torch.Tensor, class_names: list[str] | None, labels: torch.Tensor) -> Image.Image:
+    def preview(self, moments: torch.Tensor, labels: torch.Tensor, class_names: list[str] | None) -> Image.Image:
         """The shard's first images, and what the VAE makes of their latents and of those of their mirrors."""
         if not self._shown:
             return Image.new("RGB", (64, 64), "white")

@@ -23,9 +23,8 @@ def check_images_fit(vae: nn.Module, images: ImageArguments) -> None:
     if images.resolution % scale:
         raise ValueError(f"--resolution {images.resolution} is not divisible by the VAE's factor {scale}.")
     if channels != len(images.image_mode):
-        raise ValueError(
-            f"The VAE takes {channels} channel(s), and --image_mode {images.image_mode} gives another number."
-        )
+        given = len(images.image_mode)
+        raise ValueError(f"The VAE takes {channels} channel(s), and --image_mode {images.image_mode} gives {given}.")
 
 
 def latent_shape(vae: nn.Module, resolution: int) -> tuple[int, int, int]:

@@ -74,7 +74,7 @@ def sample_posterior(
 def encode_pixels(vae: nn.Module, pixels: torch.Tensor, sample: bool = True) -> torch.Tensor:
     """Pixels in -1 to 1 to normalised latents: a sample of the posterior, or its mean."""
     moments = posterior_moments(vae, pixels)
-    noise = torch.randn_like(moments[:, 0]) if sample else None
+    noise = torch.randn(moments[:, 0].shape, device=moments.device) if sample else None
     return sample_posterior(moments, noise, LatentNormalisation.of(vae))
 
 

@@ -1,0 +1,246 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from datasets import ClassLabel
+from PIL import Image
+
+from sdt_diffusion.data import LatentCache
+from sdt_diffusion.data.image_rows import open_rows
+from sdt_diffusion.data.images import ImageArguments
+from sdt_diffusion.data.latent_cache import verify
+from sdt_diffusion.latent_encoding.arguments import EncodingArguments
+from sdt_diffusion.latent_encoding.encode import encode_into
+from sdt_diffusion.latent_encoding.vae import check_vae
+from sdt_diffusion.sdt.latents import LatentNormalisation, encode_pixels, sample_posterior
+from tests.data.test_image_rows import write_tar
+from tests.data.test_images import table
+
+CLASSES = ClassLabel(names=["ant", "bee", "cat"])
+
+
+@pytest.fixture
+def encode(tiny_vae, tmp_path):
+    """Encodes a data set of ten pictures into a folder."""
+    table([i % 3 for i in range(10)], label=CLASSES).to_parquet(tmp_path / "x.parquet")
+
+    def run(folder="cache", vae=tiny_vae, dataset="x.parquet", resolution=8, image_mode="RGB", **changes):
+        args = EncodingArguments(
+            tmp_path / folder, "a-vae", **{"shard_size": 4, "batch_size": 3, "num_threads": 1, **changes}
+        )
+        images = ImageArguments(dataset=str(tmp_path / dataset), resolution=resolution, image_mode=image_mode)
+        rows = open_rows(images, args.streaming, 8)
+        encode_into(args.output_dir, rows, vae, images, args, progress=False)
+        return args.output_dir
+
+    return run
+
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "manifest.json"}
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float16", 2e-3), ("float32", 1e-6)])
+def test_cached_posteriors_give_what_encoding_online_gives(encode, tiny_vae, tmp_path, dtype, tolerance):
+    cache = LatentCache(encode(dtype=dtype), mirrors=True)
+    images = open_rows(ImageArguments(dataset=str(tmp_path / "x.parquet")), False, 8).images
+    pixels = torch.stack([image for image, _ in images.__getitems__(range(10))])
+    moments = torch.stack([moments for moments, _ in cache.__getitems__(range(10))])
+    assert cache.labels.tolist() == images.labels.tolist()
+    normalisation = LatentNormalisation(*(cache.manifest["settings"][key] for key in LatentNormalisation._fields))
+    assert normalisation == (0.5, 0.25)
+    for mirror, shown in enumerate((pixels, pixels.flip(-1))):
+        torch.manual_seed(mirror)
+        expected = encode_pixels(tiny_vae, shown)
+        torch.manual_seed(mirror)
+        found = sample_posterior(moments[:, mirror], torch.randn(10, 4, 4, 4), normalisation)
+        torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
+    mirrored_latents = (moments[:, 0, 0].flip(-1) - moments[:, 1, 0]).abs().max()
+    assert mirrored_latents > 0.01  # mirrored latents are not those of the mirror: both have to be kept
+
+
+def test_the_manifest_says_how_it_was_made(encode, tiny_vae):
+    folder = encode()
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["settings"] | {"vae_config_hash": 0, "vae_weights": 0} == {
+        **{"dataset": manifest["settings"]["dataset"], "dataset_split": "train", "num_rows": 10},
+        **{"class_names": CLASSES.names, "resolution": 8, "image_mode": "RGB", "crop": "centre, by ADM's rule"},
+        **{"vae_class": "AutoencoderKL", "vae_config_hash": 0, "vae_weights": 0, "vae_dtype": "float32"},
+        **{"scaling_factor": 0.5, "shift_factor": 0.25, "dtype": "float16", "shard_size": 4, "batch_size": 3},
+    }
+    assert (manifest["vae_name"], manifest["num_images"], manifest["images_per_class"]) == ("a-vae", 10, [4, 3, 3])
+    assert [record["num_images"] for record in manifest["shards"]] == [4, 4, 2]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        *("manifest.json", "preview.png", "shard-00000.safetensors", "shard-00001.safetensors"),
+        "shard-00002.safetensors",
+    ]
+    assert verify(folder, progress=False) == 3
+
+
+def test_the_preview_shows_images_above_their_latents_and_those_of_their_mirrors(encode, tiny_vae):
+    class Same(torch.nn.Module):
+        """A VAE whose latents are the pixels."""
+
+        config, dtype, device = tiny_vae.config, torch.float32, torch.device("cpu")
+
+        def encode(self, pixels):
+            return type("", (), {"latent": torch.cat([pixels, pixels[:, :1]], 1)[..., ::2, ::2]})
+
+        def decode(self, latents, return_dict):
+            return (latents[:, :3].repeat_interleave(2, -1).repeat_interleave(2, -2),)
+
+    grid = np.array(Image.open(encode(vae=Same()) / "preview.png").convert("RGB"))
+    tops = [20, 20 + 64 + 4 + 16, 20 + 2 * (64 + 4 + 16)]
+    image, latents, mirror = (grid[top : top + 64, 4:68].astype(int) for top in tops)
+    assert np.array_equal(image[4::16, 4::16], latents[4::16, 4::16])  # but for what the decimation takes
+    assert np.array_equal(latents.reshape(4, 16, 4, 16, 3)[:, 0, :, 0].shape, (4, 4, 3))
+    assert not np.array_equal(latents, mirror)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_only_what_is_missing_is_encoded_and_it_is_the_same(encode, streaming):
+    folder = encode(streaming=streaming)
+    before, manifest = files(folder), (folder / "manifest.json").read_text()
+    (folder / "shard-00001.safetensors").unlink()
+    untouched = (folder / "shard-00000.safetensors").stat().st_mtime_ns
+    assert encode(streaming=streaming) == folder
+    assert files(folder) == before
+    assert (folder / "manifest.json").read_text() == manifest
+    assert (folder / "shard-00000.safetensors").stat().st_mtime_ns == untouched
+
+
+def test_an_interruption_keeps_the_shards_that_were_done(encode, tiny_vae, monkeypatch):
+    whole = encode("whole")
+    encode_batch = tiny_vae.encode
+    calls = []
+
+    def interrupted(pixels):
+        calls.append(len(pixels))
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return encode_batch(pixels)
+
+    monkeypatch.setattr(tiny_vae, "encode", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        encode("broken")
+    assert calls == [3, 3, 1, 1, 3, 3]  # each batch and its mirror; the second shard is not done
+    folder = whole.with_name("broken")
+    assert sorted(path.name for path in folder.rglob("*")) == [
+        *("preview.png", "settings.json", "shard-00000.json", "shard-00000.safetensors", "unfinished"),
+    ]
+    with pytest.raises(ValueError, match="is no manifest of latents"):
+        LatentCache(folder)
+    calls.clear()
+    monkeypatch.setattr(tiny_vae, "encode", lambda pixels: calls.append(len(pixels)) or encode_batch(pixels))
+    encode("broken")
+    assert calls == [3, 3, 1, 1, 2, 2]  # the second and the third
+    assert files(folder) == files(whole)
+    assert (folder / "manifest.json").read_text() == (whole / "manifest.json").read_text()
+
+
+def test_a_stream_of_numbered_labels_knows_its_classes_at_the_end(encode, tmp_path):
+    write_tar(tmp_path / "x.tar", range(9))
+    cache = LatentCache(encode(dataset="x.tar", streaming=True))
+    assert cache.class_names == ["0", "1", "2"]
+    assert cache.labels.tolist() == [0, 1, 2, 0, 1, 0, 1, 2]
+    assert cache.manifest["num_unreadable"] == 1
+    assert cache.manifest["shards"][1]["unreadable"] == [
+        f"Cannot read the image of row 5 (0005.png) of {tmp_path / 'x.tar'}: it is no image that Pillow knows"
+    ]
+
+
+class TestBadInput:
+    def test_too_many_unreadable_images(self, encode, tmp_path):
+        write_tar(tmp_path / "x.tar", [0, 1, 5])
+        with pytest.raises(
+            ValueError, match=r"1 images cannot be decoded, more than --max_unreadable 0.*\n.*row 2 \("
+        ):
+            encode(dataset="x.tar", streaming=True, max_unreadable=0)
+        cache = LatentCache(encode(dataset="x.tar", streaming=True, max_unreadable=1))
+        assert len(cache) == 2
+
+    def test_no_image_at_all(self, encode, tmp_path):
+        write_tar(tmp_path / "x.tar", [5])
+        with pytest.raises(ValueError, match=r"There is no image to be kept in .*cache"):
+            encode(dataset="x.tar", streaming=True)
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"resolution": 16}, "resolution: 8 there, 16 now"),
+            (
+                {"batch_size": 2, "dtype": "float32"},
+                "batch_size: 3 there, 2 now; dtype: 'float16' there, 'float32' now",
+            ),
+            ({"dataset": "y.parquet"}, "class_names; dataset: .*x.parquet' there, .*; num_rows: 10 there, 4 now"),
+        ],
+    )
+    @pytest.mark.parametrize("finished", [True, False])
+    def test_a_restart_with_other_settings(self, encode, tmp_path, change, message, finished):
+        table([0, 1, 2, 3]).to_parquet(tmp_path / "y.parquet")
+        folder = encode()
+        if not finished:
+            (folder / "unfinished").mkdir()
+            settings = json.loads((folder / "manifest.json").read_text())["settings"]
+            (folder / "unfinished" / "settings.json").write_text(json.dumps(settings))
+            (folder / "manifest.json").unlink()
+        before = files(folder) if finished else None
+        with pytest.raises(
+            ValueError, match=rf"holds latents made otherwise \({message}\)\. Delete it, or give another"
+        ):
+            encode(**change)
+        assert not finished or files(folder) == before
+
+    def test_a_restart_with_another_vae(self, encode, tiny_vae):
+        encode()
+        with torch.no_grad():
+            next(tiny_vae.parameters()).add_(1)
+        tiny_vae.register_to_config(scaling_factor=0.7)
+        with pytest.raises(ValueError, match=r"scaling_factor: 0.5 there, 0.7 now; vae_weights: '.*' there"):
+            encode()
+
+    def test_a_folder_of_something_else(self, encode, tmp_path):
+        (tmp_path / "cache").mkdir()
+        (tmp_path / "cache" / "thesis.tex").write_text("precious")
+        with pytest.raises(ValueError, match="cache holds something else than latents: give another --output_dir"):
+            encode()
+        assert [path.name for path in (tmp_path / "cache").iterdir()] == ["thesis.tex"]
+
+    def test_a_resolution_that_the_vae_cannot_divide(self, encode, tmp_path):
+        with pytest.raises(ValueError, match="--resolution 9 is not divisible by the VAE's factor 2"):
+            encode(resolution=9)
+        assert not (tmp_path / "cache").exists()
+
+    def test_grey_images_for_a_vae_of_colours(self, encode):
+        with pytest.raises(ValueError, match=r"The VAE takes 3 channel\(s\), and --image_mode L gives 1"):
+            encode(image_mode="L")
+
+    def test_latents_that_are_not_finite(self, encode, tiny_vae, tmp_path):
+        with torch.no_grad():
+            tiny_vae.quant_conv.bias[:4] = 1e6
+        with pytest.raises(ValueError, match=r"not finite in float16: give --dtype float32, or a finer --vae_dtype"):
+            encode()
+        assert not list(tmp_path.rglob("shard*"))
+        assert len(LatentCache(encode("other", dtype="float32"))) == 10
+
+    @pytest.mark.parametrize("change", ["vae_weights", "vae_config_hash"])
+    def test_the_vae_of_another_cache(self, encode, tiny_vae, change):
+        folder = encode()
+        manifest = json.loads((folder / "manifest.json").read_text())
+        tiny_vae.register_to_config(scaling_factor=3.0)  # the cache knows its own normalisation
+        check_vae(tiny_vae, folder, manifest)
+        if change == "vae_weights":
+            with torch.no_grad():
+                next(tiny_vae.parameters()).add_(1)
+        else:
+            tiny_vae.register_to_config(layers_per_block=7)
+        message = rf"cache are of another VAE \({change}: '.*' there, '.*' now\)\. Its own was a-vae; leave out"
+        with pytest.raises(ValueError, match=message):
+            check_vae(tiny_vae, folder, manifest)
+
+    def test_settings_that_cannot_be(self, tmp_path):
+        with pytest.raises(ValueError, match="--shard_size must be at least 1, not 0"):
+            EncodingArguments(tmp_path, "a-vae", shard_size=0)
+        with pytest.raises(ValueError, match="--pretrained_vae_model_name_or_path must name the VAE"):
+            EncodingArguments(tmp_path)

@@ -3,6 +3,7 @@
     accelerate launch train/train_dit.py                                   # the digits, in minutes on a CPU
     accelerate launch train/train_dit.py --config my_run.yaml --seed 1     # a YAML file, and flags on top
     accelerate launch train/train_dit.py --resume_from_checkpoint latest   # ... with the flags of the run
+    accelerate launch train/train_dit.py --dataset CACHE                   # latents of train/encode_latents.py
 
 Without --config, the digits take train/configs/digits.yaml; another --dataset starts from what --help shows.
 """
@@ -14,21 +15,20 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import set_seed
-from diffusers import AutoModel
 
 from sdt_diffusion import SDTPipeline
 from sdt_diffusion.command_line import parse_arguments, require_at_least
-from sdt_diffusion.data import DataArguments, RandomFlip, load_images
+from sdt_diffusion.data import DataArguments
 from sdt_diffusion.evaluation.label_accuracy import label_accuracy
 from sdt_diffusion.files import move_into, write_atomically
 from sdt_diffusion.generation import class_labels_for, generate
 from sdt_diffusion.plots import image_grid, plot_loss_curve
 from sdt_diffusion.sdt.arguments import ModelArguments
-from sdt_diffusion.sdt.latents import encode_pixels, vae_spatial_scale
 from sdt_diffusion.sharing import HubArguments, create_hub_repo, share_run
 from sdt_diffusion.training.arguments import OptimizationArguments, RunArguments
 from sdt_diffusion.training.objectives import DiffusionLoss, ObjectiveArguments, build_objective
 from sdt_diffusion.training.run import Training
+from sdt_diffusion.training_data import open_training_data
 
 DIGITS_CONFIG = Path(__file__).parent / "configs" / "digits.yaml"
 
@@ -63,26 +63,19 @@ def main(argv):
     )
     model_args, data_args, objective_args, optimization_args, run_args, validation_args = arguments
 
-    vae = None
-    if model_args.pretrained_vae_model_name_or_path is not None:
-        vae = AutoModel.from_pretrained(model_args.pretrained_vae_model_name_or_path).eval().requires_grad_(False)
-    scale = vae_spatial_scale(vae)
-    images = load_images(data_args, default_resolution=model_args.config()["sample_size"] * scale)
-    if data_args.resolution % scale:
-        raise ValueError(f"--resolution {data_args.resolution} is not divisible by the VAE's factor {scale}.")
+    data = open_training_data(data_args, model_args, run_args.seed)
+    images, vae = data.images, data.vae
+    if data.is_cached and validation_args.label_accuracy_samples:
+        raise ValueError("--label_accuracy_samples needs the images' pixels, and not a cache of latents.")
 
     set_seed(run_args.seed)
-    model = model_args.build(
-        sample_size=data_args.resolution // scale,
-        in_channels=images.num_channels if vae is None else vae.config.latent_channels,
-        num_classes=images.num_classes,
-    )
+    channels, side, _ = data.sample_shape
+    model = model_args.build(sample_size=side, in_channels=channels, num_classes=images.num_classes)
     objective = build_objective(objective_args)
     diffusion_loss = DiffusionLoss(objective, model.config.class_dropout_prob)
 
-    def compute_loss(model, pixels, class_labels, draws):
-        clean = pixels if vae is None else encode_pixels(vae, pixels)
-        return diffusion_loss(model, clean, class_labels, draws)
+    def compute_loss(model, batch, class_labels, draws):
+        return diffusion_loss(model, data.clean(batch, draws), class_labels, draws)
 
     training = Training(
         model,
@@ -93,7 +86,7 @@ def main(argv):
         optimization_args,
         data_args,
         arguments,
-        augment=RandomFlip(run_args.seed) if data_args.random_flip else None,
+        augment=data.augment,
         further_values=diffusion_loss.by_timestep,
     )
     if training.accelerator.is_main_process:

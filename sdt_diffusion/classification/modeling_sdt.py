@@ -118,7 +118,7 @@ class SDTForImageClassification(ImageClassifierModel):
         Returns:
             Shape (batch, tokens, width).
         """
-        clean = pixel_values if self.vae is None else encode_pixels(self.vae, pixel_values, sample=False)
+        clean = pixel_values if self.vae is None else encode_pixels(self.vae, pixel_values)
         if self.training:
             noise = torch.randn_like(clean)
         else:

@@ -23,6 +23,8 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 MANIFEST_FILE = "manifest.json"
+#: Folder of settings and records in a cache that is not finished.
+UNFINISHED_FOLDER = "unfinished"
 FORMAT, VERSION = "sdt_diffusion latents", 1
 DTYPES = {"F16": "float16", "F32": "float32"}
 #: Shards that a process keeps open; systems allow some 1,000 files.

@@ -13,6 +13,7 @@ import torch
 from ..data.latent_cache import (
     FORMAT,
     MANIFEST_FILE,
+    UNFINISHED_FOLDER,
     VERSION,
     checksum,
     has_size,
@@ -38,7 +39,7 @@ class CacheWriter:
 
     def __init__(self, folder: Path, settings: dict[str, Any]):
         self.folder, self.settings = folder, json.loads(json.dumps(settings))
-        self.unfinished = folder / "unfinished"
+        self.unfinished = folder / UNFINISHED_FOLDER
 
     def claim(self) -> None:
         """Makes the folder this run's.

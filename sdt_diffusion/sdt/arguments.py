@@ -24,7 +24,7 @@ class ModelArguments:
     )
     gradient_checkpointing: bool = field(default=False, metadata={"help": "Trade speed for memory."})
     pretrained_vae_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "VAE to train in the latents of; without one the model works in pixels."}
+        default=None, metadata={"help": "VAE to train in the latents of; a cache's own, else none: pixels."}
     )
 
     def config(self, **overrides) -> dict:

@@ -71,11 +71,9 @@ def sample_posterior(
     return normalisation.apply(mean if noise is None else mean + std * noise)
 
 
-def encode_pixels(vae: nn.Module, pixels: torch.Tensor, sample: bool = True) -> torch.Tensor:
-    """Pixels in -1 to 1 to normalised latents: a sample of the posterior, or its mean."""
-    moments = posterior_moments(vae, pixels)
-    noise = torch.randn(moments[:, 0].shape, device=moments.device) if sample else None
-    return sample_posterior(moments, noise, LatentNormalisation.of(vae))
+def encode_pixels(vae: nn.Module, pixels: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
+    """Pixels in -1 to 1 to normalised latents: the posterior's mean, or a sample with given noise."""
+    return sample_posterior(posterior_moments(vae, pixels), noise, LatentNormalisation.of(vae))
 
 
 def decode_latents(vae: nn.Module, latents: torch.Tensor) -> torch.Tensor:

@@ -75,7 +75,7 @@ def test_features_of_latents_go_through_the_vae(make_model, make_probe, tiny_vae
     model = make_probe(transformer, vae=tiny_vae, timestep=100).train()
     assert not model.vae.training
     model.eval()
-    latents = encode_pixels(tiny_vae, images(size=16), sample=False)
+    latents = encode_pixels(tiny_vae, images(size=16))
     noised = 0.9 * latents + 0.1 * fixed_noise(model, (4, 8, 8))
     expected = hidden_states(transformer, 1, noised, 100.0)
     torch.testing.assert_close(model.forward_features(images(size=16)), expected)

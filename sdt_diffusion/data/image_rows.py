@@ -80,7 +80,7 @@ class StreamedRows:
             except StopIteration:
                 return
             except Exception as error:  # a damaged tar or parquet file
-                raise ValueError(f"{self.name} cannot be read on after row {number}: {error}") from error
+                raise ValueError(f"{self.name}: row {number + 1} cannot be read: {error}") from error
             if wanted(number):
                 label = row[self.label_column]
                 if not isinstance(label, int) or not 0 <= label < len(self.class_names or range(label + 1)):

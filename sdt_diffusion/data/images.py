@@ -23,7 +23,7 @@ class ImageArguments:
         default="digits",
         metadata={
             "help": "'digits' (embedded), an image folder, a .parquet, .arrow or webdataset .tar file, a pattern of "
-            "such files, or a name on the Hub."
+            "such files, or a name on the Hub; to train_dit.py also a cache of encode_latents.py."
         },
     )
     dataset_split: str | None = field(default="train", metadata={"help": "Split to read."})

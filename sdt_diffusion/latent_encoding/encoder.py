@@ -70,7 +70,7 @@ class ShardEncoder:
         decoded = [decode_raw_latents(self.vae, side).cpu() for side in means.unbind(dim=1)]
         rows = (torch.stack(self._shown), *decoded)
         names = [class_names[label] if class_names else str(int(label)) for label in labels[: len(self._shown)]]
-        texts = [*names, *["latents"] * len(names), *["of the mirror"] * len(names)]
+        texts = [*names, *["decoded"] * len(names), *["mirrored"] * len(names)]
         return image_grid([_picture(image) for row in rows for image in row], texts, columns=len(names))
 
 

@@ -93,7 +93,7 @@ class TestBadInput:
         write_tar(tmp_path / "x.tar", range(9))
         content = (tmp_path / "x.tar").read_bytes()
         (tmp_path / "x.tar").write_bytes(content[: content.index(b"0006.png") + 700])
-        with pytest.raises(ValueError, match=r"x\.tar cannot be read on after row \d"):
+        with pytest.raises(ValueError, match=r"x\.tar: row 6 cannot be read"):
             all_batches(tmp_path / "x.tar", True)
 
     def test_an_empty_class_folder(self, tmp_path):

@@ -156,7 +156,6 @@ def _facts(folder, record):
     network = json.loads((folder / component).read_text())
     decay = network.get("spatial_decay") or config.get("spatial_decay")
     precision = {"no": "fp32"}.get(config["mixed_precision"], config["mixed_precision"])
-    averaged = [f"{key} {value}" for key, value in config.items() if key.startswith("ema_") and value is not None]
     images = record["steps"] * record["images_per_step"]
     rows = [
         ("", ""),
@@ -171,7 +170,7 @@ def _facts(folder, record):
         ("processes", record["num_processes"]),
         ("images seen", f"{images:,} ({images / data['num_images']:.4g} epochs)"),
         ("precision", precision),
-        ("weights", f"averaged: {', '.join(averaged)}" if config.get("use_ema") else "of the last step"),
+        ("weights", _averaging(config)),
         ("versions", ", ".join(f"{package} {number}" for package, number in record["versions"].items())),
     ]
     return _table([(key, value) for key, value in rows if value is not None])
@@ -180,3 +179,11 @@ def _facts(folder, record):
 def _table(rows):
     lines = ["| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in rows]
     return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
+
+
+def _averaging(config):
+    if not config.get("use_ema"):
+        return "of the last step"
+    if config["ema_profile"] == "power":
+        return f"averaged by the power function of sigma_rel {config['ema_sigma_rel'][0]:g}"
+    return f"averaged, {config['ema_profile']} decay {config['ema_decay']:g}"

@@ -10,6 +10,7 @@ CONFIG = {
     "spatial_decay": "context",
     "resolution": 8,
     "use_ema": True,
+    "ema_profile": "ramped",
     "ema_decay": 0.999,
     "mixed_precision": "bf16",
     "guidance_scale": 1.5,

@@ -26,7 +26,7 @@ def test_the_card_tells_of_data_model_training_and_results(with_fid):
         "| steps | 100 of 4 images |",
         "| images seen | 400 (10 epochs) |",
         "| precision | bf16 |",
-        "| weights | averaged: ema_decay 0.999 |",
+        "| weights | averaged, ramped decay 0.999 |",
         f"| FID-50k | 2.27123 | 50,000 | {SAMPLER} | imagenet.npz, 10000 images | [fid.json](fid.json) |",
         "![samples](samples.png)",
         "num_inference_steps: 2\n",

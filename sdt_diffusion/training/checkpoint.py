@@ -11,6 +11,7 @@ import yaml
 from safetensors import SafetensorError
 
 from ..files import sync, write_atomically
+from ..settings import differences
 from .arguments import RESUMABLE_CHANGES
 
 logger = logging.getLogger(__name__)
@@ -183,15 +184,12 @@ def check_same_run(where: str, saved: dict[str, Any], config: dict[str, Any]) ->
     Raises:
         ValueError: Lists the keys that differ, but for those that may.
     """
-    differences = [
-        f"{key}: {saved.get(key)!r} there, {config.get(key)!r} now"
-        for key in sorted((set(saved) | set(config)) - RESUMABLE_CHANGES)
-        if saved.get(key) != config.get(key)
-    ]
-    if differences:
-        raise ValueError(
-            f"{where} is of a run with another config: {'; '.join(differences)}. Give another --output_dir."
-        )
+    saved, config = (
+        {key: value for key, value in settings.items() if key not in RESUMABLE_CHANGES} for settings in (saved, config)
+    )
+    found = differences(saved, config)
+    if found:
+        raise ValueError(f"{where} is of a run with another config: {'; '.join(found)}. Give another --output_dir.")
 
 
 def write_config(output_dir: Path, config: dict[str, Any]) -> None:

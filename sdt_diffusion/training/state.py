@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from ..settings import differences
 from .ema import WeightAverage
 from .sharded import copy_whole, whole
 
@@ -71,7 +72,9 @@ class TrainingState:
         """
         for name, tensors in self.models.items():
             module = type(self.skeleton).from_pretrained(folder / name)
-            check_same_config(folder / name, config_of(module), config_of(self.skeleton))
+            found = differences(config_of(module), config_of(self.skeleton))
+            if found:
+                raise ValueError(f"{folder / name} is another model: {'; '.join(found)}.")
             saved = module.state_dict()
             for key, tensor in tensors.items():
                 copy_whole(saved[key], tensor)
@@ -99,21 +102,6 @@ def config_of(model: nn.Module) -> dict[str, Any]:
     """The config of a model of diffusers or transformers."""
     config = dict(model.config) if isinstance(model.config, Mapping) else model.config.to_dict()
     return {key: value for key, value in config.items() if not key.startswith("_") and key not in NOT_OF_THE_MODEL}
-
-
-def check_same_config(where: Path, saved: dict[str, Any], config: dict[str, Any]) -> None:
-    """Refuses weights of another model.
-
-    Raises:
-        ValueError: Lists the keys that differ.
-    """
-    differences = [
-        f"{key}: {saved.get(key)!r} there, {config.get(key)!r} now"
-        for key in sorted(set(saved) | set(config))
-        if saved.get(key) != config.get(key)
-    ]
-    if differences:
-        raise ValueError(f"{where} is another model: {'; '.join(differences)}.")
 
 
 def _moments(saved, prefix, parameter):

@@ -52,15 +52,15 @@ class WeightAverage:
     """
 
     def __init__(self, sources: dict[str, torch.Tensor], profile: Profile):
-        self.sources, self.profile = sources, profile
+        self.profile = profile
         self.tensors = {name: tensor.detach().clone() for name, tensor in sources.items()}
+        pairs = [(local(self.tensors[name]), local(source.detach())) for name, source in sources.items()]
+        self._averaged = [pair for pair in pairs if pair[0].is_floating_point()]
+        self._copied = [pair for pair in pairs if not pair[0].is_floating_point()]
 
     def step(self, step: int) -> None:
         """Averages in the weights after optimizer step `step`, counted from 1."""
-        share = 1 - self.profile(step)
-        pairs = [(local(self.tensors[name]), local(source.detach())) for name, source in self.sources.items()]
-        floating = [pair for pair in pairs if pair[0].is_floating_point()]
-        torch._foreach_lerp_([average for average, _ in floating], [source for _, source in floating], share)
-        for average, source in pairs:
-            if not average.is_floating_point():
-                average.copy_(source)
+        averages, sources = zip(*self._averaged, strict=True)
+        torch._foreach_lerp_(averages, sources, 1 - self.profile(step))
+        for copy, source in self._copied:
+            copy.copy_(source)

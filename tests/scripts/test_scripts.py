@@ -63,18 +63,31 @@ def test_training_leaves_a_pipeline_pictures_a_log_and_its_config(trained):
     assert list(output_dir.rglob("*partial*")) == []
 
 
-@pytest.mark.parametrize("kill_at", ["checkpoint-6", "checkpoint-*.partial"])
-def test_a_killed_and_resumed_run_ends_with_the_same_weights(trained, tmp_path, kill_at):
-    """SIGKILL in the steps after a checkpoint, or while one is being written."""
+@pytest.mark.parametrize(
+    ("kill_at", "by"),
+    [
+        ("checkpoint-6", signal.SIGKILL),
+        ("checkpoint-*.partial", signal.SIGKILL),
+        ("checkpoint-6", signal.SIGTERM),
+    ],
+)
+def test_a_killed_and_resumed_run_ends_with_the_same_weights(trained, tmp_path, kill_at, by):
+    """In the steps after a checkpoint, or while one is being written; with its loader's worker, as clusters do it."""
     output_dir = tmp_path / "killed"
-    command = [*TRAIN, *SMALL, "--output_dir", str(output_dir)]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command = [*TRAIN, *SMALL, "--dataloader_num_workers", "1", "--output_dir", str(output_dir)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, **pipes)
     while not list(output_dir.glob(kill_at)):
         assert process.poll() is None, "the run ended before it could be killed"
         time.sleep(0.0005)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    os.killpg(process.pid, by)
+    out, err = process.communicate()
     assert not (output_dir / "model_index.json").exists()
+    if by == signal.SIGTERM:
+        assert process.returncode == 143
+        step = int(re.search(r"Stopped by SIGTERM after step (\d+), which checkpoint-(\1) holds", out)[1])
+        assert (output_dir / f"checkpoint-{step}" / "checkpoint.json").is_file()
+        assert "Traceback" not in err
 
     run(*command, "--resume_from_checkpoint", "latest")
     for name in ("transformer", "transformer_ema"):

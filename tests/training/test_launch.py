@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from sdt_diffusion.training import launch
+from sdt_diffusion.training.arguments import RunArguments
 
 
 @pytest.mark.parametrize(
@@ -24,3 +25,14 @@ def test_bf16_is_the_default_where_an_accelerator_has_it(monkeypatch, device, bf
     monkeypatch.setattr(launch, "is_bf16_available", lambda: bf16)
     monkeypatch.setattr(launch, "PartialState", lambda cpu: SimpleNamespace(device=torch.device(device)))
     assert launch.default_precision() == expected
+
+
+@pytest.mark.parametrize(("allowed", "precision"), [(True, "high"), (False, "highest")])
+def test_tf32_is_used_where_it_is_allowed(tmp_path, allowed, precision):
+    assert torch.get_float32_matmul_precision() == "highest"
+    try:
+        run = RunArguments(output_dir=str(tmp_path), allow_tf32=allowed, report_to="none", cpu_threads=1)
+        launch.build_accelerator(run)
+        assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision("highest")

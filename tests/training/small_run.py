@@ -6,6 +6,7 @@ STRATEGY is "ddp", which a single process does without, or "fsdp2".
 """
 
 import sys
+from unittest import mock
 
 import torch
 import yaml
@@ -47,8 +48,6 @@ def sharded(build_accelerator):
 
 
 def main(output_dir, strategy, *values):
-    if strategy == "fsdp2":
-        training_run.build_accelerator = sharded(training_run.build_accelerator)
     run = RunArguments(
         output_dir=output_dir,
         report_to="none",
@@ -69,17 +68,12 @@ def main(output_dir, strategy, *values):
     torch.manual_seed(0)
     model = SDTTransformer2DModel(**TINY)
     loss = DiffusionLoss(build_objective(ObjectiveArguments()), class_dropout_prob=0.5)
-    training = training_run.Training(
-        model,
-        "transformer",
-        loss,
-        Images(),
-        run,
-        optimization,
-        DataArguments(),
-        (run, optimization),
-        further_values=loss.by_timestep,
-    )
+    build = training_run.build_accelerator
+    with mock.patch.object(training_run, "build_accelerator", sharded(build) if strategy == "fsdp2" else build):
+        training = training_run.Training(
+            *(model, "transformer", loss, Images(), run, optimization, DataArguments(), (run, optimization)),
+            further_values=loss.by_timestep,
+        )
     for _ in training.steps():
         pass
     training.gather()

@@ -1,6 +1,7 @@
 """Encoded images to tensors or pictures."""
 
 import io
+import re
 
 import numpy as np
 import torch
@@ -49,14 +50,27 @@ class ImageDecoder:
 
     def _decode(self, source: io.BytesIO | str) -> torch.Tensor | Image.Image:
         with Image.open(source) as opened:
-            if opened.mode.startswith(("I", "F")):
-                raise ValueError(f"mode {opened.mode} has more than 8 bits a channel; convert it to 8 bits")
+            check_bit_depth(opened)
             picture = opened.convert(self.image_mode)
         return picture if self.as_pictures else self._to_tensor(center_crop(picture, self.resolution))
 
     def _to_tensor(self, image: Image.Image) -> torch.Tensor:
         pixels = torch.from_numpy(np.array(image)).reshape(self.resolution, self.resolution, len(self.image_mode))
         return pixels.permute(2, 0, 1).float() / 127.5 - 1
+
+
+def check_bit_depth(image: Image.Image) -> None:
+    """Refuses an image of more than 8 bits a channel, which would be cut down to them.
+
+    Args:
+        image: As `Image.open` gives it, before its pixels are read.
+
+    Raises:
+        ValueError: Says its mode.
+    """
+    # Pillow reads colours of 16 bits as RGB; only the layout of the file's bytes tells, such as RGB;16B.
+    if image.mode.startswith(("I", "F")) or any(re.search(";16[BLN]", str(tile)) for tile in image.tile):
+        raise ValueError(f"mode {image.mode} has more than 8 bits a channel; convert it to 8 bits")
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from .decoding import CorruptImageError, center_crop
+from .decoding import CorruptImageError, center_crop, check_bit_depth
 from .images import DataArguments, find_image_column, read_dataset
 
 IMAGE_ENDINGS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"})
@@ -115,9 +115,7 @@ class EncodedImages(RawImages):
     def _check(self, image):
         if getattr(image, "n_frames", 1) > 1:
             raise ValueError(f"it is an animation of {image.n_frames} frames")
-        # Pillow cuts colours of 16 bits down to 8 and calls the result RGB.
-        if image.mode.startswith(("I", "F")) or any(";16" in str(tile) for tile in image.tile):
-            raise ValueError(f"mode {image.mode} has more than 8 bits a channel; convert it to 8 bits")
+        check_bit_depth(image)
         if self.resolution:
             return
         if "transparency" in image.info:

@@ -7,6 +7,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import nn
 
+from ..data.decoding import check_bit_depth
 from ..files import write_atomically
 from ..fingerprint import fingerprint
 from ..generation import generate, sample_generator
@@ -62,11 +63,15 @@ def look_at_image(args: DecayArguments, device) -> Look:
     """The decays of a classifier for an image, with that image as the classifier sees it."""
     model, processor = load_classifier(args.model, "float32", device)
     num_channels = channels_of(model)
+    image_mode = image_mode_for(num_channels)
     try:
         with Image.open(args.image) as opened:
-            picture = opened.convert(image_mode_for(num_channels))
+            check_bit_depth(opened)
+            picture = opened.convert(image_mode)
     except OSError as error:
         raise FileNotFoundError(f"--image {args.image} cannot be read: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"--image {args.image}: {error}") from error
     pixel_values = prepare_picture(picture, processor, num_channels)
     with record_decays(model, args.blocks, args.attention) as decays:
         probabilities = model(pixel_values[None].to(device)).logits[0].softmax(dim=0)

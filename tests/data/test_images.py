@@ -1,4 +1,5 @@
 import io
+import struct
 
 import numpy as np
 import pytest
@@ -8,7 +9,8 @@ from datasets import Image as ImageFeature
 from PIL import Image
 
 from sdt_diffusion.data import CorruptImageError, DataArguments, load_images
-from sdt_diffusion.data.decoding import center_crop
+from sdt_diffusion.data.decoding import ImageDecoder, center_crop
+from tests.data.test_raw_images import png_of_16_bits
 
 
 def picture(seed, size=(12, 10), mode="RGB"):
@@ -104,6 +106,16 @@ def test_any_mode_becomes_the_one_asked_for(tmp_path, mode):
         assert images[0][0].shape == (channels, 8, 8)
 
 
+def test_sixteen_bits_a_pixel_are_not_too_many(tmp_path):
+    """A bitmap of 5, 6 and 5 bits for red, green and blue, which Pillow reads but does not write."""
+    header = struct.pack("<2sIII", b"BM", 70, 0, 66) + struct.pack("<IiiHHIIiiII", 40, 1, 1, 1, 16, 3, 4, 0, 0, 0, 0)
+    header += struct.pack("<III", 0xF800, 0x7E0, 0x1F)
+    path = tmp_path / "red.bmp"
+    path.write_bytes(header + struct.pack("<HH", 0xF800, 0))
+    decode = ImageDecoder(resolution=1, image_mode="RGB")
+    assert decode({"bytes": None, "path": str(path)}, 0, "bitmaps").flatten().tolist() == [1, -1, -1]
+
+
 class TestCenterCrop:
     def test_leaves_an_image_of_the_right_size_alone(self):
         image = picture(0, (8, 8))
@@ -175,6 +187,12 @@ class TestBadInput:
         Image.fromarray(np.full((10, 10), 40_000, np.uint16)).save(folder / "cat" / "a.png")
         images = load_images(DataArguments(dataset=str(folder)), default_resolution=8)
         with pytest.raises(CorruptImageError, match=r"cat/a\.png.*mode I;16 has more than 8 bits a channel"):
+            images[0]
+
+    def test_sixteen_bits_of_colour_are_refused_too(self, folder):
+        (folder / "cat" / "a.png").write_bytes(png_of_16_bits())
+        images = load_images(DataArguments(dataset=str(folder)), default_resolution=8)
+        with pytest.raises(CorruptImageError, match=r"cat/a\.png.*mode RGB has more than 8 bits a channel"):
             images[0]
 
     def test_unknown_column(self, tmp_path):

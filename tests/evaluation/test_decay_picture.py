@@ -1,4 +1,5 @@
 import diffusers
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -62,6 +63,12 @@ def test_bad_arguments_are_refused(tmp_path, generator, values, message):
 def test_a_missing_image_is_named(tmp_path, classifier):
     with pytest.raises(FileNotFoundError, match=r"--image .*no\.png cannot be read"):
         draw_decays(DecayArguments(output=tmp_path / "decay.png", **{**classifier, "image": tmp_path / "no.png"}))
+
+
+def test_an_image_of_sixteen_bits_is_refused_rather_than_cut(tmp_path, classifier):
+    Image.fromarray(np.full((60, 90), 40_000, np.uint16)).save(classifier["image"])
+    with pytest.raises(ValueError, match=r"--image .*image\.png: mode I;16 has more than 8 bits a channel"):
+        draw_decays(DecayArguments(output=tmp_path / "decay.png", **classifier))
 
 
 def test_patches():

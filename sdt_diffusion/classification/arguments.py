@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from transformers import PreTrainedModel
 
+from ..data.decoding import IMAGE_MODES
 from .backbone import Backbone, load_backbone
 from .configuration_sdt_h import SDTHConfig
 from .image_processing_sdt_h import SDTHImageProcessor
@@ -165,10 +166,10 @@ class ClassifierModelArguments:
     def _load_classifier(self, num_channels, class_names, labels):
         config = SDTHConfig.from_pretrained(self.model)
         if config.num_channels != num_channels:
-            modes = {1: "L", 3: "RGB"}
+            mode = IMAGE_MODES.get(config.num_channels)
             raise ValueError(
-                f"--model {self.model} takes images of {config.num_channels} channel(s), not of {num_channels}: "
-                + (f"give --image_mode {modes[config.num_channels]}." if config.num_channels in modes else "")
+                f"--model {self.model} takes images of {config.num_channels} channel(s), not of {num_channels}"
+                + (f": give --image_mode {mode}." if mode else ".")
             )
         if not self.reinitialise_head:
             check_same_labels(self.model, config, class_names)

@@ -8,6 +8,7 @@ from diffusers import DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteSc
 from diffusers.schedulers import SchedulerMixin
 from torch import nn
 
+from ..data.decoding import IMAGE_MODES
 from ..sdt import SDTTransformer2DModel
 from ..sdt.latents import vae_spatial_scale
 from ..sdt.schedulers import is_flow
@@ -55,12 +56,12 @@ class Backbone:
         Raises:
             ValueError: If they are neither grey nor colour.
         """
-        if self.num_channels not in (1, 3):
+        if self.num_channels not in IMAGE_MODES:
             raise ValueError(
                 f"The transformer works in {self.num_channels} channels, which are no pixels: give the folder of the "
                 "pipeline, with its VAE."
             )
-        return {1: "L", 3: "RGB"}[self.num_channels]
+        return IMAGE_MODES[self.num_channels]
 
     def scales(self, timestep: float) -> tuple[float, float]:
         """What image and noise are multiplied by at a timestep.

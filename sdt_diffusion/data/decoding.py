@@ -7,6 +7,9 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
+#: Channels of images -> their mode.
+IMAGE_MODES = {1: "L", 3: "RGB"}
+
 
 class CorruptImageError(ValueError):
     """An image of the data set that cannot be decoded; the message names it."""

@@ -9,10 +9,8 @@ from torch import nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from .. import classification  # noqa: F401  (lets the Auto classes find this project's classifiers)
+from ..data.decoding import IMAGE_MODES
 from ..metrics.extractors.transformers_models import load_pretrained
-
-#: Channels of a model -> mode that its images are converted to.
-IMAGE_MODES = {1: "L", 3: "RGB"}
 
 
 def load_classifier(name: str, dtype: str, device: torch.device) -> tuple[nn.Module, Any]:

@@ -11,7 +11,6 @@ from torch import nn
 from ..data.decoding import IMAGE_MODES
 from ..sdt import SDTTransformer2DModel
 from ..sdt.latents import vae_spatial_scale
-from ..sdt.schedulers import is_flow
 from ..training.objectives import DIT_SCHEDULE
 
 
@@ -62,26 +61,6 @@ class Backbone:
                 "pipeline, with its VAE."
             )
         return IMAGE_MODES[self.num_channels]
-
-    def scales(self, timestep: float) -> tuple[float, float]:
-        """What image and noise are multiplied by at a timestep.
-
-        Args:
-            timestep: 1000 sigma of a flow, (1 - sigma) x + sigma noise; or a step of a DDPM schedule,
-                sqrt(alpha_bar) x + sqrt(1 - alpha_bar) noise.
-
-        Raises:
-            ValueError: If there is no such timestep.
-        """
-        steps = self.scheduler.config.num_train_timesteps
-        flow = is_flow(self.scheduler)
-        if not (0 <= timestep <= steps if flow else timestep in range(steps)):
-            known = f"between 0 and {steps}" if flow else f"a whole number from 0 to {steps - 1}"
-            raise ValueError(f"--probe_timestep must be {known} for this transformer, not {timestep}.")
-        if flow:
-            return 1 - timestep / steps, timestep / steps
-        alpha_bar = float(self.scheduler.alphas_cumprod[int(timestep)].double())
-        return alpha_bar**0.5, (1 - alpha_bar) ** 0.5
 
 
 def load_backbone(folder: str, objective: str | None = None) -> Backbone:

@@ -9,6 +9,7 @@ from transformers.modeling_outputs import ImageClassifierOutputWithNoAttention
 
 from ..sdt import SDTTransformer2DModel
 from ..sdt.latents import encode_pixels
+from ..sdt.schedulers import noise_scales
 from ..sdt.transformer_sdt import SDTPatchEmbed, position_embedding
 from .backbone import Backbone
 from .base import ImageClassifierModel
@@ -58,7 +59,7 @@ class SDTForImageClassification(ImageClassifierModel):
         Args:
             backbone: The transformer, with its scheduler and VAE.
             block: Block whose tokens are the features, from 0; the middle one by default.
-            timestep: Noise level, see `Backbone.scales`.
+            timestep: Noise level, see `noise_scales`.
             freeze_backbone: Whether training leaves the transformer as it is.
             **config: Further values of the config, such as `id2label`.
 
@@ -70,7 +71,7 @@ class SDTForImageClassification(ImageClassifierModel):
         block = num_layers // 2 if block is None else block
         if not 0 <= block < num_layers:
             raise ValueError(f"--probe_block must lie in 0..{num_layers - 1} for this transformer, not {block}.")
-        signal_scale, noise_scale = backbone.scales(timestep)
+        signal_scale, noise_scale = noise_scales(backbone.scheduler, timestep, "--probe_timestep")
         model = cls(
             SDTClassifierConfig(
                 transformer=_plain(transformer.config),

@@ -12,9 +12,8 @@ from ..files import write_atomically
 from ..fingerprint import fingerprint
 from ..generation import generate, sample_generator
 from ..plots import DecayRow, DecaySection, plot_decays
-from ..sdt import SDTPipeline
 from ..sdt.latents import decode_latents
-from ..sdt.schedulers import is_flow, swap_scheduler
+from ..sdt.schedulers import noise_scales
 from .arguments import DecayArguments
 from .classifier import channels_of, image_mode_for, load_classifier, prepare_picture, undo_normalisation
 from .decay import BlockDecay, attention_maps, decay_maps, half_distances, record_decays
@@ -88,14 +87,13 @@ def look_at_samples(args: DecayArguments, device) -> Look:
         raise ValueError("Give --class_label, for which the generator is to sample.")
     label = args.class_label  # a word that names a class is that class, else a number is an id
     (label,) = pipe.prepare_class_labels(int(label) if label not in pipe.labels and label.isdecimal() else label)
-    for timestep in args.timestep:
-        check_timestep(pipe, timestep)
+    scales = [noise_scales(pipe.scheduler, timestep, "--timestep") for timestep in args.timestep]
     sampling = {"guidance_scale": args.guidance_scale, "num_inference_steps": args.num_inference_steps}
     ((_, clean),) = generate(pipe, [label], seed=args.seed, output_type="latent", progress=False, **sampling)
     noise = torch.randn(clean.shape, generator=sample_generator(args.seed, 1)).to(clean)
     shown = []
-    for timestep in args.timestep:
-        noised = add_noise(pipe, clean[None], noise[None], timestep)
+    for timestep, (signal_scale, noise_scale) in zip(args.timestep, scales, strict=True):
+        noised = (signal_scale * clean + noise_scale * noise)[None]
         with record_decays(pipe.transformer, args.blocks, args.attention) as decays:
             pipe.transformer(noised, torch.tensor([timestep], device=device), torch.tensor([label], device=device))
         pixels = noised if pipe.vae is None else decode_latents(pipe.vae, noised)
@@ -103,32 +101,6 @@ def look_at_samples(args: DecayArguments, device) -> Look:
         shown.append((f"t = {timestep:g}", picture, decays))
     name = pipe.id2label.get(label, str(label))
     return f"a sample of the class {name!r}, seed {args.seed}", pipe.transformer, shown
-
-
-def check_timestep(pipe: SDTPipeline, timestep: float) -> None:
-    """Refuses a timestep that the model was not trained for.
-
-    Raises:
-        ValueError: Says which it was trained for.
-    """
-    last = pipe.scheduler.config.num_train_timesteps
-    if is_flow(pipe.scheduler):
-        if not 0 <= timestep <= last:
-            raise ValueError(
-                f"--timestep {timestep:g}: this flow-matching model knows 0 to {last}, {last} times sigma."
-            )
-    elif timestep != int(timestep) or not 0 <= timestep < last:
-        raise ValueError(f"--timestep {timestep:g}: this model knows the whole numbers 0..{last - 1}.")
-
-
-def add_noise(pipe: SDTPipeline, clean: torch.Tensor, noise: torch.Tensor, timestep: float) -> torch.Tensor:
-    """What training shows the model at a timestep: (1 - sigma) x + sigma noise, or the mixture of a DDPM schedule."""
-    if is_flow(pipe.scheduler):
-        sigma = timestep / pipe.scheduler.config.num_train_timesteps
-        return (1 - sigma) * clean + sigma * noise
-    # Other schedulers scale their samples in other ways.
-    scheduler = swap_scheduler(pipe.scheduler, "DDPMScheduler")
-    return scheduler.add_noise(clean, noise, torch.tensor([int(timestep)], device=clean.device))
 
 
 def parse_patches(texts: Sequence[str], grid_size: tuple[int, int], default: int) -> list[tuple[int, int]]:

@@ -1,4 +1,4 @@
-"""Which schedulers can sample from which model, and how to swap one for another."""
+"""Which schedulers can sample from which model, how to swap one for another, and the noise that a model knows."""
 
 import inspect
 
@@ -61,3 +61,25 @@ def swap_scheduler(scheduler: SchedulerMixin, name: str) -> SchedulerMixin:
     if name != "DDPMScheduler" and str(config.get("variance_type")).startswith("learned"):
         config.pop("variance_type")  # others would cut the prediction to three channels
     return scheduler_class.from_config(config)
+
+
+def noise_scales(scheduler: SchedulerMixin, timestep: float, flag: str = "timestep") -> tuple[float, float]:
+    """What training multiplies image and noise by to get what the model sees at a timestep.
+
+    Args:
+        scheduler: The scheduler saved with the model, or one of the same noise levels.
+        timestep: 1000 sigma of a flow, (1 - sigma) x + sigma noise; or a step of a DDPM schedule,
+            sqrt(alpha_bar) x + sqrt(1 - alpha_bar) noise.
+        flag: What to call it in a message.
+
+    Raises:
+        ValueError: If the model knows no such timestep.
+    """
+    steps, flow = scheduler.config.num_train_timesteps, is_flow(scheduler)
+    if not (0 <= timestep <= steps if flow else timestep in range(steps)):
+        known = f"between 0 and {steps}, which is {steps} sigma," if flow else f"a whole number from 0 to {steps - 1}"
+        raise ValueError(f"{flag} must be {known} for this model, not {timestep:g}.")
+    if flow:
+        return 1 - timestep / steps, timestep / steps
+    alpha_bar = float(scheduler.alphas_cumprod[int(timestep)].double())
+    return alpha_bar**0.5, (1 - alpha_bar) ** 0.5

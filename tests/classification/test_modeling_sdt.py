@@ -13,6 +13,7 @@ from sdt_diffusion.classification import SDTForImageClassification
 from sdt_diffusion.classification.backbone import Backbone, load_backbone
 from sdt_diffusion.classification.recipe import build_processor
 from sdt_diffusion.sdt.latents import encode_pixels
+from sdt_diffusion.sdt.schedulers import noise_scales
 
 NAMES = {0: "cat", 1: "dog", 2: "elk"}
 
@@ -133,8 +134,8 @@ def test_weights_on_the_meta_device_leave_no_trace_in_later_models(make_model, m
 
 def test_a_folder_of_a_transformer_or_pipeline(make_model, make_pipe, tmp_path):
     make_pipe().save_pretrained(tmp_path / "pipe")
-    assert load_backbone(str(tmp_path / "pipe")).scales(200) == (0.8, 0.2)
-    signal, noise = load_backbone(str(tmp_path / "pipe" / "transformer"), "ddpm").scales(999)
+    assert noise_scales(load_backbone(str(tmp_path / "pipe")).scheduler, 200) == (0.8, 0.2)
+    signal, noise = noise_scales(load_backbone(str(tmp_path / "pipe" / "transformer"), "ddpm").scheduler, 999)
     assert signal**2 == pytest.approx(4.04e-5, rel=1e-2)
     assert signal**2 + noise**2 == pytest.approx(1)
     with pytest.raises(ValueError, match="--probe_objective is not for a pipeline"):
@@ -144,7 +145,7 @@ def test_a_folder_of_a_transformer_or_pipeline(make_model, make_pipe, tmp_path):
 def test_what_does_not_fit_is_refused(make_model, make_probe):
     with pytest.raises(ValueError, match=r"--probe_block must lie in 0\.\.2 for this transformer, not 3"):
         make_probe(block=3)
-    with pytest.raises(ValueError, match="--probe_timestep must be between 0 and 1000 for this transformer, not 1001"):
+    with pytest.raises(ValueError, match=r"--probe_timestep must be between 0 and 1000, .* for this model, not 1001"):
         make_probe(timestep=1001)
     with pytest.raises(ValueError, match=r"must be a whole number from 0 to 999 .* not 0.5"):
         make_probe(scheduler=DDIMScheduler(), timestep=0.5)

@@ -7,7 +7,7 @@ import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.cache_utils import CacheMixin
 
-from sdt_diffusion.sdt.schedulers import DIFFUSION_SCHEDULERS, FLOW_SCHEDULERS, is_flow, swap_scheduler
+from sdt_diffusion.sdt.schedulers import DIFFUSION_SCHEDULERS, FLOW_SCHEDULERS, is_flow, noise_scales, swap_scheduler
 
 MEAN, STD = 0.4, 0.5
 
@@ -94,3 +94,24 @@ def test_schedulers_of_the_other_kind_are_refused():
         swap_scheduler(diffusers.DDIMScheduler(), "FlowMatchEulerDiscreteScheduler")
     with pytest.raises(ValueError, match="'PLMS' is no scheduler"):
         swap_scheduler(diffusers.DDIMScheduler(), "PLMS")
+
+
+def test_noise_is_that_of_training():
+    for name in FLOW_SCHEDULERS:
+        # A shift moves the steps of sampling, not what a timestep means.
+        flow = swap_scheduler(diffusers.FlowMatchEulerDiscreteScheduler(shift=2.0), name)
+        assert noise_scales(flow, 250.0) == (0.75, 0.25)
+        assert noise_scales(flow, 1000) == (0, 1)
+    alpha_bar = np.cumprod(1 - np.linspace(1e-4, 2e-2, 1000))[300]
+    for name in DIFFUSION_SCHEDULERS:
+        diffusion = swap_scheduler(diffusers.DDPMScheduler(1000, 1e-4, 2e-2, "linear"), name)
+        assert noise_scales(diffusion, 300.0) == pytest.approx((alpha_bar**0.5, (1 - alpha_bar) ** 0.5), rel=1e-5)
+
+
+def test_timesteps_that_a_model_does_not_know_are_refused():
+    for timestep in (0.5, 1000, -1):
+        with pytest.raises(ValueError, match=f"--t must be a whole number from 0 to 999 .*, not {timestep}"):
+            noise_scales(diffusers.DDIMScheduler(), timestep, "--t")
+    for timestep in (1000.5, -1, float("nan")):
+        with pytest.raises(ValueError, match=f"--t must be between 0 and 1000, .*, not {timestep}"):
+            noise_scales(diffusers.FlowMatchEulerDiscreteScheduler(), timestep, "--t")

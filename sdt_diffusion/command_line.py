@@ -23,6 +23,21 @@ def require_at_least(arguments: Any, least: float, *names: str) -> None:
             raise ValueError(f"--{name} must be at least {least}, not {value}.")
 
 
+def json_object(text: str | None, flag: str) -> dict[str, Any]:
+    """The JSON object that an argument holds; an empty one if the argument is not given.
+
+    Raises:
+        ValueError: If it holds something else; names the flag.
+    """
+    try:
+        values = json.loads(text or "{}")
+    except ValueError as error:
+        raise ValueError(f"{flag} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{flag} must be a JSON object, not {text}.")
+    return values
+
+
 def parse_arguments(
     dataclass_types: Sequence[type],
     argv: Sequence[str],

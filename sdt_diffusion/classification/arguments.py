@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from transformers import PreTrainedModel
 
+from ..command_line import json_object
 from ..data.decoding import IMAGE_MODES
 from .backbone import Backbone, load_backbone
 from .configuration_sdt_h import SDTHConfig
@@ -192,12 +193,7 @@ class ClassifierModelArguments:
         return model
 
     def _overrides(self) -> dict[str, Any]:
-        try:
-            overrides = json.loads(self.model_overrides or "{}")
-        except ValueError as error:
-            raise ValueError(f"--model_overrides is not JSON: {error}") from error
-        if not isinstance(overrides, dict):
-            raise ValueError(f"--model_overrides must be a JSON object, not {self.model_overrides}.")
+        overrides = json_object(self.model_overrides, "--model_overrides")
         derived = sorted(DERIVED_KEYS & set(overrides))
         if derived:
             raise ValueError(f"--model_overrides: {', '.join(derived)} follow from the data set.")

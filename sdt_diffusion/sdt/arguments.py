@@ -1,9 +1,9 @@
 """The model as training arguments."""
 
-import json
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ..command_line import json_object
 from .transformer_sdt import SDTTransformer2DModel
 
 
@@ -33,12 +33,7 @@ class ModelArguments:
         Raises:
             ValueError: If the preset or a key is unknown, or `model_overrides` is no JSON object.
         """
-        try:
-            further = json.loads(self.model_overrides or "{}")
-        except ValueError as error:
-            raise ValueError(f"--model_overrides is not JSON: {error}") from error
-        if not isinstance(further, dict):
-            raise ValueError(f"--model_overrides must be a JSON object, not {self.model_overrides}.")
+        further = json_object(self.model_overrides, "--model_overrides")
         derived = sorted({"in_channels", "num_classes", "sample_size"} & set(further))
         if derived:
             raise ValueError(f"--model_overrides: {', '.join(derived)} follow from the data set and --resolution.")

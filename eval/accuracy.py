@@ -24,7 +24,7 @@ def main(argv):
     PartialState(cpu=not torch.cuda.is_available())
     try:
         table = evaluate_accuracy(args)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"Error: {error}")
     if table is not None:
         print(f"\n{table}\n\nWritten to {args.output}.")

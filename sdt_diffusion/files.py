@@ -39,6 +39,18 @@ def move_into(folder: Path, save: Callable[[Path], Any]) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def check_new(path: Path, *endings: str) -> None:
+    """Refuses a file to write that is there already, or that is to have another ending than those that can be written.
+
+    Raises:
+        ValueError: Names the file, and what to do.
+    """
+    if path.suffix not in endings:
+        raise ValueError(f"{path} must end in {' or '.join(endings)}.")
+    if path.exists():
+        raise ValueError(f"{path} exists already; give another name, or delete it.")
+
+
 def check_writable(folder: Path) -> None:
     """Makes a folder, and finds out whether files can be written there before hours of work are lost for it.
 

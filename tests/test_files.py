@@ -2,7 +2,7 @@ import errno
 
 import pytest
 
-from sdt_diffusion.files import check_writable, move_into, write_atomically
+from sdt_diffusion.files import check_new, check_writable, move_into, write_atomically
 
 
 def names(folder):
@@ -38,6 +38,15 @@ def test_a_folder_that_takes_no_files_is_found_out_early(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="No file can be written there"):
         check_writable(tmp_path / "file")
+
+
+def test_a_file_that_is_there_is_not_written_again(tmp_path):
+    check_new(tmp_path / "curve.png", ".png")
+    (tmp_path / "curve.png").write_text("precious")
+    with pytest.raises(ValueError, match=r"curve\.png exists already; give another name, or delete it"):
+        check_new(tmp_path / "curve.png", ".png")
+    with pytest.raises(ValueError, match=r"curve\.gif must end in \.png or \.jpg"):
+        check_new(tmp_path / "curve.gif", ".png", ".jpg")
 
 
 def test_moving_into_a_folder_replaces_only_what_is_new(tmp_path):

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from ..data import CorruptImageError, DataArguments, LabelledImages, load_images
 from ..data.class_folders import check_class_folders
-from ..files import write_atomically
+from ..files import check_new, check_writable, write_atomically
 from ..fingerprint import fingerprint
 from ..metrics.classification import Confusion, RunningConfusion
 from ..plots import plot_confusion
@@ -37,11 +37,13 @@ def evaluate_accuracy(args: AccuracyArguments) -> str | None:
 
     Raises:
         FileNotFoundError: If model or data set are not there.
+        OSError: If no file can be written beside `--output`.
         ValueError: If they do not fit together, an image cannot be used, or an output exists.
     """
     state = PartialState()
     picture = args.output.with_suffix(".png")
-    _check_outputs(args.output, picture)
+    check_new(args.output, ".json")
+    check_new(picture, ".png")
     model, processor = load_classifier(args.model, args.dtype, state.device)
     num_channels = channels_of(model)
     images = open_labelled_images(args, num_channels)
@@ -50,7 +52,7 @@ def evaluate_accuracy(args: AccuracyArguments) -> str | None:
     prepared = PreparedImages(images, processor, num_channels)
     sample = prepared.first().to(state.device, model.dtype)[None]
     cost = count_cost(model, sample)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
+    check_writable(args.output.parent)
     confusion, speeds = classify(model, prepared, labels, args.batch_size, args.dataloader_num_workers)
     if not state.is_main_process:
         return None
@@ -205,11 +207,3 @@ def _now(device):
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
-
-
-def _check_outputs(output, picture):
-    if output.suffix != ".json":
-        raise ValueError(f"{output} must end in .json.")
-    for path in (output, picture):
-        if path.exists():
-            raise ValueError(f"{path} exists already; give another name, or delete it.")

@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from ..data.raw_images import RawImageArguments, RawImages, SubsetImages, open_images, save_npz_images
-from ..files import check_writable, write_atomically
+from ..files import check_new, check_writable, write_atomically
 from ..generation import class_labels_for, random_class_labels
 from ..metrics.evaluate import (
     FULL_COUNT,
@@ -179,14 +179,12 @@ def _check_arguments(args, sampling_args):
         for field in fields(sampling_args):
             if field.name != "num_samples" and getattr(sampling_args, field.name) != field.default:
                 raise ValueError(f"--{field.name} is for sampling by --model; the --samples are what they are.")
-    for path, ending in ((args.output, ".json"), (args.samples_npz, ".npz")):
-        if path is not None and path.suffix != ending:
-            raise ValueError(f"{path} must end in {ending}.")
-    outputs = [path for path in (args.output, args.output.with_suffix(".png"), args.samples_npz) if path is not None]
-    for path in outputs:
-        if path.exists():
-            raise ValueError(f"{path} exists already; give another name, or delete it.")
-    for path in outputs:
+    outputs = [(args.output, ".json"), (args.output.with_suffix(".png"), ".png")]
+    if args.samples_npz is not None:
+        outputs.append((args.samples_npz, ".npz"))
+    for path, ending in outputs:
+        check_new(path, ending)
+    for path, _ in outputs:
         check_writable(path.parent)
 
 

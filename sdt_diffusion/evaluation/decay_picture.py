@@ -8,7 +8,7 @@ from PIL import Image
 from torch import nn
 
 from ..data.decoding import check_bit_depth
-from ..files import write_atomically
+from ..files import check_new, check_writable, write_atomically
 from ..fingerprint import fingerprint
 from ..generation import generate, sample_generator
 from ..plots import DecayRow, DecaySection, plot_decays
@@ -29,16 +29,15 @@ def draw_decays(args: DecayArguments, device: torch.device | str = "cpu") -> Non
 
     Raises:
         FileNotFoundError: If a model or an image is not there.
+        OSError: If no file can be written beside `--output`.
         ValueError: If the arguments do not fit together or to the model, or the output exists.
     """
-    if args.output.suffix != ".png":
-        raise ValueError(f"{args.output} must end in .png.")
-    if args.output.exists():
-        raise ValueError(f"{args.output} exists already; give another name, or delete it.")
+    check_new(args.output, ".png")
     if (args.image is None) == (not args.timestep):
         raise ValueError(
             "Give either --image, to show to a classifier, or --timestep, to noise a generator's sample to."
         )
+    check_writable(args.output.parent)
     look = look_at_image if args.image is not None else look_at_samples
     title, model, shown = look(args, device)
     patches = parse_patches(args.patches, shown[0][2][0].grid_size, default=2 if len(shown) == 1 else 1)
@@ -53,7 +52,6 @@ def draw_decays(args: DecayArguments, device: torch.device | str = "cpu") -> Non
         )
         for decays in zip(*(decays for _, _, decays in shown), strict=True)
     ]
-    args.output.parent.mkdir(parents=True, exist_ok=True)
     caption = f"{type(model).__name__}, weights {fingerprint(model)}\n{CAPTION}"
     write_atomically(args.output, lambda path: plot_decays(sections, title, caption, path))
 

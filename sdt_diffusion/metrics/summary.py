@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from ..data.raw_images import map_npz_array
-from ..files import write_atomically
+from ..files import check_new, write_atomically
 from .arrays import Features
 from .frechet import GaussianStatistics
 
@@ -46,10 +46,7 @@ def check_summary_path(path: Path) -> None:
     Raises:
         ValueError: If it exists, or has an ending other than `.safetensors` and `.npz`.
     """
-    if path.suffix not in (".safetensors", ".npz"):
-        raise ValueError(f"{path} must end in .safetensors or .npz.")
-    if path.exists():
-        raise ValueError(f"{path} exists already; give another name, or delete it.")
+    check_new(path, ".safetensors", ".npz")
 
 
 def save_summary(path: Path, summary: FeatureSummary) -> None:

@@ -12,6 +12,7 @@ from transformers import AutoModelForImageClassification, ViTConfig, ViTImagePro
 
 from sdt_diffusion.classification import SDTHImageProcessor
 from sdt_diffusion.data import CorruptImageError
+from sdt_diffusion.evaluation import accuracy
 from sdt_diffusion.evaluation.accuracy import PreparedImages, classify, evaluate_accuracy, open_labelled_images
 from sdt_diffusion.evaluation.arguments import AccuracyArguments
 from sdt_diffusion.evaluation.cost import count_cost
@@ -167,6 +168,13 @@ def test_outputs_are_not_overwritten(tmp_path, folder):
         evaluate_accuracy(arguments(tmp_path, folder, output=tmp_path / "accuracy.json"))
     with pytest.raises(ValueError, match=r"must end in \.json"):
         evaluate_accuracy(arguments(tmp_path, folder, output=tmp_path / "accuracy.txt"))
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_any_image(tmp_path, folder, saved, monkeypatch):
+    monkeypatch.setattr(accuracy, "classify", lambda *_: pytest.fail("too late"))
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"No file can be written there.*file"):
+        evaluate_accuracy(arguments(tmp_path, folder, output=tmp_path / "file" / "accuracy.json"))
 
 
 def test_a_processor_of_other_channels_is_refused(tmp_path, folder, saved):

@@ -5,6 +5,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from sdt_diffusion.classification import SDTHImageProcessor
+from sdt_diffusion.evaluation import decay_picture
 from sdt_diffusion.evaluation.arguments import DecayArguments
 from sdt_diffusion.evaluation.decay_picture import draw_decays, look_at_samples, parse_patches
 from sdt_diffusion.generation import generate, sample_generator
@@ -74,6 +75,13 @@ def test_bad_arguments_are_refused(tmp_path, generator, values, message):
     with pytest.raises(ValueError, match=message):
         draw_decays(DecayArguments(output=tmp_path / "decay.png", **{**generator, **values}))
     assert not (tmp_path / "decay.png").exists()
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_a_sample_is_made(tmp_path, generator, monkeypatch):
+    monkeypatch.setattr(decay_picture, "generate", lambda *_, **__: pytest.fail("too late"))
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"No file can be written there.*file"):
+        draw_decays(DecayArguments(output=tmp_path / "file" / "decay.png", timestep=[5.0], **generator))
 
 
 def test_a_missing_image_is_named(tmp_path, classifier):

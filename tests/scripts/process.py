@@ -5,6 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+from safetensors.torch import load_file
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -14,6 +17,15 @@ def run(*command, check=True):
     )
     assert not check or result.returncode == 0, result.stderr
     return result
+
+
+def assert_same_weights(a, b):
+    """Bit by bit, of what `save_pretrained` wrote to two folders."""
+    (a,), (b,) = (list(folder.glob("*.safetensors")) for folder in (a, b))
+    a, b = load_file(a), load_file(b)
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
 
 
 def load_main(script):

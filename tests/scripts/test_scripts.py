@@ -10,11 +10,9 @@ import time
 
 import numpy as np
 import pytest
-import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
-from process import ROOT, run
-from safetensors.torch import load_file
+from process import ROOT, assert_same_weights, run
 
 from sdt_diffusion.training.log import read_log
 
@@ -25,17 +23,6 @@ SMALL = [
     *("--max_train_steps", "30", "--lr_warmup_steps", "5", "--checkpointing_steps", "6", "--logging_steps", "5"),
     *("--validation_steps", "10", "--num_inference_steps", "2", "--label_accuracy_samples", "0"),
 ]
-
-
-def weights(folder):
-    return load_file(folder / "diffusion_pytorch_model.safetensors")
-
-
-def assert_same_weights(a, b):
-    a, b = weights(a), weights(b)
-    assert a.keys() == b.keys()
-    for name in a:
-        assert torch.equal(a[name], b[name]), name
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from PIL import Image
-from process import ROOT, load_main, run
-from safetensors.torch import load_file
+from process import ROOT, assert_same_weights, load_main, run
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from sdt_diffusion.classification import SDTForImageClassification
@@ -32,13 +31,6 @@ SMALL = [
     *("--gradient_accumulation_steps", "2", "--max_train_steps", "20", "--lr_warmup_steps", "5"),
     *("--checkpointing_steps", "6", "--logging_steps", "5", "--validation_steps", "10", "--report_to", "none"),
 ]
-
-
-def assert_same_weights(a, b):
-    a, b = (load_file(folder / "model.safetensors") for folder in (a, b))
-    assert a.keys() == b.keys()
-    for name in a:
-        assert torch.equal(a[name], b[name]), name
 
 
 @pytest.fixture(scope="module")

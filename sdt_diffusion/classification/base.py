@@ -2,6 +2,7 @@
 
 import torch
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import ImageClassifierOutputWithNoAttention
 
 
 class ImageClassifierModel(PreTrainedModel):
@@ -61,3 +62,21 @@ class ImageClassifierModel(PreTrainedModel):
                     f"Labels must lie in 0..{self.config.num_labels - 1} (num_labels is {self.config.num_labels}), "
                     f"got {lowest}..{highest}."
                 )
+
+    def build_output(
+        self,
+        logits: torch.Tensor,
+        hidden_states: tuple[torch.Tensor, ...],
+        labels: torch.Tensor | None,
+        output_hidden_states: bool | None,
+        return_dict: bool | None,
+    ) -> ImageClassifierOutputWithNoAttention | tuple[torch.Tensor, ...]:
+        """What `forward` returns of its logits and hidden states; the config decides what the arguments leave open."""
+        loss = None if labels is None else self.loss_function(labels, logits, self.config)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        output = ImageClassifierOutputWithNoAttention(
+            loss=loss, logits=logits, hidden_states=hidden_states if output_hidden_states else None
+        )
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if return_dict else output.to_tuple()

@@ -156,14 +156,7 @@ class SDTForImageClassification(ImageClassifierModel):
             self.check_labels(labels, len(pixel_values))
         tokens = self.forward_features(pixel_values)
         logits = self.head(self.norm(tokens.mean(dim=1)))
-        loss = None if labels is None else self.loss_function(labels, logits, self.config)
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
-        output = ImageClassifierOutputWithNoAttention(
-            loss=loss, logits=logits, hidden_states=(tokens,) if output_hidden_states else None
-        )
-        return_dict = self.config.return_dict if return_dict is None else return_dict
-        return output if return_dict else output.to_tuple()
+        return self.build_output(logits, (tokens,), labels, output_hidden_states, return_dict)
 
     def _init_weights(self, module: nn.Module) -> None:
         # The backbone is loaded or has initialised itself; but for its fixed embedding, which no file holds.

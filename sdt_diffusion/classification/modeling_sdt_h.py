@@ -73,11 +73,4 @@ class SDTHForImageClassification(ImageClassifierModel):
             self.check_labels(labels, len(pixel_values))
         feature_maps = self.network.forward_stages(pixel_values)
         logits = self.network.forward_head(feature_maps[-1])
-        loss = None if labels is None else self.loss_function(labels, logits, self.config)
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
-        output = ImageClassifierOutputWithNoAttention(
-            loss=loss, logits=logits, hidden_states=tuple(feature_maps) if output_hidden_states else None
-        )
-        return_dict = self.config.return_dict if return_dict is None else return_dict
-        return output if return_dict else output.to_tuple()
+        return self.build_output(logits, tuple(feature_maps), labels, output_hidden_states, return_dict)

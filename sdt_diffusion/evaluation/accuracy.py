@@ -19,12 +19,13 @@ from ..data.class_folders import check_class_folders
 from ..files import check_new, check_writable, write_atomically
 from ..fingerprint import fingerprint
 from ..metrics.classification import Confusion, RunningConfusion
+from ..metrics.extractors.transformers_models import channels_of, load_classifier
 from ..plots import plot_confusion
 from .accuracy_report import describe_classes, format_classes, format_summary
 from .arguments import AccuracyArguments
-from .classifier import channels_of, image_mode_for, load_classifier, prepare_picture
 from .cost import count_cost
 from .labels import check_labels, match_labels
+from .pictures import image_mode_for, prepare_picture
 
 
 def evaluate_accuracy(args: AccuracyArguments) -> str | None:

@@ -11,12 +11,13 @@ from ..data.decoding import check_bit_depth
 from ..files import check_new, check_writable, write_atomically
 from ..fingerprint import fingerprint
 from ..generation import generate, sample_generator
+from ..metrics.extractors.transformers_models import channels_of, load_classifier
 from ..plots import DecayRow, DecaySection, plot_decays
 from ..sdt.latents import decode_latents
 from ..sdt.schedulers import noise_scales
 from .arguments import DecayArguments
-from .classifier import channels_of, image_mode_for, load_classifier, prepare_picture, undo_normalisation
 from .decay import BlockDecay, attention_maps, decay_maps, half_distances, record_decays
+from .pictures import image_mode_for, prepare_picture, undo_normalisation
 
 #: A title, the network, and for each input a label, what the network sees of it, and the decays of its blocks.
 Look = tuple[str, nn.Module, list[tuple[str, Image.Image, list[BlockDecay]]]]

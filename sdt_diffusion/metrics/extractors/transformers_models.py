@@ -59,22 +59,17 @@ class ImageClassifier(FeatureExtractor):
 
     Raises:
         FileNotFoundError: If the model cannot be loaded.
-        ValueError: If it does not end in a linear layer.
+        ValueError: If weights are missing, or it does not end in a linear layer.
     """
 
     provides = frozenset({"pool", "logits"})
 
     def __init__(self, folder: str, device: torch.device | str = "cpu"):
-        from transformers import AutoImageProcessor, AutoModelForImageClassification
-
-        import sdt_diffusion.classification  # noqa: F401 (the Auto classes know this project's classifiers then)
-
         self.name = f"classifier {folder}"
-        self.network = load_pretrained(AutoModelForImageClassification, folder, "an image classifier").eval()
-        self._processor = load_pretrained(AutoImageProcessor, folder, "an image processor")
+        self.network, self._processor = load_classifier(folder, "float32", device)
         settings = hashlib.sha256(self._processor.to_json_string().encode()).hexdigest()[:16]
         self.resize = f"its image processor, {settings}"
-        self._channels = getattr(self.network.config, "num_channels", 3)
+        self._channels = channels_of(self.network)
         self.fingerprint = fingerprint(self.network)
         heads = [
             module
@@ -84,7 +79,6 @@ class ImageClassifier(FeatureExtractor):
         if not heads:
             raise ValueError(f"{folder} does not end in a linear layer, whose inputs would be its features.")
         heads[-1].register_forward_pre_hook(self._keep_input)
-        self.network.to(device)
 
     def _keep_input(self, module, inputs):
         self._pool = inputs[0]
@@ -102,6 +96,29 @@ class ImageClassifier(FeatureExtractor):
     @property
     def identity(self) -> dict[str, str]:
         return {**super().identity, "extractor": "classifier"}  # the same weights in another folder are the same
+
+
+def load_classifier(name: str, dtype: str, device: torch.device | str) -> tuple[nn.Module, Any]:
+    """An image classifier of any architecture that transformers or this project knows, and its image processor.
+
+    Raises:
+        FileNotFoundError: If they cannot be loaded.
+        ValueError: If weights are missing: transformers would draw them at random, the classifier of a mere backbone.
+    """
+    from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+    import sdt_diffusion.classification  # noqa: F401 (the Auto classes know this project's classifiers then)
+
+    how = {"dtype": getattr(torch, dtype), "output_loading_info": True}
+    model, info = load_pretrained(AutoModelForImageClassification, name, "an image classifier", **how)
+    if info["missing_keys"]:
+        raise ValueError(f"{name} has no weights for {', '.join(sorted(info['missing_keys']))[:160]}: is it trained?")
+    return model.to(device).eval(), load_pretrained(AutoImageProcessor, name, "an image processor")
+
+
+def channels_of(classifier: nn.Module) -> int:
+    """Channels of a classifier's images."""
+    return getattr(classifier.config, "num_channels", 3)
 
 
 def load_pretrained(auto_class: type, name: str, what: str, **kwargs: Any) -> Any:

@@ -127,6 +127,23 @@ def empty_folder(tmp_path):
     return folder
 
 
+def test_a_backbone_without_a_classifier_is_refused(vit):
+    """transformers would make up the classifier's weights."""
+    folder, model = vit
+    model.vit.save_pretrained(folder)
+    with pytest.raises(ValueError, match=r"has no weights for classifier\.bias, classifier\.weight.*: is it trained"):
+        build_extractor(str(folder))
+
+
+def test_a_classifier_saved_in_half_precision_computes_in_fp32(vit):
+    folder, model = vit
+    expected = extract(build_extractor(str(folder)), IMAGE)["pool"]
+    model.to(torch.bfloat16).save_pretrained(folder)
+    found = extract(build_extractor(str(folder)), IMAGE)["pool"]
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, atol=0.05, rtol=0.05)
+
+
 def test_pixels_are_features_of_small_images_only():
     extractor = build_extractor("pixels")
     assert torch.equal(extract(extractor, IMAGE)["pool"][0], torch.from_numpy(IMAGE).flatten().float() / 255)

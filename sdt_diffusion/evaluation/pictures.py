@@ -1,35 +1,12 @@
-"""Any image classifier, and pictures as its own image processor makes them."""
+"""Pictures as the image processor of a classifier makes them, and back."""
 
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import nn
-from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-from .. import classification  # noqa: F401  (lets the Auto classes find this project's classifiers)
 from ..data.decoding import IMAGE_MODES
-from ..metrics.extractors.transformers_models import load_pretrained
-
-
-def load_classifier(name: str, dtype: str, device: torch.device) -> tuple[nn.Module, Any]:
-    """An image classifier of any architecture that transformers or this project knows, and its image processor.
-
-    Raises:
-        FileNotFoundError: If they cannot be loaded.
-        ValueError: If weights are missing: transformers would draw them at random, the classifier of a mere backbone.
-    """
-    how = {"dtype": getattr(torch, dtype), "output_loading_info": True}
-    model, info = load_pretrained(AutoModelForImageClassification, name, "an image classifier", **how)
-    if info["missing_keys"]:
-        raise ValueError(f"{name} has no weights for {', '.join(sorted(info['missing_keys']))[:160]}: is it trained?")
-    return model.to(device).eval(), load_pretrained(AutoImageProcessor, name, "an image processor")
-
-
-def channels_of(model: nn.Module) -> int:
-    """Channels of a classifier's images."""
-    return getattr(model.config, "num_channels", 3)
 
 
 def image_mode_for(num_channels: int) -> str:

@@ -4,9 +4,11 @@ import argparse
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ..attention import FixedGate
@@ -49,11 +51,14 @@ def read_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
         ValueError: If the file holds something else.
     """
     path = Path(path)
-    if path.suffix == ".safetensors":
-        return load_file(path)
-    # Training checkpoints keep their arguments in a Namespace, which holds values only.
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        # Training checkpoints keep their arguments in a Namespace, which holds values only.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
     state_dict = checkpoint.get("model", checkpoint) if isinstance(checkpoint, Mapping) else checkpoint
     if not isinstance(state_dict, Mapping) or not all(
         isinstance(value, torch.Tensor) for value in state_dict.values()

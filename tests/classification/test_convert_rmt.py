@@ -145,8 +145,18 @@ def test_training_checkpoints_load_and_code_does_not_run(tmp_path):
     torch.save(checkpoint, tmp_path / "training.pth")
     assert read_checkpoint(tmp_path / "training.pth").keys() == reference.state_dict().keys()
     torch.save({"model": reference}, tmp_path / "pickled.pth")
-    with pytest.raises(Exception, match=r"[Ww]eights.only"):
+    with pytest.raises(ValueError, match=r"pickled\.pth cannot be read: [Ww]eights.only"):
         read_checkpoint(tmp_path / "pickled.pth")
+
+
+@pytest.mark.parametrize("name", ["rmt.pth", "rmt.safetensors"])
+@pytest.mark.parametrize("size", [0, 2, 1000])
+def test_damaged_files_are_named(tmp_path, name, size):
+    path, tensors = tmp_path / name, {"weight": torch.zeros(1000)}
+    (save_file if path.suffix == ".safetensors" else torch.save)(tensors, path)
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(ValueError, match=f"{path} cannot be read"):
+        load_rmt(path)
 
 
 def test_other_files_are_refused(tmp_path):

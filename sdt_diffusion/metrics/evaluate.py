@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from ..settings import differences
 from .extractors import FeatureExtractor
 from .frechet import frechet_distance
 from .kid import kernel_distance
@@ -69,13 +70,10 @@ def check_reference(
     Raises:
         ValueError: Says what differs or is missing.
     """
-    differences = [
-        f"{key}: {reference.provenance[key]!r} there, {value!r} now"
-        for key, value in extractor.identity.items()
-        if key in reference.provenance and reference.provenance[key] != value
-    ]
-    if differences:
-        raise ValueError(f"{path} was made by another extractor ({'; '.join(differences)}).")
+    now = {key: value for key, value in extractor.identity.items() if key in reference.provenance}
+    found = differences({key: reference.provenance[key] for key in now}, now)
+    if found:
+        raise ValueError(f"{path} was made by another extractor ({'; '.join(found)}).")
     for kind, statistics in reference.statistics.items():
         dim = extractor.dims.get(kind, len(statistics.mean))
         if len(statistics.mean) != dim:

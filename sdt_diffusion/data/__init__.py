@@ -1,4 +1,4 @@
-"""Images and labels from the formats that `datasets` reads."""
+"""Labelled images from the formats that `datasets` reads, latents of a cache, and the stream of either."""
 
 from .augmentation import RandomFlip, RandomMirror, SeededTransform
 from .decoding import CorruptImageError

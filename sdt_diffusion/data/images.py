@@ -125,7 +125,7 @@ class LabelledImages:
         return self.__getitems__([index])[0]
 
 
-def load_images(args: DataArguments, default_resolution: int | None, as_pictures: bool = False) -> LabelledImages:
+def load_images(args: ImageArguments, default_resolution: int | None, as_pictures: bool = False) -> LabelledImages:
     """Opens the data set that the arguments name.
 
     Args:

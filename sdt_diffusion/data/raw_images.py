@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from .decoding import CorruptImageError, center_crop, check_bit_depth
-from .images import DataArguments, find_image_column, read_dataset
+from .images import ImageArguments, find_image_column, read_dataset
 
 IMAGE_ENDINGS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"})
 
@@ -314,8 +314,8 @@ def open_images(name: str, args: RawImageArguments, flag: str) -> RawImages:
     """Images by the name of a folder, an `.npz` file or a data set.
 
     Args:
-        name: A folder of images or of `Dataset.save_to_disk`, an `.npz`, `.parquet` or `.arrow` file, "digits", or a
-            name on the Hub.
+        name: A folder of images or of `Dataset.save_to_disk`, an `.npz`, `.parquet`, `.arrow` or `.tar` file,
+            "digits", or a name on the Hub.
         args: How to read them.
         flag: Where the name came from, for messages.
 
@@ -332,6 +332,6 @@ def open_images(name: str, args: RawImageArguments, flag: str) -> RawImages:
     image_mode = args.image_mode or ("L" if name == "digits" else "RGB")
     if path.is_dir() and not (path / "dataset_info.json").is_file():
         return FolderImages(path, image_mode, args.resolution)
-    data_args = DataArguments(dataset=name, dataset_split=args.dataset_split, image_column=args.image_column)
+    data_args = ImageArguments(dataset=name, dataset_split=args.dataset_split, image_column=args.image_column)
     dataset = read_dataset(data_args)
     return DatasetImages(dataset, find_image_column(dataset, data_args), name, image_mode, args.resolution)

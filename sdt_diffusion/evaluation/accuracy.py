@@ -14,8 +14,9 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from ..data import CorruptImageError, DataArguments, LabelledImages, load_images
+from ..data import CorruptImageError, LabelledImages, load_images
 from ..data.class_folders import check_class_folders
+from ..data.images import ImageArguments
 from ..files import check_new, check_writable, write_atomically
 from ..fingerprint import fingerprint
 from ..metrics.classification import Confusion, RunningConfusion
@@ -104,7 +105,7 @@ def open_labelled_images(args: AccuracyArguments, num_channels: int) -> Labelled
         FileNotFoundError: If a path does not exist.
         ValueError: If it cannot be read, has an empty class folder, or the model takes neither 1 nor 3 channels.
     """
-    data_args = DataArguments(
+    data_args = ImageArguments(
         dataset=args.dataset,
         dataset_split=args.dataset_split,
         image_column=args.image_column,
@@ -112,9 +113,7 @@ def open_labelled_images(args: AccuracyArguments, num_channels: int) -> Labelled
         image_mode=image_mode_for(num_channels),
     )
     images = load_images(data_args, default_resolution=None, as_pictures=True)
-    folder = Path(args.dataset).expanduser()
-    if folder.is_dir():
-        check_class_folders(folder, images.class_names)
+    check_class_folders(Path(args.dataset).expanduser(), images.class_names)
     return images
 
 

@@ -35,7 +35,7 @@ class AccuracyArguments:
 
     model: str = field(metadata={"help": "Folder or Hub name of an image classifier with its image processor."})
     dataset: str = field(
-        metadata={"help": "Image folder (a subfolder a class), .parquet or .arrow file, Hub name, or 'digits'."}
+        metadata={"help": "Image folder (a subfolder a class), .parquet, .arrow or .tar file, Hub name, or 'digits'."}
     )
     output: Path = field(metadata={"help": "JSON file for the numbers; a picture of the confusion goes beside it."})
     dataset_split: str | None = field(

@@ -1,11 +1,74 @@
-"""Files that are either whole or not there."""
+"""Files that are either whole or not there, in folders that one run at a time writes to."""
 
+import contextlib
 import os
 import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+LOCK_FILE = ".lock"
+
+
+class FolderLock:
+    """Keeps other runs from writing to a folder for as long as this process lives, or until it is released.
+
+    The main process of a run takes it, before it looks at what the folder holds. It is a lock of POSIX, which forked
+    workers do not inherit, so that one that outlives a killed run does not keep the next one out. Nothing is locked
+    where the system, or the folder's file system, knows no such locks.
+
+    Args:
+        folder: The folder; it is made where there is none.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._descriptor: int | None = None
+
+    def acquire(self) -> None:
+        """Takes the lock.
+
+        Raises:
+            ValueError: If another process has it; names the folder.
+            OSError: If no file can be written to the folder.
+        """
+        check_writable(self.folder)
+        path = self.folder / LOCK_FILE
+        while fcntl and self._descriptor is None:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
+            try:
+                fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError) as error:
+                os.close(descriptor)
+                raise ValueError(
+                    f"Another process is writing to {self.folder}: wait until it is done, or give another folder."
+                ) from error
+            except OSError:  # a file system without locks
+                pass
+            if _is_file(descriptor, path):
+                self._descriptor = descriptor
+            else:  # its last owner deleted it in between
+                os.close(descriptor)
+
+    def release(self) -> None:
+        """Gives the lock back, if it is held."""
+        if self._descriptor is not None:
+            (self.folder / LOCK_FILE).unlink(missing_ok=True)
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def __enter__(self):
+        self.acquire()
+        return self
+
+    def __exit__(self, *exception):
+        self.release()
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
@@ -72,3 +135,9 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _is_file(descriptor, path):
+    with contextlib.suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    return False

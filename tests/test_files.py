@@ -1,8 +1,13 @@
 import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
-from sdt_diffusion.files import check_new, check_writable, move_into, write_atomically
+from sdt_diffusion import files
+from sdt_diffusion.files import FolderLock, check_new, check_writable, move_into, write_atomically
 
 
 def names(folder):
@@ -69,3 +74,79 @@ def test_moving_into_a_folder_replaces_only_what_is_new(tmp_path):
     with pytest.raises(OSError, match="No space"):
         move_into(tmp_path, full)
     assert names(tmp_path) == ["kept", "model_index.json", "transformer"]
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Starts a process that locks the folder, and says so."""
+    started = []
+
+    def run(*, then):
+        program = f"import os, time\nfrom files import FolderLock\nFolderLock(FOLDER).acquire()\n{then}"
+        program = program.replace("FOLDER", f"__import__('pathlib').Path({str(tmp_path)!r})")
+        command = [sys.executable, "-c", program]
+        process = subprocess.Popen(command, cwd=Path(files.__file__).parent, stdout=subprocess.PIPE, text=True)
+        started.append(process)
+        return process
+
+    yield run
+    for process in started:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def test_a_lock_keeps_other_processes_out_until_their_end(start, tmp_path):
+    other = start(then="print('locked', flush=True); time.sleep(60)")
+    assert other.stdout.readline() == "locked\n"
+    with pytest.raises(ValueError, match=f"Another process is writing to {tmp_path}: wait until it is done"):
+        FolderLock(tmp_path).acquire()
+    other.kill()
+    other.wait()
+    with FolderLock(tmp_path):
+        assert names(tmp_path) == [".lock"]
+        assert start(then="print('locked')").wait() == 1
+    assert names(tmp_path) == []
+    assert start(then="print('locked')").wait() == 0
+
+
+def test_a_worker_that_outlives_a_killed_process_does_not_hold_its_lock(start, tmp_path):
+    other = start(then="worker = os.fork()\nif worker: print(worker, flush=True)\ntime.sleep(60)")
+    worker = int(other.stdout.readline())
+    try:
+        other.kill()
+        other.wait()
+        os.kill(worker, 0)  # it lives
+        with FolderLock(tmp_path):
+            pass
+    finally:
+        os.kill(worker, 9)
+
+
+def test_a_lock_that_was_deleted_while_it_was_waited_for_is_none(tmp_path, monkeypatch):
+    lockf, calls = files.fcntl.lockf, []
+
+    def released_in_between(descriptor, operation):
+        calls.append(descriptor)
+        if len(calls) == 1:
+            (tmp_path / ".lock").unlink()
+        lockf(descriptor, operation)
+
+    monkeypatch.setattr(files.fcntl, "lockf", released_in_between)
+    with FolderLock(tmp_path):
+        assert len(calls) == 2
+        assert names(tmp_path) == [".lock"]
+
+
+@pytest.mark.parametrize("missing", ["module", "support"])
+def test_nothing_is_locked_where_there_are_no_locks(tmp_path, monkeypatch, missing):
+    def unsupported(descriptor, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    if missing == "module":
+        monkeypatch.setattr(files, "fcntl", None)
+    else:
+        monkeypatch.setattr(files.fcntl, "lockf", unsupported)
+    with FolderLock(tmp_path):
+        pass
+    assert names(tmp_path) == []

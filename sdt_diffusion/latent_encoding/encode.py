@@ -1,6 +1,7 @@
 """A data set into a cache of latents: on all processes, and resumable."""
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from ..data.decoding import CorruptImageError, ImageDecoder
 from ..data.image_rows import ShardBatch, StoredRows, StreamedRows, shard_batches
 from ..data.images import ImageArguments
 from ..data.latent_cache import read_manifest
-from ..files import write_atomically
+from ..files import FolderLock, write_atomically
 from ..sdt.latents import LatentNormalisation
 from .arguments import EncodingArguments
 from .encoder import ShardEncoder
@@ -50,24 +51,25 @@ def encode_into(
         The manifest.
 
     Raises:
-        ValueError: If the folder holds something else, the images do not fit the VAE, latents are not finite, or too
-            many images cannot be decoded.
+        ValueError: If the folder holds something else, another process writes to it, the images do not fit the VAE,
+            latents are not finite, or too many images cannot be decoded.
     """
     state = PartialState()
     check_images_fit(vae, images)
     writer = CacheWriter(folder, _settings(rows, vae, images, args))
-    if state.is_main_process:
-        writer.claim()
-    state.wait_for_everyone()
-    finished, complete = writer.finished(), writer.is_complete()
-    state.wait_for_everyone()  # none is written before all have looked
-    if not complete:
-        _encode_missing(writer, finished, rows, vae, images, args, progress)
-    state.wait_for_everyone()
-    if state.is_main_process:
-        _check_unreadable(_unreadable(writer.finished()), args.max_unreadable)
-        writer.finish(args.pretrained_vae_model_name_or_path, latent_shape(vae, images.resolution))
-    state.wait_for_everyone()
+    with FolderLock(folder) if state.is_main_process else nullcontext():
+        if state.is_main_process:
+            writer.claim()
+        state.wait_for_everyone()
+        finished, complete = writer.finished(), writer.is_complete()
+        state.wait_for_everyone()  # none is written before all have looked
+        if not complete:
+            _encode_missing(writer, finished, rows, vae, images, args, progress)
+        state.wait_for_everyone()
+        if state.is_main_process:
+            _check_unreadable(_unreadable(writer.finished()), args.max_unreadable)
+            writer.finish(args.pretrained_vae_model_name_or_path, latent_shape(vae, images.resolution))
+        state.wait_for_everyone()
     return read_manifest(folder)
 
 

@@ -22,7 +22,7 @@ from ..data.latent_cache import (
     shard_labels,
     write_shard,
 )
-from ..files import check_writable, write_atomically
+from ..files import LOCK_FILE, check_writable, write_atomically
 from ..settings import differences
 
 
@@ -133,7 +133,7 @@ class CacheWriter:
     def _holds_something_else(self):
         if not self.folder.is_dir():
             return self.folder.exists()
-        return any(path != self.unfinished for path in self.folder.iterdir())
+        return any(path.name not in (UNFINISHED_FOLDER, LOCK_FILE) for path in self.folder.iterdir())
 
 
 def _write_json(path, values):

@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -204,6 +206,20 @@ class TestBadInput:
         with pytest.raises(ValueError, match="cache holds something else than latents: give another --output_dir"):
             encode()
         assert [path.name for path in (tmp_path / "cache").iterdir()] == ["thesis.tex"]
+
+    def test_a_folder_that_another_process_writes_to(self, encode, tmp_path):
+        folder = encode()
+        before = files(folder)
+        program = (
+            f"import fcntl; f = open({str(folder / '.lock')!r}, 'w'); fcntl.lockf(f, 2); print('locked'); input()"
+        )
+        with subprocess.Popen([sys.executable, "-uc", program], stdin=-1, stdout=-1) as other:
+            assert other.stdout.readline() == b"locked\n"
+            with pytest.raises(ValueError, match=f"Another process is writing to {folder}"):
+                encode()
+            other.stdin.close()
+        encode()
+        assert files(folder) == before
 
     def test_a_resolution_that_the_vae_cannot_divide(self, encode, tmp_path):
         with pytest.raises(ValueError, match="--resolution 9 is not divisible by the VAE's factor 2"):

@@ -3,7 +3,9 @@
 import argparse
 import dataclasses
 import json
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_origin
 
@@ -89,6 +91,15 @@ def parse_arguments(
     if rest:
         parser.error(f"unknown argument(s) {' '.join(rest)}")
     return tuple(parsed)
+
+
+@contextmanager
+def errors_in_a_line(*kinds: type[Exception]) -> Iterator[None]:
+    """Ends the program with a line instead of a traceback, for errors that are the user's to mend."""
+    try:
+        yield
+    except kinds as error:
+        sys.exit(f"Error: {error}")
 
 
 def merged(*arguments: Any) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from torch import nn
 
 from .data import DataArguments, LabelledImages, LatentCache, RandomFlip, RandomMirror, load_images
 from .data.latent_cache import UNFINISHED_FOLDER, is_latent_cache
+from .fingerprint import fingerprint
 from .latent_encoding.vae import check_images_fit, check_vae, latent_shape
 from .sdt.arguments import ModelArguments
 from .sdt.latents import LatentNormalisation, posterior_moments, sample_posterior, vae_spatial_scale
@@ -32,6 +33,20 @@ class TrainingData:
     vae: nn.Module | None
     augment: Callable[[Any, int], torch.Tensor] | None
     sample_shape: tuple[int, int, int]
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the latents are, wherever the files of VAE and cache lie: a run goes on with no others."""
+        if self.vae is None:
+            return {}
+        latents = {"weights of the VAE": fingerprint(self.vae), **LatentNormalisation.of(self.vae)._asdict()}
+        return {**latents, "cache of latents": self.images.fingerprint} if self.is_cached else latents
+
+    @property
+    def named_by_identity(self) -> tuple[str, ...]:
+        """Arguments whose paths may change while the identity stays."""
+        vae = ("pretrained_vae_model_name_or_path",)
+        return (*vae, "dataset") if self.is_cached else vae if self.vae is not None else ()
 
     @property
     def is_cached(self) -> bool:

@@ -14,8 +14,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env, set_seed
+from accelerate.utils import set_seed
 
 from sdt_diffusion.classification.arguments import ClassifierModelArguments
 from sdt_diffusion.classification.evaluation import evaluate_classifier
@@ -26,13 +25,16 @@ from sdt_diffusion.classification.recipe import (
     layer_decay_groups,
     train_transform,
 )
-from sdt_diffusion.command_line import parse_arguments, require_at_least
-from sdt_diffusion.data import DataArguments, SeededTransform
+from sdt_diffusion.command_line import errors_in_a_line, parse_arguments, require_at_least
+from sdt_diffusion.data import CorruptImageError, DataArguments, SeededTransform
 from sdt_diffusion.data.splits import ValidationDataArguments, load_splits
 from sdt_diffusion.files import move_into, write_atomically
 from sdt_diffusion.plots import plot_accuracy_curve
 from sdt_diffusion.sharing import HubArguments, create_hub_repo, share_run
 from sdt_diffusion.training.arguments import OptimizationArguments, RunArguments
+from sdt_diffusion.training.checkpoint import CheckpointError
+from sdt_diffusion.training.guard import NonFiniteLossError
+from sdt_diffusion.training.launch import process_state
 from sdt_diffusion.training.run import Training
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -68,36 +70,36 @@ def main(argv):
     )
     model_args, data_args, validation_args, recipe_args, optimization_args, run_args, evaluation_args = arguments
 
-    recipe_args.check_batch_size(run_args.train_batch_size)
-    data_args.image_mode = data_args.image_mode or model_args.image_mode
-    images, train_images, test_images = load_splits(data_args, validation_args, model_args.default_resolution)
-    processes = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).num_processes  # as Accelerator will see it
-    recipe_args.resolve_epochs(run_args, optimization_args, len(train_images), processes)
+    with errors_in_a_line(ValueError, OSError):
+        recipe_args.check_batch_size(run_args.train_batch_size)
+        data_args.image_mode = data_args.image_mode or model_args.image_mode
+        images, train_images, test_images = load_splits(data_args, validation_args, model_args.default_resolution)
+        recipe_args.resolve_epochs(run_args, optimization_args, len(train_images), process_state().num_processes)
 
-    set_seed(run_args.seed)
-    model = model_args.build(images.num_channels, images.class_names)
-    processor = build_processor(
-        images.num_channels,
-        data_args.resolution,
-        recipe_args.crop_pct,
-        model_args.kind != "backbone",
-        model_args.processor,
-    )
-    training = Training(
-        model,
-        "classifier",
-        ClassificationLoss(recipe_args, images.num_classes),
-        train_images,
-        run_args,
-        optimization_args,
-        data_args,
-        arguments,
-        augment=SeededTransform(train_transform(recipe_args, processor, data_args.random_flip), run_args.seed),
-        num_repeats=recipe_args.aug_repeats,
-        parameter_groups=layer_decay_groups(model, recipe_args, optimization_args.adam_weight_decay),
-    )
-    if training.accelerator.is_main_process:
-        create_hub_repo(hub_args, training.output_dir)  # if that cannot be, it shows now and not in the end
+        set_seed(run_args.seed)
+        model = model_args.build(images.num_channels, images.class_names)
+        processor = build_processor(
+            images.num_channels,
+            data_args.resolution,
+            recipe_args.crop_pct,
+            model_args.kind != "backbone",
+            model_args.processor,
+        )
+        training = Training(
+            model,
+            "classifier",
+            ClassificationLoss(recipe_args, images.num_classes),
+            train_images,
+            run_args,
+            optimization_args,
+            data_args,
+            arguments,
+            augment=SeededTransform(train_transform(recipe_args, processor, data_args.random_flip), run_args.seed),
+            num_repeats=recipe_args.aug_repeats,
+            parameter_groups=layer_decay_groups(model, recipe_args, optimization_args.adam_weight_decay),
+        )
+        if training.accelerator.is_main_process:
+            create_hub_repo(hub_args, training.output_dir)  # if that cannot be, it shows now and not in the end
     # A run that was killed between a checkpoint and its test has the test to make up for.
     tested = {record["step"] for record in training.log.records if "test_accuracy" in record}
 
@@ -118,10 +120,11 @@ def main(argv):
             training.record(found)
 
     training.trained_model.eval()
-    test_if_due(training.step)  # at step 0 this finds images that cannot be read before hours are spent
-    for step in training.steps():
-        training.trained_model.eval()
-        test_if_due(step)
+    with errors_in_a_line(CorruptImageError, CheckpointError, NonFiniteLossError):
+        test_if_due(training.step)  # at step 0 this finds images that cannot be read before hours are spent
+        for step in training.steps():
+            training.trained_model.eval()
+            test_if_due(step)
     if training.accelerator.is_main_process:
         output_dir = training.output_dir
 

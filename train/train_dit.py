@@ -17,8 +17,8 @@ import torch
 from accelerate.utils import set_seed
 
 from sdt_diffusion import SDTPipeline
-from sdt_diffusion.command_line import parse_arguments, require_at_least
-from sdt_diffusion.data import DataArguments
+from sdt_diffusion.command_line import errors_in_a_line, parse_arguments, require_at_least
+from sdt_diffusion.data import CorruptImageError, DataArguments
 from sdt_diffusion.evaluation.label_accuracy import label_accuracy
 from sdt_diffusion.files import move_into, write_atomically
 from sdt_diffusion.generation import class_labels_for, generate
@@ -26,6 +26,8 @@ from sdt_diffusion.plots import image_grid, plot_loss_curve
 from sdt_diffusion.sdt.arguments import ModelArguments
 from sdt_diffusion.sharing import HubArguments, create_hub_repo, share_run
 from sdt_diffusion.training.arguments import OptimizationArguments, RunArguments
+from sdt_diffusion.training.checkpoint import CheckpointError
+from sdt_diffusion.training.guard import NonFiniteLossError
 from sdt_diffusion.training.objectives import DiffusionLoss, ObjectiveArguments, build_objective
 from sdt_diffusion.training.run import Training
 from sdt_diffusion.training_data import open_training_data
@@ -63,34 +65,37 @@ def main(argv):
     )
     model_args, data_args, objective_args, optimization_args, run_args, validation_args = arguments
 
-    data = open_training_data(data_args, model_args, run_args.seed)
-    images, vae = data.images, data.vae
-    if data.is_cached and validation_args.label_accuracy_samples:
-        raise ValueError("--label_accuracy_samples needs the images' pixels, and not a cache of latents.")
+    with errors_in_a_line(ValueError, OSError):
+        data = open_training_data(data_args, model_args, run_args.seed)
+        images, vae = data.images, data.vae
+        if data.is_cached and validation_args.label_accuracy_samples:
+            raise ValueError("--label_accuracy_samples needs the images' pixels, and not a cache of latents.")
 
-    set_seed(run_args.seed)
-    channels, side, _ = data.sample_shape
-    model = model_args.build(sample_size=side, in_channels=channels, num_classes=images.num_classes)
-    objective = build_objective(objective_args)
-    diffusion_loss = DiffusionLoss(objective, model.config.class_dropout_prob)
+        set_seed(run_args.seed)
+        channels, side, _ = data.sample_shape
+        model = model_args.build(sample_size=side, in_channels=channels, num_classes=images.num_classes)
+        objective = build_objective(objective_args)
+        diffusion_loss = DiffusionLoss(objective, model.config.class_dropout_prob)
 
-    def compute_loss(model, batch, class_labels, draws):
-        return diffusion_loss(model, data.clean(batch, draws), class_labels, draws)
+        def compute_loss(model, batch, class_labels, draws):
+            return diffusion_loss(model, data.clean(batch, draws), class_labels, draws)
 
-    training = Training(
-        model,
-        "transformer",
-        compute_loss,
-        images,
-        run_args,
-        optimization_args,
-        data_args,
-        arguments,
-        augment=data.augment,
-        further_values=diffusion_loss.by_timestep,
-    )
-    if training.accelerator.is_main_process:
-        create_hub_repo(hub_args, training.output_dir)  # if that cannot be, it shows now and not in the end
+        training = Training(
+            model,
+            "transformer",
+            compute_loss,
+            images,
+            run_args,
+            optimization_args,
+            data_args,
+            arguments,
+            augment=data.augment,
+            further_values=diffusion_loss.by_timestep,
+            identity=data.identity,
+            named_by_identity=data.named_by_identity,
+        )
+        if training.accelerator.is_main_process:
+            create_hub_repo(hub_args, training.output_dir)  # if that cannot be, it shows now and not in the end
     if vae is not None:
         vae.to(training.accelerator.device)
     pipe = SDTPipeline(
@@ -111,9 +116,10 @@ def main(argv):
         pictures = [image for _, image in generate(pipe, labels, progress=False, **sampling)]
         return image_grid(pictures, [images.class_names[label] for label in labels], columns=len(shown))
 
-    for step in training.steps():
-        if validation_args.validation_steps and step % validation_args.validation_steps == 0:
-            training.save_picture(f"samples/step-{step:07d}.png", sample_grid)
+    with errors_in_a_line(CorruptImageError, CheckpointError, NonFiniteLossError):
+        for step in training.steps():
+            if validation_args.validation_steps and step % validation_args.validation_steps == 0:
+                training.save_picture(f"samples/step-{step:07d}.png", sample_grid)
     output_dir = training.output_dir
     if training.accelerator.is_main_process:
         move_into(output_dir, pipe.save_pretrained)

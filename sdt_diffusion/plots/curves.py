@@ -25,8 +25,8 @@ def plot_loss_curve(records: Sequence[dict[str, float]], path: Path) -> None:
     loss_axes.plot(steps, losses, color="tab:blue", alpha=0.3, label="logged")
     loss_axes.plot(steps, _smooth(losses), color="tab:blue", label="smoothed")
     loss_axes.set_ylabel("loss")
-    # The first steps would flatten all that comes after them.
-    loss_axes.set_ylim(0.95 * losses.min(), 1.05 * np.percentile(losses, 98))
+    if len(losses):  # the first steps would flatten all that comes after them
+        loss_axes.set_ylim(0.95 * losses.min(), 1.05 * np.percentile(losses, 98))
     loss_axes.grid(alpha=0.3)
     loss_axes.legend()
     _plot_losses_by_timestep(records, timestep_axes)

@@ -301,8 +301,8 @@ class SDTTransformer2DModel(
         hidden_states: torch.Tensor,
         timestep: torch.Tensor,
         class_labels: torch.Tensor,
-        force_drop_ids: torch.Tensor | None = None,
         return_dict: bool = True,
+        force_drop_ids: torch.Tensor | None = None,
     ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
         """Predicts noise, velocity or flow from a noisy (latent) image.
 
@@ -310,9 +310,9 @@ class SDTTransformer2DModel(
             hidden_states: Shape (batch, in_channels, height, width); the sides need not be the trained ones.
             timestep: Shape (batch,) or a scalar, 0 to 1000: steps of a DDPM schedule, or 1000 sigma of a flow.
             class_labels: Labels 0 to num_classes - 1, or the null class `num_classes`, shape (batch,).
+            return_dict: Whether to return a `Transformer2DModelOutput` instead of a tuple.
             force_drop_ids: Which labels the null class replaces, shape (batch,), as in facebookresearch/DiT; by
                 default training draws them with probability `class_dropout_prob`.
-            return_dict: Whether to return a `Transformer2DModelOutput` instead of a tuple.
 
         Returns:
             The prediction, shape (batch, out_channels, height, width).

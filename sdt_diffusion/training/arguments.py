@@ -44,7 +44,8 @@ class OptimizationArguments:
             raise ValueError(f"--ema_decay must be at most 1, not {self.ema_decay}.")
         for sigma_rel in self.ema_sigma_rel:
             gamma_of(sigma_rel)
-        if len(set(self.ema_sigma_rel)) != len(self.ema_sigma_rel) or not self.ema_sigma_rel:
+        names = {f"{sigma_rel:g}" for sigma_rel in self.ema_sigma_rel}
+        if len(names) != len(self.ema_sigma_rel) or not names:
             raise ValueError(f"--ema_sigma_rel must be different numbers, not {self.ema_sigma_rel}.")
         if self.ema_snapshot_steps and not (self.use_ema and self.ema_profile == "power"):
             raise ValueError("--ema_snapshot_steps needs --ema_profile power: only its averages can be combined.")
@@ -58,7 +59,9 @@ class RunArguments:
     seed: int = field(default=0, metadata={"help": "Seed of everything random."})
     train_batch_size: int = field(default=256, metadata={"help": "Batch size of a process."})
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "Batches for one step."})
-    max_train_steps: int = field(default=400_000, metadata={"help": "Optimizer steps in all."})
+    max_train_steps: int = field(
+        default=400_000, metadata={"help": "Optimizer steps in all; a schedule such as cosine ends there."}
+    )
     mixed_precision: Literal["no", "fp16", "bf16"] | None = field(
         default=None, metadata={"help": "By default what accelerate is told, else bf16 on accelerators that have it."}
     )

@@ -3,7 +3,7 @@
 import json
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -61,19 +61,22 @@ def save_checkpoint(
     if is_main_process:
         for left_by_a_kill in output_dir.glob("checkpoint-*.partial"):
             shutil.rmtree(left_by_a_kill, ignore_errors=True)
-        partial.mkdir(parents=True)
     wait_for_everyone()
     try:
+        if is_main_process:
+            partial.mkdir(parents=True)
+        wait_for_everyone()
         save(partial)
         wait_for_everyone()
         if is_main_process:
-            files = [file for file in partial.rglob("*") if file.is_file()]
+            inside = list(partial.rglob("*"))
+            files = [path for path in inside if path.is_file()]
             sizes = {str(file.relative_to(partial)): file.stat().st_size for file in files}
             (partial / MANIFEST_FILE).write_text(
                 json.dumps({"step": step, "config": config or {}, "state": state or {}, "files": sizes}, indent=2)
             )
-            for file in (*files, partial / MANIFEST_FILE, partial):
-                sync(file)
+            for path_inside in (*inside, partial / MANIFEST_FILE, partial):  # folders too: their lists of files
+                sync(path_inside)
             if path.exists():  # the run started over from before it
                 path.rename(output_dir / f"checkpoint-{step}.old.partial")
             partial.rename(path)
@@ -87,7 +90,7 @@ def save_checkpoint(
         raise
     if is_main_process and total_limit is not None:
         # Damaged ones do not count: a later one of those must not cost the run the one it has just written.
-        others = [other for other in list_checkpoints(output_dir) if other != path and is_complete(other)]
+        others = [other for other in complete_checkpoints(output_dir) if other != path]
         for old in others[: max(0, len(others) + 1 - max(1, total_limit))]:
             going = old.rename(old.with_name(f"{old.name}.partial"))  # half of it would look like a damaged one
             shutil.rmtree(going, ignore_errors=True)
@@ -96,16 +99,26 @@ def save_checkpoint(
 
 
 def _what_is_left(output_dir):
-    whole = [path.name for path in list_checkpoints(output_dir) if is_complete(path)]
+    whole = [path.name for path in complete_checkpoints(output_dir)]
     if not whole:
         return "There is none before it."
-    return f"{whole[-1]} is whole: make room, and go on with --resume_from_checkpoint latest."
+    return f"{whole[-1]} is whole: once this can be written, go on with --resume_from_checkpoint latest."
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
     """The checkpoint folders of a run, the oldest first, whole or not."""
     folders = [path for path in output_dir.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
-    return sorted(folders, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+    return sorted(folders, key=step_of)
+
+
+def complete_checkpoints(output_dir: Path) -> list[Path]:
+    """Those that can be gone on from."""
+    return [path for path in list_checkpoints(output_dir) if is_complete(path)]
+
+
+def step_of(path: Path) -> int:
+    """The step in a checkpoint folder's name."""
+    return int(path.name.removeprefix("checkpoint-"))
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -149,13 +162,14 @@ def find_checkpoint(output_dir: Path, wanted: str) -> Path | None:
     return path
 
 
-def check_output_dir(output_dir: Path, config: dict[str, Any], resume: bool) -> None:
+def check_output_dir(output_dir: Path, config: dict[str, Any], resume: bool, may_change: Collection[str] = ()) -> None:
     """Refuses a folder that holds another run, or this one if it is not to be continued. Writes nothing.
 
     Args:
         output_dir: The run's folder.
         config: The run's resolved arguments.
         resume: Whether the run continues what the folder holds.
+        may_change: See `check_same_run`.
 
     Raises:
         ValueError: Says what the folder holds, and what to do.
@@ -163,7 +177,7 @@ def check_output_dir(output_dir: Path, config: dict[str, Any], resume: bool) -> 
     config_file = output_dir / CONFIG_FILE
     results = list_checkpoints(output_dir) + [output_dir / name for name in PRODUCTS if (output_dir / name).exists()]
     if config_file.is_file():
-        check_same_run(str(output_dir), yaml.safe_load(config_file.read_text()) or {}, config)
+        check_same_run(str(output_dir), yaml.safe_load(config_file.read_text()) or {}, config, may_change)
         if results and not resume:
             raise ValueError(
                 f"{output_dir} already holds this run. Continue it with --resume_from_checkpoint latest, or give "
@@ -173,20 +187,22 @@ def check_output_dir(output_dir: Path, config: dict[str, Any], resume: bool) -> 
         raise ValueError(f"{output_dir} holds {results[0].name} of something else. Give another --output_dir.")
 
 
-def check_same_run(where: str, saved: dict[str, Any], config: dict[str, Any]) -> None:
+def check_same_run(
+    where: str, saved: dict[str, Any], config: dict[str, Any], may_change: Collection[str] = ()
+) -> None:
     """Refuses to mix two runs.
 
     Args:
         where: What the saved config belongs to.
         saved: Its config.
         config: The config of this run.
+        may_change: Keys that may differ, besides those that always may.
 
     Raises:
         ValueError: Lists the keys that differ, but for those that may.
     """
-    saved, config = (
-        {key: value for key, value in settings.items() if key not in RESUMABLE_CHANGES} for settings in (saved, config)
-    )
+    free = RESUMABLE_CHANGES | set(may_change)
+    saved, config = ({k: value for k, value in settings.items() if k not in free} for settings in (saved, config))
     found = differences(saved, config)
     if found:
         raise ValueError(f"{where} is of a run with another config: {'; '.join(found)}. Give another --output_dir.")

@@ -10,7 +10,8 @@ class Draws:
     """The random numbers of a batch: its rows of those for all images of the step.
 
     Every process draws for the whole step, from the same seed, and keeps what is its own. So an image meets the same
-    noise whether one process sees the whole step or many see a part each, in one go or in several batches.
+    noise whether one process sees the whole step or many see a part each, in one go or in several batches. That costs
+    a tensor of the whole step's size for a moment: 268 MB for 16,384 latents of 32x32x4.
 
     Args:
         seed: Seed of the run.

@@ -1,6 +1,7 @@
 """Accelerate, as the arguments and `accelerate launch` want it."""
 
 import os
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -11,11 +12,20 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from .arguments import RunArguments
 
+#: What processes wait for each other: the main one may sample, or write a checkpoint to a slow disk.
+PATIENCE = timedelta(hours=2)
+
+
+def process_state() -> PartialState:
+    """The processes, before there is an accelerator, which will find them as they are."""
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=PATIENCE)
+
 
 def build_accelerator(run: RunArguments) -> Accelerator:
     """The accelerator of a run; writes the precision that was chosen into `run`."""
     if run.allow_tf32:
         torch.set_float32_matmul_precision("high")
+    process_state()
     accelerator = Accelerator(
         mixed_precision=run.mixed_precision or default_precision(),
         gradient_accumulation_steps=run.gradient_accumulation_steps,
@@ -40,7 +50,9 @@ def default_precision() -> str | None:
     """
     if os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no":
         return None
-    device = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).device
+    device = process_state().device
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else None
     return "bf16" if device.type not in ("cpu", "mps") and is_bf16_available() else None
 
 

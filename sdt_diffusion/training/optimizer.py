@@ -11,7 +11,10 @@ from .arguments import OptimizationArguments
 
 
 def build_optimizer(
-    model: nn.Module, args: OptimizationArguments, groups: Sequence[dict[str, Any]] | None = None
+    model: nn.Module,
+    args: OptimizationArguments,
+    groups: Sequence[dict[str, Any]] | None = None,
+    device: torch.device | str = "cpu",
 ) -> torch.optim.AdamW:
     """AdamW of the parameters that are trained.
 
@@ -21,6 +24,7 @@ def build_optimizer(
         groups: Parameters in groups with a `weight_decay` of their own and, as timm has it, a factor `lr_scale` of
             the learning rate. By default weight decay spares what has fewer than two dimensions: biases, norms, the
             strength of the decay.
+        device: Where it will train; on CUDA its kernels are fused.
     """
     if groups is None:
         parameters = [p for p in model.parameters() if p.requires_grad]
@@ -30,7 +34,11 @@ def build_optimizer(
         ]
     groups = [{**group, "lr": args.learning_rate * group.get("lr_scale", 1.0)} for group in groups]
     return torch.optim.AdamW(
-        groups, lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon
+        groups,
+        lr=args.learning_rate,
+        betas=(args.adam_beta1, args.adam_beta2),
+        eps=args.adam_epsilon,
+        fused=True if torch.device(device).type == "cuda" else None,
     )
 
 

@@ -14,6 +14,8 @@ from ..files import write_atomically
 from .power_profile import combination, gamma_of
 
 SNAPSHOT_FOLDER = "ema_snapshots"
+#: Distance of the profiles, relative to the wanted one's norm, from which it is another average.
+MAX_PROFILE_ERROR = 0.1
 _NAME = re.compile(r"step-(\d+)-(\d*\.?\d+)\.safetensors")
 
 
@@ -40,6 +42,13 @@ def save_snapshot(output_dir: Path, step: int, sigma_rel: float, weights: dict[s
     write_atomically(path, lambda partial: save_file(weights, partial))
 
 
+def drop_snapshots_after(output_dir: Path, step: int) -> None:
+    """Removes snapshots of steps that are about to be done again, perhaps otherwise."""
+    for snapshot in list_snapshots(output_dir):
+        if snapshot.step > step:
+            snapshot.path.unlink()
+
+
 def list_snapshots(output_dir: Path) -> list[Snapshot]:
     """The snapshots of a run, by step and width."""
     found = [(_NAME.fullmatch(path.name), path) for path in (output_dir / SNAPSHOT_FOLDER).glob("*.safetensors")]
@@ -56,7 +65,8 @@ def reconstruct(output_dir: Path, sigma_rel: float, step: int | None = None, pro
         progress: Whether to show a progress bar over the snapshots.
 
     Raises:
-        ValueError: If there are no snapshots, none at `step`, one is damaged, or `sigma_rel` is out of range.
+        ValueError: If there are no snapshots, none at `step`, one is damaged, `sigma_rel` is out of range, or the
+            snapshots cannot make up such an average.
     """
     gamma = gamma_of(sigma_rel)
     snapshots = list_snapshots(output_dir)
@@ -78,6 +88,11 @@ def reconstruct(output_dir: Path, sigma_rel: float, step: int | None = None, pro
         step,
         gamma,
     )
+    if error > MAX_PROFILE_ERROR:
+        raise ValueError(
+            f"{len(snapshots)} snapshots come no nearer to sigma_rel {sigma_rel:g} than {error:.0%} of its profile: "
+            "ask for one nearer to theirs, or train with a smaller --ema_snapshot_steps."
+        )
     pairs = zip(coefficients.tolist(), snapshots, strict=True)
     weights = _weighted_sum(tqdm(list(pairs), desc="Combining", unit="snapshot", disable=not progress))
     return Reconstruction(weights, snapshots, error)

@@ -14,10 +14,10 @@ def gamma_of(sigma_rel: float) -> float:
     """The exponent of the profile whose standard deviation, as a part of the training so far, is `sigma_rel`.
 
     Raises:
-        ValueError: If it is not above 0 and below 1 / sqrt(12), the width of a plain mean.
+        ValueError: If it is not between 0.001 and 1 / sqrt(12), the width of a plain mean.
     """
-    if not 0 < sigma_rel < 12**-0.5:
-        raise ValueError(f"sigma_rel must lie between 0 and {12**-0.5:.3f}, not {sigma_rel}.")
+    if not 0.001 <= sigma_rel < 12**-0.5:
+        raise ValueError(f"sigma_rel must lie between 0.001 and {12**-0.5:.3f}, not {sigma_rel}.")
     inverse = sigma_rel**-2
     return float(np.roots([1, 7, 16 - inverse, 12 - inverse]).real.max())
 

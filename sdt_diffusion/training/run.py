@@ -2,13 +2,13 @@
 
 import copy
 import math
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader
@@ -16,14 +16,16 @@ from tqdm.auto import tqdm
 
 from ..command_line import merged
 from ..data import DataArguments, ShuffledStream
-from ..files import write_atomically
+from ..files import FolderLock, write_atomically
 from .arguments import OptimizationArguments, RunArguments
 from .checkpoint import (
     check_output_dir,
     check_same_run,
+    complete_checkpoints,
     find_checkpoint,
     read_manifest,
     save_checkpoint,
+    step_of,
     write_config,
 )
 from .draws import Draws
@@ -33,9 +35,11 @@ from .interruption import Interrupted, StopRequest, ignore_in_worker
 from .launch import build_accelerator, prepare
 from .log import TrainingLog
 from .optimizer import build_lr_schedule, build_optimizer
-from .post_hoc import save_snapshot
+from .post_hoc import drop_snapshots_after, save_snapshot
 from .sharded import is_sharded, whole
 from .state import TrainingState, gather
+from .statistics import RunningStatistics
+from .window import Window
 
 
 class Training:
@@ -61,8 +65,12 @@ class Training:
         further_values: Function of a sum over all processes, giving values to log beside the loss, of the steps since
             it was last called; all processes call it.
 
+        identity: What steps depend on besides the arguments, such as fingerprints of data; kept in checkpoints.
+        named_by_identity: Arguments that are paths to what `identity` tells apart, and may be others on resuming.
+
     Raises:
         ValueError: If the output folder or the checkpoint is another run's, or the checkpoint is not usable.
+        OSError: If nothing can be written to the output folder, or another process writes to it.
     """
 
     def __init__(
@@ -79,6 +87,8 @@ class Training:
         num_repeats: int = 1,
         parameter_groups: Sequence[dict[str, Any]] | None = None,
         further_values: Callable[[Callable[[torch.Tensor], torch.Tensor]], dict[str, float]] | None = None,
+        identity: Mapping[str, Any] | None = None,
+        named_by_identity: Collection[str] = (),
     ):
         self.compute_loss, self.images, self.further_values = compute_loss, images, further_values
         self.augment, self.num_repeats = augment, num_repeats
@@ -86,20 +96,17 @@ class Training:
         self.output_dir = Path(run.output_dir)
         self.accelerator = build_accelerator(run)
         self.config = merged(*arguments)
-        # What a step sees follows from these two as well.
+        # What a step sees follows from these as well.
         self.checkpoint_config = {
             **self.config,
+            **(identity or {}),
             "train_batch_size * gradient_accumulation_steps * processes": self.images_per_step,
             "images of the data set": len(images),
         }
-
-        resume = run.resume_from_checkpoint is not None
-        check_output_dir(self.output_dir, self.config, resume)
-        checkpoint = find_checkpoint(self.output_dir, run.resume_from_checkpoint) if resume else None
-        if checkpoint is not None:
-            check_same_run(str(checkpoint), read_manifest(checkpoint)["config"], self.checkpoint_config)
-        elif resume:
-            self.accelerator.print(f"There is no checkpoint in {self.output_dir} yet: starting from the beginning.")
+        checkpoint = self._find_checkpoint(named_by_identity)
+        self._lock = FolderLock(self.output_dir)
+        if self.accelerator.is_main_process:
+            self._lock.acquire()
 
         self.guard = FiniteGuard(run.max_skipped_steps)
         self.step = 0
@@ -138,10 +145,12 @@ class Training:
             unit="step",
             disable=not accelerator.is_local_main_process,
         )
-        window, losses, first_step = Window(), [], self.step
+        self.window, losses, first_step = Window(), [], self.step
         self.model.train()
         with StopRequest() as stop_request:
             for index, (images, labels) in enumerate(self._batches()):
+                if not losses:
+                    self.statistics.keep()
                 draws = self._draws(index % run.gradient_accumulation_steps)
                 with accelerator.accumulate(self.model):
                     batch_loss = self.compute_loss(self.model, images, labels, draws)
@@ -156,35 +165,24 @@ class Training:
                 if self.step == first_step and accelerator.is_main_process:
                     write_config(self.output_dir, self.config)
                 self.step += 1
-                self._average_statistics()
                 for average in self.averages.values():
                     average.step(self.step)
                 progress_bar.update()
-                window.add(loss, norm)
-                window.pause()
-                last = self.step == run.max_train_steps
-                if self.step % run.logging_steps == 0 or last:
-                    self._record_window(window, progress_bar)
-                    window = Window()
-                every = self.optimization.ema_snapshot_steps
-                if every and (last or self.step % every == 0):
-                    self._save_snapshots()
-                every = run.checkpointing_steps
-                if last or stop or (every and self.step % every == 0):
+                self.window.add(loss, norm)
+                self.window.pause()
+                if self._is_due(run.logging_steps):
+                    self._record_window(progress_bar)
+                if stop or self._is_due(run.checkpointing_steps):
                     self.save_checkpoint()
-                if stop and not last:
+                self._save_snapshots_if_due()
+                if stop and self.step < run.max_train_steps:
                     progress_bar.close()
-                    accelerator.print(
-                        f"Stopped by SIGTERM after step {self.step}, which checkpoint-{self.step} holds. Go on with "
-                        "--resume_from_checkpoint latest."
-                    )
-                    self.finish()
-                    raise Interrupted
-                if last:
+                    self._interrupt()
+                if self.step == run.max_train_steps:
                     self.gather()
                 yield self.step
                 self.model.train()
-                window.resume()
+                self.window.resume()
         progress_bar.close()
 
     def gather(self) -> None:
@@ -236,14 +234,47 @@ class Training:
         self.model = self.unwrapped_model
         self.accelerator.free_memory()
         self.accelerator.end_training()
+        self._lock.release()
+
+    def _find_checkpoint(self, named_by_identity):
+        """The checkpoint to go on from, or `None`; refuses what cannot be gone on from, before anything is written."""
+        run, resume = self.run, self.run.resume_from_checkpoint is not None
+        check_output_dir(self.output_dir, self.config, resume, named_by_identity)
+        checkpoint = find_checkpoint(self.output_dir, run.resume_from_checkpoint) if resume else None
+        seen = gather_object([str(checkpoint)])
+        if len(set(seen)) > 1:
+            raise ValueError(
+                f"The processes see different checkpoints in {self.output_dir} ({', '.join(seen)}): it must lie on a "
+                "disk that all of them share."
+            )
+        if checkpoint is None:
+            if resume:
+                self.accelerator.print(
+                    f"There is no checkpoint in {self.output_dir} yet: starting from the beginning."
+                )
+            return None
+        manifest = read_manifest(checkpoint)
+        check_same_run(str(checkpoint), manifest["config"], self.checkpoint_config, named_by_identity)
+        if manifest["step"] > run.max_train_steps:
+            raise ValueError(
+                f"{checkpoint} is later than --max_train_steps {run.max_train_steps}: there is nothing left to do."
+            )
+        later = [path.name for path in complete_checkpoints(self.output_dir) if step_of(path) > manifest["step"]]
+        if later:
+            raise ValueError(
+                f"{self.output_dir} also holds {', '.join(later)}, later than {checkpoint}: move them away, or go on "
+                "from the latest. Two histories of a run in one folder would be mixed up."
+            )
+        return checkpoint
 
     def _prepare(self, model, name, parameter_groups):
         """Model, optimizer, schedule and averages; `trained_model` is what the run is for, whole and ready for use."""
-        optimizer = build_optimizer(model, self.optimization, parameter_groups)
+        optimizer = build_optimizer(model, self.optimization, parameter_groups, self.accelerator.device)
         skeleton = copy.deepcopy(model).to("meta")
         product = copy.deepcopy(model).to(self.accelerator.device).eval().requires_grad_(False)
         self.model, self.optimizer = prepare(self.accelerator, model, optimizer)
         self.set_learning_rates = build_lr_schedule(optimizer, self.optimization, self.run.max_train_steps)
+        self.statistics = RunningStatistics(self.unwrapped_model, self.accelerator.num_processes)
         tensors = self.unwrapped_model.state_dict()
         self.averages = {
             ending: WeightAverage(tensors, profile) for ending, profile in profiles(self.optimization).items()
@@ -262,6 +293,10 @@ class Training:
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(manifest["state"]["scaler"])
         self.step = manifest["step"]
+        self.gather()
+        if self.accelerator.is_main_process:
+            drop_snapshots_after(self.output_dir, self.step)
+        self._save_snapshots_if_due()  # a kill may have come between the checkpoint and them
 
     def _batches(self):
         """Batches from the position reached to the end of the run, on this process's device."""
@@ -306,12 +341,30 @@ class Training:
         loss, norm, stop = self.accelerator.reduce(values, "mean").tolist()  # the same in all processes
         self.set_learning_rates(self.step)
         # fp16's scaler leaves such a step out by itself, and lowers its scale when it is asked to make it.
-        if self.guard.admits(self.step + 1, loss, norm) or self.accelerator.scaler is not None:
+        admitted = self.guard.admits(self.step + 1, loss, norm)
+        if admitted or self.accelerator.scaler is not None:
             self.optimizer.step()
         self.optimizer.zero_grad()
+        if admitted:
+            self.statistics.average()
+        else:
+            self.statistics.restore()
         return loss, norm, bool(stop)
 
-    def _record_window(self, window, progress_bar):
+    def _is_due(self, interval):
+        """Whether something that is done every so many steps, if at all, and at the end, is to be done now."""
+        return bool(interval and self.step % interval == 0) or self.step == self.run.max_train_steps
+
+    def _interrupt(self):
+        self.accelerator.print(
+            f"Stopped by SIGTERM after step {self.step}, which checkpoint-{self.step} holds. Go on with "
+            "--resume_from_checkpoint latest."
+        )
+        self.finish()
+        raise Interrupted
+
+    def _record_window(self, progress_bar):
+        window, self.window = self.window, Window()
         values = {
             **window.means(),
             "learning_rate": max(group["lr"] for group in self.optimizer.param_groups),  # layer decay lowers others
@@ -327,47 +380,14 @@ class Training:
             shown.insert(0, f"loss {values['loss']:.4f}")
         progress_bar.set_postfix_str(", ".join(shown))
 
-    def _save_snapshots(self):
+    def _save_snapshots_if_due(self):
+        every = self.optimization.ema_snapshot_steps
+        if not (every and self._is_due(every)):
+            return
         for sigma_rel, average in zip(self.optimization.ema_sigma_rel, self.averages.values(), strict=True):
             tensors = gather(average.tensors, keep=self.accelerator.is_main_process)
             if self.accelerator.is_main_process:
                 save_snapshot(self.output_dir, self.step, sigma_rel, tensors)
-
-    def _average_statistics(self):
-        """Makes the statistics of batch norms those of all processes: only one of them saves the model."""
-        if self.accelerator.num_processes > 1:
-            from timm.utils import distribute_bn
-
-            distribute_bn(self.unwrapped_model, self.accelerator.num_processes, reduce=True)
-
-
-class Window:
-    """The steps since something was last logged: their losses, and the time they took."""
-
-    def __init__(self):
-        self.steps, self.losses, self.norms = 0, [], []
-        self.seconds, self._since = 0.0, time.perf_counter()
-
-    def add(self, loss: float, norm: float) -> None:
-        """Counts a step; one that is not finite has no part in the means."""
-        self.steps += 1
-        if math.isfinite(loss) and math.isfinite(norm):
-            self.losses.append(loss)
-            self.norms.append(norm)
-
-    def pause(self) -> None:
-        """Stops the clock, for checkpoints and what the caller of the loop does."""
-        self.seconds += time.perf_counter() - self._since
-
-    def resume(self) -> None:
-        """Starts the clock again."""
-        self._since = time.perf_counter()
-
-    def means(self) -> dict[str, float]:
-        """Mean loss and norm of the gradient; nothing if no step was finite."""
-        if not self.losses:
-            return {}
-        return {"loss": sum(self.losses) / len(self.losses), "grad_norm": sum(self.norms) / len(self.norms)}
 
 
 def seed_batch(seed: int, position: int) -> None:

@@ -104,7 +104,7 @@ def test_a_run_that_diverges_stops_and_saves_no_pipeline(tmp_path):
     steep = ("--learning_rate", "1e30", "--lr_warmup_steps", "0", "--max_grad_norm", "1e30")
     result = run(*command, *steep, "--max_skipped_steps", "3", check=False)
     assert result.returncode == 1
-    assert re.search(r"NonFiniteLossError: The loss is (nan|inf) at step 5, and 3 step\(s\) before it", result.stderr)
+    assert re.search(r"Error: The loss is (nan|inf) at step 5, and 3 step\(s\) before it", result.stderr)
     assert not (output_dir / "model_index.json").exists()
 
 

@@ -76,7 +76,6 @@ def main(output_dir, strategy, *values):
         )
     for _ in training.steps():
         pass
-    training.gather()
     if training.accelerator.is_main_process:
         training.trained_model.save_pretrained(training.output_dir / "product")
     training.finish()

@@ -22,8 +22,9 @@ def test_bf16_is_the_default_where_an_accelerator_has_it(monkeypatch, device, bf
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
     if told:
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", told)
-    monkeypatch.setattr(launch, "is_bf16_available", lambda: bf16)
-    monkeypatch.setattr(launch, "PartialState", lambda cpu: SimpleNamespace(device=torch.device(device)))
+    monkeypatch.setattr(launch, "is_bf16_available", lambda: True)  # counts what CUDA would only emulate
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: bf16 or including_emulation)
+    monkeypatch.setattr(launch, "process_state", lambda: SimpleNamespace(device=torch.device(device)))
     assert launch.default_precision() == expected
 
 

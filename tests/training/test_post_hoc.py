@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from sdt_diffusion.training.ema import WeightAverage, power_profile
-from sdt_diffusion.training.post_hoc import list_snapshots, reconstruct, save_snapshot
+from sdt_diffusion.training.post_hoc import drop_snapshots_after, list_snapshots, reconstruct, save_snapshot
 
 
 @pytest.fixture
@@ -39,8 +39,16 @@ def test_an_earlier_end_uses_nothing_later(run):
     assert found.profile_error < 1e-4
 
 
+def test_snapshots_of_steps_that_come_again_are_dropped(run):
+    drop_snapshots_after(run[0], 400)
+    assert max(snapshot.step for snapshot in list_snapshots(run[0])) == 400
+    assert len(list_snapshots(run[0])) == 16
+
+
 def test_what_cannot_be_combined_is_refused(run, tmp_path):
     folder = run[0]
+    with pytest.raises(ValueError, match=r"32 snapshots come no nearer to sigma_rel 0.01 than \d+% of its profile"):
+        reconstruct(folder, 0.01)
     with pytest.raises(ValueError, match=r"no snapshot of step 401 .* there are 50, 100"):
         reconstruct(folder, 0.1, step=401)
     with pytest.raises(ValueError, match="sigma_rel must lie between"):

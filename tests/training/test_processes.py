@@ -40,9 +40,9 @@ def train(output_dir, strategy, *values, processes):
     return output_dir
 
 
-def begun(folder, run):
-    """A folder that holds another's first checkpoint."""
-    shutil.copytree(run / "checkpoint-3", folder / "checkpoint-3")
+def begun(folder, run, step=3):
+    """A folder that holds another's checkpoint."""
+    shutil.copytree(run / f"checkpoint-{step}", folder / f"checkpoint-{step}")
     shutil.copy(run / "training_config.yaml", folder)
     return folder
 
@@ -83,14 +83,24 @@ def test_what_one_has_saved_two_go_on_from(alone, tmp_path):
     assert_same(part / "checkpoint-6", alone / "checkpoint-6")
 
 
-def test_fsdp2_computes_in_the_precision_of_ddp(tmp_path):
+@pytest.fixture
+def group():
+    """A group of one process, for FSDP2 in this one."""
+    with mock.patch.dict(os.environ):  # where accelerate notes that there is a group
+        distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+        yield
+    if distributed.is_initialized():  # a run that comes to its end ends the group
+        distributed.destroy_process_group()
+
+
+def test_fsdp2_computes_in_the_precision_of_ddp(tmp_path, group):
     """bf16 for matrix products, and not for the timesteps: a step of 4 between 512 and 1000."""
+    found = train(tmp_path / "sharded", "fsdp2", "mixed_precision=bf16", processes=1)
     expected = train(tmp_path / "alone", "ddp", "mixed_precision=bf16", processes=1)
-    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
-    try:
-        with mock.patch.dict(os.environ):  # where accelerate notes that there is a group
-            found = train(tmp_path / "sharded", "fsdp2", "mixed_precision=bf16", processes=1)
-    finally:
-        if distributed.is_initialized():  # a run that comes to its end ends the group
-            distributed.destroy_process_group()
     assert_same(found / "product", expected / "product", files=1)
+
+
+def test_a_finished_run_resumed_under_fsdp2_has_its_product(alone, tmp_path, group):
+    part = begun(tmp_path / "part", alone, step=6)
+    train(part, "fsdp2", "resume_from_checkpoint=latest", processes=1)
+    assert_same(part / "product", alone / "product", files=1)

@@ -1,6 +1,8 @@
 import math
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from safetensors.torch import load_file
 
 from sdt_diffusion import SDTTransformer2DModel
 from sdt_diffusion.data import DataArguments
+from sdt_diffusion.files import LOCK_FILE
 from sdt_diffusion.training.arguments import OptimizationArguments, RunArguments
 from sdt_diffusion.training.checkpoint import find_checkpoint, read_manifest
 from sdt_diffusion.training.guard import NonFiniteLossError
@@ -30,7 +33,7 @@ class Images:
 
 @pytest.fixture
 def make_training(tmp_path):
-    def make(compute_loss, output_dir="out", model=None, optimization=None, **kwargs):
+    def make(compute_loss, output_dir="out", model=None, optimization=None, training=None, **kwargs):
         for state in (AcceleratorState, PartialState, GradientState):
             state._reset_state()
         run = RunArguments(
@@ -43,7 +46,8 @@ def make_training(tmp_path):
         torch.manual_seed(0)
         model = SDTTransformer2DModel(**{**TINY, **(model or {})})
         return Training(
-            model, "transformer", compute_loss, Images(), run, optimization, data, (run, optimization, data)
+            *(model, "transformer", compute_loss, Images(), run, optimization, data, (run, optimization, data)),
+            **(training or {}),
         )
 
     return make
@@ -179,6 +183,51 @@ def test_a_resumed_run_ends_with_the_same_weights_moments_and_averages(make_trai
         assert all(torch.equal(expected[key], found[key]) for key in expected), name
     product = dict(part.trained_model.named_parameters())
     assert all(torch.equal(tensor, product[name]) for name, tensor in whole.trained_model.named_parameters())
+
+
+def test_a_finished_run_has_its_product_again_when_it_is_resumed(make_training):
+    first = make_training(mean_loss)
+    list(first.steps())
+    again = make_training(mean_loss, resume_from_checkpoint="latest")
+    assert list(again.steps()) == []
+    product = dict(again.trained_model.named_parameters())
+    assert all(torch.equal(tensor, product[name]) for name, tensor in first.trained_model.named_parameters())
+
+
+def test_a_later_checkpoint_than_wanted_is_refused(make_training):
+    list(make_training(mean_loss).steps())
+    with pytest.raises(ValueError, match="checkpoint-6 is later than --max_train_steps 5: there is nothing"):
+        make_training(mean_loss, resume_from_checkpoint="latest", max_train_steps=5)
+    with pytest.raises(ValueError, match=r"also holds checkpoint-6, later than .*checkpoint-4: move them away"):
+        make_training(mean_loss, resume_from_checkpoint="checkpoint-4")
+
+
+def test_a_run_goes_on_with_the_same_data_wherever_they_lie(make_training):
+    identity = {"identity": {"cache of latents": "abc"}, "named_by_identity": ["output_dir", "report_to"]}
+    list(make_training(mean_loss, max_train_steps=2, training=identity).steps())
+    list(make_training(mean_loss, resume_from_checkpoint="latest", training=identity).steps())
+    other = {**identity, "identity": {"cache of latents": "def"}}
+    with pytest.raises(ValueError, match="another config: cache of latents: 'abc' there, 'def' now"):
+        make_training(mean_loss, resume_from_checkpoint="latest", training=other)
+
+
+def test_processes_that_see_different_checkpoints_are_refused(make_training, monkeypatch):
+    list(make_training(mean_loss, max_train_steps=2).steps())
+    monkeypatch.setattr("sdt_diffusion.training.run.gather_object", lambda seen: [*seen, "None"])
+    with pytest.raises(ValueError, match=r"checkpoint-2, None\): it must lie on a disk that all of them share"):
+        make_training(mean_loss, resume_from_checkpoint="latest")
+
+
+def test_a_folder_that_another_process_writes_to_is_refused(make_training, tmp_path):
+    (tmp_path / "out").mkdir()
+    hold = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", hold, tmp_path / "out" / LOCK_FILE], **pipes) as other:
+        other.stdout.readline()
+        with pytest.raises(ValueError, match=r"Another process is writing to .*out"):
+            make_training(mean_loss)
+        other.communicate("\n")
+    make_training(mean_loss)
 
 
 def test_one_large_batch_is_as_good_as_two_small_ones(make_training):

@@ -1,0 +1,25 @@
+import torch
+
+from sdt_diffusion.training.statistics import RunningStatistics
+
+
+def test_a_batch_that_is_not_finite_leaves_no_trace():
+    model = torch.nn.Sequential(torch.nn.BatchNorm2d(3), torch.nn.Conv2d(3, 3, 1)).train()
+    statistics = RunningStatistics(model, num_processes=1)
+    statistics.keep()
+    model(torch.randn(4, 3, 8, 8))
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    statistics.keep()
+    model(torch.full((4, 3, 8, 8), torch.inf))
+    assert not model[0].running_mean.isfinite().all()
+    statistics.restore()
+    for name, buffer in model.named_buffers():
+        assert torch.equal(buffer, before[name])
+
+
+def test_models_without_them_are_left_alone():
+    statistics = RunningStatistics(torch.nn.Linear(2, 2), num_processes=4)
+    statistics.keep()
+    statistics.restore()
+    statistics.average()
+    assert statistics.tensors == []

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from diffusers.optimization import SchedulerType
+
 from ..command_line import require_at_least
 from .power_profile import gamma_of
 
@@ -38,6 +40,7 @@ class OptimizationArguments:
     def __post_init__(self):
         require_at_least(self, 0, "learning_rate", "lr_warmup_steps", "min_lr", "adam_weight_decay", "max_grad_norm")
         require_at_least(self, 0, "ema_decay", "ema_snapshot_steps")
+        SchedulerType(self.lr_scheduler)  # names those that there are
         if self.min_lr and not self.min_lr <= self.learning_rate:
             raise ValueError(f"--min_lr {self.min_lr} is above --learning_rate {self.learning_rate}.")
         if self.ema_decay > 1:

@@ -105,7 +105,7 @@ class Training:
         }
         checkpoint = self._find_checkpoint(named_by_identity)
         self._lock = FolderLock(self.output_dir)
-        if self.accelerator.is_main_process:
+        if self.accelerator.is_main_process and self.output_dir.exists():  # else the first step makes it
             self._lock.acquire()
 
         self.guard = FiniteGuard(run.max_skipped_steps)
@@ -163,6 +163,7 @@ class Training:
                     continue
 
                 if self.step == first_step and accelerator.is_main_process:
+                    self._lock.acquire()
                     write_config(self.output_dir, self.config)
                 self.step += 1
                 for average in self.averages.values():

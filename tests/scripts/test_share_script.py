@@ -45,7 +45,7 @@ def test_without_a_repository_that_may_be_written_not_a_step_is_made(tmp_path, m
     sharing = ["--push_to_hub", "--hub_model_id", "others/digits", "--hub_token", TOKEN]
     with HubStandIn() as hub:
         hub.replace_the_hub(monkeypatch)
-        with pytest.raises(ValueError, match="the repository others/digits cannot be made or opened"):
+        with pytest.raises(SystemExit, match="the repository others/digits cannot be made or opened"):
             load_main("train/train_dit.py")([*SMALL, "--output_dir", str(folder), *sharing])
     assert not (folder / "training_config.yaml").exists()
 

@@ -157,7 +157,7 @@ def test_the_imagenet_recipe_on_a_folder_with_a_validation_split(main, folders, 
     (folders / "train" / "cat").rename(tmp_path / "no cats")
     (folders / "val" / "cat").rename(tmp_path / "no cats to test on")
     flags = folder_flags(folders, again, "--model", output_dir, "--drop_path", "0.3")
-    with pytest.raises(ValueError, match=r"has 3 labels, the data set 2 classes.*--reinitialise_head True"):
+    with pytest.raises(SystemExit, match=r"has 3 labels, the data set 2 classes.*--reinitialise_head True"):
         main(*flags)
     edited = {"image_mean": [0.1, 0.2, 0.3], "crop_size": {"height": 24, "width": 24}}
     (output_dir / "preprocessor_config.json").write_text(json.dumps({**processor, **edited}))
@@ -184,7 +184,7 @@ def test_a_head_on_a_pipeline_of_the_digits(main, make_pipe, make_model, tmp_pat
     assert torch.equal(model.transformer.transformer_blocks[0].attn.to_q.weight, trained) == (finetune == "False")
     results = json.loads((output_dir / "results.json").read_text())
     assert (results["trained_parameters"] == 32 * 10 + 10) == (finetune == "False")
-    with pytest.raises(ValueError, match="takes L images: give --image_mode L"):
+    with pytest.raises(SystemExit, match="takes L images: give --image_mode L"):
         main(*flags, "--image_mode", "RGB", "--output_dir", tmp_path / "other")
 
 
@@ -192,7 +192,7 @@ def test_bad_data_is_named_before_training(main, folders, tmp_path):
     output_dir = tmp_path / "out"
 
     def refused(message):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(SystemExit, match=message):
             main(*folder_flags(folders, output_dir, "--model_overrides", TINY))
         assert not output_dir.exists()
 
@@ -222,7 +222,7 @@ def test_bad_data_is_named_before_training(main, folders, tmp_path):
     ],
 )
 def test_bad_flags_stop_before_anything_is_written(main, capsys, tmp_path, argv, message):
-    with pytest.raises((ValueError, SystemExit)) as error:
+    with pytest.raises(SystemExit) as error:
         main("--output_dir", tmp_path / "out", *argv)
-    assert message in (capsys.readouterr().err if error.type is SystemExit else str(error.value))
+    assert message in f"{capsys.readouterr().err}{error.value}"
     assert not (tmp_path / "out").exists()

@@ -21,7 +21,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 ROOT = Path(__file__).parents[1]
-STEPS = 1500
+STEPS = 1000
 RUN = [
     *(sys.executable, "train/train_dit.py", "--cpu_threads", "1", "--model_overrides", '{"num_layers": 2}'),
     *("--max_train_steps", str(STEPS), "--checkpointing_steps", "10", "--checkpoints_total_limit", "2"),
@@ -51,12 +51,14 @@ def kill_at_random(output_dir, longest_life):
     """Starts the run, kills it, and says where it was.
 
     One in five dies at any time from its start on, the others within `longest_life` seconds of the first sign of a
-    checkpoint: starting takes so long that few would get any further.
+    checkpoint: starting takes so long that few would get any further. What has no steps left, but its pipeline and its
+    samples to make, dies at any time.
     """
     before = checkpoints(output_dir)
+    finishing = last_step(output_dir) == STEPS
     process = start(output_dir)
     since = time.monotonic()
-    patience = random.uniform(0, 10) if random.random() < 0.2 else 600
+    patience = random.uniform(0, 10) if finishing or random.random() < 0.2 else 600
     while checkpoints(output_dir) == before and process.poll() is None and time.monotonic() - since < patience:
         time.sleep(0.001)
     if checkpoints(output_dir) != before:
@@ -64,7 +66,11 @@ def kill_at_random(output_dir, longest_life):
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     if process.returncode != -signal.SIGKILL:
-        raise RuntimeError(f"the run ended by itself, with {process.returncode}: give it more steps")
+        if process.returncode:
+            raise RuntimeError(f"the run ended by itself, with {process.returncode}")
+        return "too late"
+    if finishing:
+        return "after the last step"
     after = checkpoints(output_dir)
     if any(name.endswith(".partial") for name in after - before):
         return "while a checkpoint was written or deleted"

@@ -1,12 +1,16 @@
 """Files that are either whole or not there, in folders that one run at a time writes to."""
 
 import contextlib
+import errno
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 try:
     import fcntl
@@ -72,7 +76,11 @@ class FolderLock:
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Calls `write` with a temporary path of the same ending, and moves the file to `path` when it returns."""
+    """Calls `write` with a temporary path of the same ending, and moves the file to `path` when it returns.
+
+    Raises:
+        OSError: If the file cannot be written, or safetensors says so; names it.
+    """
     partial = path.with_name(f".{path.stem}.partial{path.suffix}")
     try:
         write(partial)
@@ -82,6 +90,9 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
         if error.filename is None:  # a full disk does not say which file it is
             raise OSError(error.errno, error.strerror or str(error), str(path)) from error
         raise
+    except SafetensorError as error:  # which is no OSError, whatever it says of the disk
+        number = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(number[1]) if number else errno.EIO, str(error), str(path)) from error
     finally:
         partial.unlink(missing_ok=True)
 

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from sdt_diffusion import files
 from sdt_diffusion.files import FolderLock, check_new, check_writable, move_into, write_atomically
@@ -35,6 +36,24 @@ def test_a_full_disk_says_which_file_it_was(tmp_path):
 
     with pytest.raises(OSError, match=r"No space left on device: '.*curve.png'"):
         write_atomically(tmp_path / "curve.png", full)
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("Error while serializing: I/O error: No space left on device (os error 28)", errno.ENOSPC),
+        ("Error while serializing: InvalidTensorView", errno.EIO),
+    ],
+)
+def test_what_safetensors_cannot_write_is_an_error_of_the_file(tmp_path, text, number):
+    def full(partial):
+        partial.write_text("half")
+        raise SafetensorError(text)
+
+    with pytest.raises(OSError, match=r"Error while serializing.*: '.*shard\.safetensors'") as caught:
+        write_atomically(tmp_path / "shard.safetensors", full)
+    assert caught.value.errno == number
+    assert names(tmp_path) == []
 
 
 def test_a_folder_that_takes_no_files_is_found_out_early(tmp_path):

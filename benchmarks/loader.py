@@ -62,13 +62,14 @@ class MappedCache(LatentCache):
 def make_cache(folder: Path, count: int, shard_size: int) -> None:
     """A cache, written as the real ones are."""
     random = np.random.default_rng(0)
-    writer = CacheWriter(folder, {"dtype": "float16", "class_names": [str(label) for label in range(1000)]})
+    class_names = [str(label) for label in range(1000)]
+    writer = CacheWriter(folder, {"dtype": "float16", "class_names": class_names, "num_rows": count})
     writer.claim()
     for shard, start in enumerate(tqdm(range(0, count, shard_size), desc="Writing", leave=False)):
         size = min(shard_size, count - start)
         moments = torch.from_numpy(random.standard_normal((size, 2, 2, *SHAPE), dtype=np.float32)).half()
         writer.save(shard, moments, torch.arange(start, start + size) % 1000)
-    writer.finish(None, SHAPE)
+    writer.finish(None, SHAPE, count)
 
 
 def make_files(folder: Path, count: int) -> None:

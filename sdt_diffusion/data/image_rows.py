@@ -51,7 +51,7 @@ class StreamedRows:
         ValueError: If the labels are no numbers.
     """
 
-    num_rows = None  # nobody knows before the end
+    num_rows: int | None = None  # nobody knows before the end
 
     def __init__(self, dataset, image_column: str, label_column: str, name: str):
         from datasets import ClassLabel, Image
@@ -67,7 +67,7 @@ class StreamedRows:
         self.image_column, self.label_column, self.name = image_column, label_column, name
 
     def read(self, wanted: Callable[[int], bool]) -> Iterator[tuple[int, dict, int]]:
-        """Number, encoded image and label of the rows whose number is wanted, in order.
+        """Number, encoded image and label of the rows whose number is wanted, in order; at the end sets `num_rows`.
 
         Raises:
             ValueError: If a label is none, or the stream breaks off.
@@ -78,6 +78,7 @@ class StreamedRows:
             try:
                 number, row = next(rows)
             except StopIteration:
+                self.num_rows = number + 1
                 return
             except Exception as error:  # a damaged tar or parquet file
                 raise ValueError(f"{self.name}: row {number + 1} cannot be read: {error}") from error

@@ -6,6 +6,8 @@ A cache is a folder of
   standard deviation of the VAE's posterior, not normalised, for an image and for its mirror; and `labels` of shape
   (images,), int64. The header's metadata name the classes.
 - `manifest.json`: how they were made, the VAE's normalisation, the classes, and size and checksum of every shard.
+- `records`: what the manifest is made of, a file for the settings and one for each shard, to go on from and to repair
+  a cache by. Training does not need it.
 """
 
 import hashlib
@@ -23,8 +25,8 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 MANIFEST_FILE = "manifest.json"
-#: Folder of settings and records in a cache that is not finished.
-UNFINISHED_FOLDER = "unfinished"
+RECORDS_FOLDER, SETTINGS_FILE = "records", "settings.json"
+UNFINISHED_FOLDER = RECORDS_FOLDER  # a cache that is not finished has nothing else
 FORMAT, VERSION = "sdt_diffusion latents", 1
 DTYPES = {"F16": "float16", "F32": "float32"}
 #: Shards that a process keeps open; systems allow some 1,000 files.
@@ -101,11 +103,9 @@ class LatentCache:
 
 
 def is_latent_cache(folder: Path) -> bool:
-    """Whether a folder is a finished cache, of whatever version."""
-    try:
-        return json.loads((folder / MANIFEST_FILE).read_text())["format"] == FORMAT
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+    """Whether a folder is a cache: of whatever version, finished or not, damaged or not."""
+    has_shards = any(folder.glob("shard-*.safetensors"))
+    return (folder / RECORDS_FOLDER / SETTINGS_FILE).is_file() or (has_shards and (folder / MANIFEST_FILE).is_file())
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -115,7 +115,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         ValueError: If there is none that can be read.
     """
     path = folder / MANIFEST_FILE
-    if not is_latent_cache(folder):
+    if not (is_latent_cache(folder) and path.is_file()):
         raise ValueError(
             f"{path} is no manifest of latents: train/encode_latents.py makes them, and writes it when all are there."
         )

@@ -68,7 +68,8 @@ def encode_into(
         state.wait_for_everyone()
         if state.is_main_process:
             _check_unreadable(_unreadable(writer.finished()), args.max_unreadable)
-            writer.finish(args.pretrained_vae_model_name_or_path, latent_shape(vae, images.resolution))
+            num_rows = writer.num_rows() if rows.num_rows is None else rows.num_rows
+            writer.finish(args.pretrained_vae_model_name_or_path, latent_shape(vae, images.resolution), num_rows)
         state.wait_for_everyone()
     return read_manifest(folder)
 

@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 import sys
 
@@ -11,7 +12,8 @@ from PIL import Image
 from sdt_diffusion.data import LatentCache
 from sdt_diffusion.data.image_rows import open_rows
 from sdt_diffusion.data.images import ImageArguments
-from sdt_diffusion.data.latent_cache import verify
+from sdt_diffusion.data.latent_cache import checksum, verify
+from sdt_diffusion.latent_encoding import writer
 from sdt_diffusion.latent_encoding.arguments import EncodingArguments
 from sdt_diffusion.latent_encoding.encode import encode_into
 from sdt_diffusion.latent_encoding.vae import check_vae
@@ -40,7 +42,7 @@ def encode(tiny_vae, tmp_path):
 
 
 def files(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "manifest.json"}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix in (".safetensors", ".png")}
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float16", 2e-3), ("float32", 1e-6)])
@@ -72,7 +74,7 @@ def test_the_manifest_says_how_it_was_made(encode, tiny_vae):
     assert (manifest["vae_name"], manifest["num_images"], manifest["images_per_class"]) == ("a-vae", 10, [4, 3, 3])
     assert [record["num_images"] for record in manifest["shards"]] == [4, 4, 2]
     assert sorted(path.name for path in folder.iterdir()) == [
-        *("manifest.json", "preview.png", "shard-00000.safetensors", "shard-00001.safetensors"),
+        *("manifest.json", "preview.png", "records", "shard-00000.safetensors", "shard-00001.safetensors"),
         "shard-00002.safetensors",
     ]
     assert verify(folder, progress=False) == 3
@@ -110,6 +112,64 @@ def test_only_what_is_missing_is_encoded_and_it_is_the_same(encode, streaming):
     assert (folder / "shard-00000.safetensors").stat().st_mtime_ns == untouched
 
 
+def test_a_shard_that_comes_out_otherwise_replaces_its_record(encode):
+    folder = encode()
+    for name in ("manifest.json", "records/shard-00001.json"):  # as if another device had rounded otherwise
+        text = (folder / name).read_text()
+        (folder / name).write_text(text.replace(checksum(folder / "shard-00001.safetensors"), "0" * 64))
+    with pytest.raises(ValueError, match=r"1 of 3 shards are damaged: shard-00001.safetensors\. Delete them and run"):
+        verify(folder, progress=False)
+    (folder / "shard-00001.safetensors").unlink()
+    encode()
+    assert verify(folder, progress=False) == 3
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("lost", ["manifest.json", "records"])
+def test_the_manifest_and_its_records_are_made_of_each_other(encode, monkeypatch, tiny_vae, lost, streaming):
+    folder = encode(streaming=streaming)
+    before = {path: path.read_bytes() for path in folder.rglob("*.json")}
+    shutil.rmtree(folder / lost) if lost == "records" else (folder / lost).unlink()
+    monkeypatch.setattr(tiny_vae, "encode", None)  # nothing is left to be encoded
+    encode(streaming=streaming)
+    assert {path: path.read_bytes() for path in folder.rglob("*.json")} == before
+
+
+def test_a_kill_while_a_shard_is_repaired_leaves_it_to_be_repaired(encode, monkeypatch):
+    folder = encode()
+    (folder / "shard-00001.safetensors").unlink()
+
+    def killed(path):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writer, "checksum", killed)
+        with pytest.raises(KeyboardInterrupt):
+            encode()
+    shard = folder / "shard-00001.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1  # of the same size, and not what its first record says
+    shard.write_bytes(content)
+    encode()
+    assert verify(folder, progress=False) == 3
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_last_shard_that_a_process_did_not_write_is_missed(encode, monkeypatch, tmp_path, streaming):
+    save = writer.CacheWriter.save
+
+    def all_but_the_last(self, shard, *rest):
+        if shard < 2:
+            save(self, shard, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writer.CacheWriter, "save", all_but_the_last)
+        with pytest.raises(ValueError, match="cache has shards for 8 images, and the data set has 10: run the same"):
+            encode(streaming=streaming)
+    assert not (tmp_path / "cache" / "manifest.json").exists()
+    assert len(LatentCache(encode(streaming=streaming))) == 10
+
+
 def test_an_interruption_keeps_the_shards_that_were_done(encode, tiny_vae, monkeypatch):
     whole = encode("whole")
     encode_batch = tiny_vae.encode
@@ -127,7 +187,7 @@ def test_an_interruption_keeps_the_shards_that_were_done(encode, tiny_vae, monke
     assert calls == [3, 3, 1, 1, 3, 3]  # each batch and its mirror; the second shard is not done
     folder = whole.with_name("broken")
     assert sorted(path.name for path in folder.rglob("*")) == [
-        *("preview.png", "settings.json", "shard-00000.json", "shard-00000.safetensors", "unfinished"),
+        *("preview.png", "records", "settings.json", "shard-00000.json", "shard-00000.safetensors"),
     ]
     with pytest.raises(ValueError, match="is no manifest of latents"):
         LatentCache(folder)
@@ -181,16 +241,13 @@ class TestBadInput:
         table([0, 1, 2, 3]).to_parquet(tmp_path / "y.parquet")
         folder = encode()
         if not finished:
-            (folder / "unfinished").mkdir()
-            settings = json.loads((folder / "manifest.json").read_text())["settings"]
-            (folder / "unfinished" / "settings.json").write_text(json.dumps(settings))
             (folder / "manifest.json").unlink()
-        before = files(folder) if finished else None
+        before = files(folder)
         with pytest.raises(
             ValueError, match=rf"holds latents made otherwise \({message}\)\. Delete it, or give another"
         ):
             encode(**change)
-        assert not finished or files(folder) == before
+        assert files(folder) == before
 
     def test_a_restart_with_another_vae(self, encode, tiny_vae):
         encode()

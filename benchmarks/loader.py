@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from sdt_diffusion.data import LatentCache, RandomMirror, ShuffledStream
+from sdt_diffusion.data.latent_cache import READ_SETTINGS
 from sdt_diffusion.latent_encoding.writer import CacheWriter
 
 SHAPE, BATCH_SIZE = (4, 32, 32), 256
@@ -62,8 +63,8 @@ class MappedCache(LatentCache):
 def make_cache(folder: Path, count: int, shard_size: int) -> None:
     """A cache, written as the real ones are."""
     random = np.random.default_rng(0)
-    class_names = [str(label) for label in range(1000)]
-    writer = CacheWriter(folder, {"dtype": "float16", "class_names": class_names, "num_rows": count})
+    settings = {**dict.fromkeys(READ_SETTINGS), "dtype": "float16", "num_rows": count}  # of no VAE
+    writer = CacheWriter(folder, {**settings, "class_names": [str(label) for label in range(1000)]})
     writer.claim()
     for shard, start in enumerate(tqdm(range(0, count, shard_size), desc="Writing", leave=False)):
         size = min(shard_size, count - start)

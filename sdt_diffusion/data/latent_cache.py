@@ -14,6 +14,7 @@ import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,9 @@ RECORDS_FOLDER, SETTINGS_FILE = "records", "settings.json"
 UNFINISHED_FOLDER = RECORDS_FOLDER  # a cache that is not finished has nothing else
 FORMAT, VERSION = "sdt_diffusion latents", 1
 DTYPES = {"F16": "float16", "F32": "float32"}
+#: What training needs of the settings, beside the type of the latents.
+READ_SETTINGS = ("resolution", "image_mode", "scaling_factor", "shift_factor")
+SHARD_FILE = re.compile(r"shard-\d+\.safetensors")
 #: Shards that a process keeps open; systems allow some 1,000 files.
 MAX_OPEN_FILES = 512
 
@@ -69,6 +73,17 @@ class LatentCache:
         """Channels, height and width of the latents."""
         return tuple(self.manifest["moments_shape"][2:])
 
+    @property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits that stay when the cache is moved, and change with its latents or what made them.
+
+        They are of the settings, without where the images lay and how many were encoded at a time, and of the shards'
+        checksums.
+        """
+        settings = {k: v for k, v in self.manifest["settings"].items() if k not in ("dataset", "batch_size")}
+        identity = [settings, [record["sha256"] for record in self.manifest["shards"]]]
+        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+
     def __len__(self) -> int:
         return len(self.labels)
 
@@ -104,31 +119,67 @@ class LatentCache:
 
 def is_latent_cache(folder: Path) -> bool:
     """Whether a folder is a cache: of whatever version, finished or not, damaged or not."""
-    has_shards = any(folder.glob("shard-*.safetensors"))
-    return (folder / RECORDS_FOLDER / SETTINGS_FILE).is_file() or (has_shards and (folder / MANIFEST_FILE).is_file())
+    if (folder / RECORDS_FOLDER / SETTINGS_FILE).is_file():
+        return True
+    return (folder / MANIFEST_FILE).is_file() and any(folder.glob("shard-*.safetensors"))
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a cache.
 
     Raises:
-        ValueError: If there is none that can be read.
+        ValueError: If there is none, or it is of another version, or damaged; names the file and the key.
     """
     path = folder / MANIFEST_FILE
     if not (is_latent_cache(folder) and path.is_file()):
         raise ValueError(
             f"{path} is no manifest of latents: train/encode_latents.py makes them, and writes it when all are there."
         )
-    manifest = json.loads(path.read_text())
-    if manifest.get("version") != VERSION:
+    try:
+        manifest = json.loads(path.read_text())
+        _require({"it": manifest}, "", it=dict)
+        _require(manifest, "", format=str, version=int)
+        if manifest["format"] != FORMAT:
+            raise ValueError(f"format is {manifest['format']!r}, not {FORMAT!r}")
+        if manifest["version"] == VERSION:
+            _check_manifest(manifest)
+    except ValueError as error:
         raise ValueError(
-            f"{path} is of version {manifest.get('version')!r}, and this program reads version {VERSION}: encode the "
+            f"{path} is damaged: {error}. Delete it and run the command that made the cache: it is made again "
+            f"of the files in {RECORDS_FOLDER}, and nothing is encoded."
+        ) from error
+    if manifest["version"] != VERSION:
+        raise ValueError(
+            f"{path} is of version {manifest['version']!r}, and this program reads version {VERSION}: encode the "
             "images again, or use the program that made it."
         )
-    missing = {"settings", "class_names", "moments_shape", "shards"} - set(manifest)
-    if missing:
-        raise ValueError(f"{path} lacks {', '.join(sorted(missing))}: it was changed by hand, or is damaged.")
     return manifest
+
+
+def _check_manifest(manifest):
+    _require(manifest, "", settings=dict, class_names=list, num_images=int, moments_shape=list, shards=list)
+    _require(manifest, "", vae_name=str | None)
+    settings, records = manifest["settings"], manifest["shards"]
+    _require(settings, "settings.", dtype=str, **dict.fromkeys(READ_SETTINGS, object))
+    if settings["dtype"] not in DTYPES.values():
+        raise ValueError(f"settings.dtype is {settings['dtype']!r}, not one of {', '.join(DTYPES.values())}")
+    for number, record in enumerate(records):
+        _require({f"shards[{number}]": record}, "", **{f"shards[{number}]": dict})
+        _require(record, f"shards[{number}].", file=str, num_images=int, num_bytes=int, sha256=str, unreadable=list)
+        if not SHARD_FILE.fullmatch(record["file"]):  # nor may it lead out of the folder
+            raise ValueError(f"shards[{number}].file is {record['file']!r}, which is no name of a shard")
+    held = sum(record["num_images"] for record in records)
+    if held != manifest["num_images"] or not held:
+        raise ValueError(f"shards hold {held} images, and num_images is {manifest['num_images']}")
+
+
+def _require(values, prefix, **types):
+    """Refuses values that lack a key, or have something of another type there."""
+    for key, kind in types.items():
+        if key not in values:
+            raise ValueError(f"{prefix}{key} is missing")
+        if not isinstance(values[key], kind):
+            raise ValueError(f"{prefix}{key} is {values[key]!r:.40}")
 
 
 def write_shard(path: Path, moments: torch.Tensor, labels: torch.Tensor, class_names: Sequence[str] | None) -> None:

@@ -77,8 +77,8 @@ class CacheWriter:
 
     def num_rows(self) -> int | None:
         """Rows of the data set. Those of a stream are not known before it was read to its end for a manifest."""
-        manifest = self._manifest()
-        return _num_rows(manifest["shards"]) if manifest else self.settings["num_rows"]
+        num_rows, manifest = self.settings["num_rows"], self._manifest()
+        return _num_rows(manifest["shards"]) if num_rows is None and manifest else num_rows
 
     def is_complete(self) -> bool:
         """Whether no shard is left to be written."""

@@ -2,6 +2,7 @@
 
 import torch
 
+from sdt_diffusion.data.latent_cache import READ_SETTINGS
 from sdt_diffusion.latent_encoding.writer import CacheWriter
 
 SHAPE = (4, 3, 3)
@@ -10,8 +11,8 @@ SHAPE = (4, 3, 3)
 def write_cache(folder, counts=(4, 4, 2), class_names=("ant", "bee", "cat"), **settings):
     """A cache of random moments in shards of some counts; gives all moments and labels."""
     generator = torch.Generator().manual_seed(0)
-    made = {"dtype": "float16", "class_names": list(class_names), "num_rows": sum(counts), **settings}
-    writer = CacheWriter(folder, made)
+    made = {**dict.fromkeys(READ_SETTINGS), "dtype": "float16", "class_names": list(class_names), **settings}
+    writer = CacheWriter(folder, {**made, "num_rows": sum(counts)})
     writer.claim()
     moments = torch.randn(sum(counts), 2, 2, *SHAPE, generator=generator).half()
     labels = torch.arange(sum(counts)) % len(class_names)

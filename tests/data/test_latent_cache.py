@@ -65,6 +65,22 @@ def test_a_cache_that_was_read_goes_to_another_process(tmp_path):
     assert torch.equal(pickle.loads(pickle.dumps(cache))[9][0], moments[9, 0])
 
 
+def test_a_fingerprint_stays_when_a_cache_is_moved_and_changes_with_what_it_holds(tmp_path):
+    made = {"dataset": "/a/images", "batch_size": 4, "resolution": 6}
+    caches = {
+        "here": made,
+        "moved": {**made, "dataset": "/b/images", "batch_size": 8},
+        "of larger images": {**made, "resolution": 8},
+        "in other shards": {**made, "counts": (4, 3, 3)},
+    }
+    for name, settings in caches.items():
+        write_cache(tmp_path / name, **settings)
+    here, moved, *others = [LatentCache(tmp_path / name).fingerprint for name in caches]
+    assert moved == here
+    assert len({here, *others}) == 3
+    assert len(here) == 16
+
+
 class TestBadInput:
     def test_a_missing_shard(self, tmp_path):
         write_cache(tmp_path)
@@ -147,15 +163,52 @@ class TestBadInput:
 
     def test_a_manifest_of_another_version(self, tmp_path):
         write_cache(tmp_path)
-        change_manifest(tmp_path, version=2)
+        path = tmp_path / "manifest.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "version": 2, "shards": "elsewhere"}))
         assert is_latent_cache(tmp_path)
         with pytest.raises(ValueError, match=r"manifest.json is of version 2, and this program reads version 1"):
             LatentCache(tmp_path)
 
-    def test_a_manifest_that_lacks_something(self, tmp_path):
+    @pytest.mark.parametrize(
+        ("damage", "message"),
+        [
+            (lambda m: m.pop("format"), "format is missing"),
+            (lambda m: m.update(format="samples"), "format is 'samples', not 'sdt_diffusion latents'"),
+            (lambda m: m.pop("version"), "version is missing"),
+            (lambda m: m.pop("moments_shape"), "moments_shape is missing"),
+            (lambda m: m.update(class_names="ant"), "class_names is 'ant'"),
+            (lambda m: m["settings"].pop("dtype"), r"settings\.dtype is missing"),
+            (lambda m: m["settings"].update(dtype="int8"), r"settings\.dtype is 'int8', not one of float16, float32"),
+            (lambda m: m["settings"].pop("scaling_factor"), r"settings\.scaling_factor is missing"),
+            (lambda m: m.update(shards=[]), "shards hold 0 images, and num_images is 10"),
+            (lambda m: m.update(shards=[], num_images=0), "shards hold 0 images, and num_images is 0"),
+            (lambda m: m["shards"].pop(), "shards hold 8 images, and num_images is 10"),
+            (lambda m: m["shards"][1].pop("num_bytes"), r"shards\[1\]\.num_bytes is missing"),
+            (lambda m: m["shards"][2].update(num_images="2"), r"shards\[2\]\.num_images is '2'"),
+            (lambda m: m["shards"].append(7), r"shards\[3\] is 7"),
+            (
+                lambda m: m["shards"][0].update(file="../x"),
+                r"shards\[0\]\.file is '\.\./x', which is no name of a shard",
+            ),
+        ],
+    )
+    def test_a_damaged_manifest(self, tmp_path, damage, message):
         write_cache(tmp_path)
-        change_manifest(tmp_path, moments_shape=None)
-        with pytest.raises(ValueError, match=r"manifest.json lacks moments_shape"):
+        path = tmp_path / "manifest.json"
+        manifest = json.loads(path.read_text())
+        damage(manifest)
+        path.write_text(json.dumps(manifest))
+        assert is_latent_cache(tmp_path)
+        for read in (LatentCache, verify):
+            with pytest.raises(ValueError, match=rf"manifest\.json is damaged: {message}\. Delete it and run"):
+                read(tmp_path)
+
+    @pytest.mark.parametrize("content", ["", '{"format": "sdt_diffu', "[]", "\udcff"])
+    def test_a_manifest_that_is_cut_off(self, tmp_path, content):
+        write_cache(tmp_path)
+        (tmp_path / "manifest.json").write_text(content, errors="surrogateescape")
+        assert is_latent_cache(tmp_path)
+        with pytest.raises(ValueError, match=r"manifest\.json is damaged: .*\. Delete it and run"):
             LatentCache(tmp_path)
 
     @pytest.mark.parametrize("content", [None, "", "{", "[]", '{"num_samples": 3}'])
@@ -167,9 +220,3 @@ class TestBadInput:
             ValueError, match=r"manifest.json is no manifest of latents: train/encode_latents.py makes"
         ):
             LatentCache(tmp_path)
-
-
-def change_manifest(folder, **changes):
-    path = folder / "manifest.json"
-    manifest = {**json.loads(path.read_text()), **changes}
-    path.write_text(json.dumps({key: value for key, value in manifest.items() if value is not None}))

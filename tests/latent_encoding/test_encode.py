@@ -264,6 +264,25 @@ class TestBadInput:
             encode()
         assert [path.name for path in (tmp_path / "cache").iterdir()] == ["thesis.tex"]
 
+    def test_a_damaged_manifest(self, encode):
+        folder = encode()
+        manifest = folder / "manifest.json"
+        whole = manifest.read_text()
+        manifest.write_text(whole[:100])
+        with pytest.raises(ValueError, match=r"cache/manifest\.json is damaged: .*\. Delete it and run the command"):
+            encode()
+        manifest.unlink()
+        encode()
+        assert manifest.read_text() == whole
+
+    def test_a_damaged_record(self, encode):
+        record = encode() / "records" / "shard-00001.json"
+        record.write_text("")
+        with pytest.raises(ValueError, match=r"shard-00001\.json is damaged: .*; delete it and run the same command"):
+            encode()
+        record.unlink()
+        assert verify(encode(), progress=False) == 3
+
     def test_a_folder_that_another_process_writes_to(self, encode, tmp_path):
         folder = encode()
         before = files(folder)

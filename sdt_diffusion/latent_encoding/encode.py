@@ -11,6 +11,7 @@ from accelerate import PartialState
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..data.dataset_fingerprint import fingerprint_files
 from ..data.decoding import CorruptImageError, ImageDecoder
 from ..data.image_rows import ShardBatch, StoredRows, StreamedRows, shard_batches
 from ..data.images import ImageArguments
@@ -103,6 +104,7 @@ def _settings(rows, vae, images, args):
     return {
         "dataset": images.dataset,
         "dataset_split": images.dataset_split,
+        "dataset_fingerprint": fingerprint_files(images.dataset),
         "num_rows": rows.num_rows,
         "class_names": rows.class_names,
         "resolution": images.resolution,

@@ -65,8 +65,9 @@ def test_cached_posteriors_give_what_encoding_online_gives(encode, tiny_vae, tmp
 def test_the_manifest_says_how_it_was_made(encode, tiny_vae):
     folder = encode()
     manifest = json.loads((folder / "manifest.json").read_text())
-    assert manifest["settings"] | {"vae_config_hash": 0, "vae_weights": 0} == {
+    assert manifest["settings"] | {"vae_config_hash": 0, "vae_weights": 0, "dataset_fingerprint": 0} == {
         **{"dataset": manifest["settings"]["dataset"], "dataset_split": "train", "num_rows": 10},
+        "dataset_fingerprint": 0,
         **{"class_names": CLASSES.names, "resolution": 8, "image_mode": "RGB", "crop": "centre, by ADM's rule"},
         **{"vae_class": "AutoencoderKL", "vae_config_hash": 0, "vae_weights": 0, "vae_dtype": "float32"},
         **{"scaling_factor": 0.5, "shift_factor": 0.25, "dtype": "float16", "shard_size": 4, "batch_size": 3},
@@ -256,6 +257,14 @@ class TestBadInput:
         tiny_vae.register_to_config(scaling_factor=0.7)
         with pytest.raises(ValueError, match=r"scaling_factor: 0.5 there, 0.7 now; vae_weights: '.*' there"):
             encode()
+
+    @pytest.mark.parametrize("streaming", [False, True])
+    def test_a_restart_with_images_that_have_changed(self, encode, tmp_path, streaming):
+        write_tar(tmp_path / "x.tar", range(9))
+        (encode(dataset="x.tar", streaming=streaming) / "shard-00001.safetensors").unlink()
+        write_tar(tmp_path / "x.tar", range(2, 30))
+        with pytest.raises(ValueError, match=r"made otherwise .*dataset_fingerprint: '.*' there, '.*' now"):
+            encode(dataset="x.tar", streaming=streaming)
 
     def test_a_folder_of_something_else(self, encode, tmp_path):
         (tmp_path / "cache").mkdir()

@@ -74,3 +74,23 @@ def tiny_vae():
         scaling_factor=0.5,
         shift_factor=0.25,
     ).eval()
+
+
+@pytest.fixture
+def tiny_dc_vae():
+    """A randomly initialised AutoencoderDC, whose latents have no variance: 2x spatial compression, 4 channels."""
+    torch.manual_seed(0)
+    return diffusers.AutoencoderDC(
+        in_channels=3,
+        latent_channels=4,
+        attention_head_dim=4,
+        encoder_block_types=("ResBlock", "ResBlock"),
+        decoder_block_types=("ResBlock", "ResBlock"),
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        encoder_layers_per_block=(1, 1),
+        decoder_layers_per_block=(1, 1),
+        encoder_qkv_multiscales=((), ()),
+        decoder_qkv_multiscales=((), ()),
+        scaling_factor=0.5,
+    ).eval()

@@ -62,6 +62,20 @@ def test_cached_posteriors_give_what_encoding_online_gives(encode, tiny_vae, tmp
     assert mirrored_latents > 0.01  # mirrored latents are not those of the mirror: both have to be kept
 
 
+def test_a_deep_compression_autoencoder_gives_means_without_deviation(encode, tiny_dc_vae, tmp_path):
+    cache = LatentCache(encode(vae=tiny_dc_vae, dtype="float32"), mirrors=True)
+    images = open_rows(ImageArguments(dataset=str(tmp_path / "x.parquet")), False, 8).images
+    pixels = torch.stack([image for image, _ in images.__getitems__(range(10))])
+    moments = torch.stack([moments for moments, _ in cache.__getitems__(range(10))])
+    assert moments[:, :, 1].abs().max() == 0
+    for mirror, shown in enumerate((pixels, pixels.flip(-1))):
+        with torch.no_grad():
+            torch.testing.assert_close(moments[:, mirror, 0], tiny_dc_vae.encode(shown).latent, atol=1e-5, rtol=1e-5)
+    settings = cache.manifest["settings"]
+    assert (settings["vae_class"], settings["scaling_factor"], settings["shift_factor"]) == ("AutoencoderDC", 0.5, 0)
+    check_vae(tiny_dc_vae, cache.folder, cache.manifest)
+
+
 def test_the_manifest_says_how_it_was_made(encode, tiny_vae):
     folder = encode()
     manifest = json.loads((folder / "manifest.json").read_text())

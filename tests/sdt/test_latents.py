@@ -1,4 +1,3 @@
-import diffusers
 import torch
 
 from sdt_diffusion.sdt.latents import (
@@ -47,21 +46,8 @@ def test_decoding_undoes_the_normalisation(tiny_vae):
     torch.testing.assert_close(decode_latents(tiny_vae, normalised), tiny_vae.decode(latents).sample)
 
 
-def test_deep_compression_autoencoders_are_deterministic_and_scale_as_they_say():
-    vae = diffusers.AutoencoderDC(
-        in_channels=3,
-        latent_channels=4,
-        attention_head_dim=4,
-        encoder_block_types=("ResBlock", "ResBlock"),
-        decoder_block_types=("ResBlock", "ResBlock"),
-        encoder_block_out_channels=(8, 8),
-        decoder_block_out_channels=(8, 8),
-        encoder_layers_per_block=(1, 1),
-        decoder_layers_per_block=(1, 1),
-        encoder_qkv_multiscales=((), ()),
-        decoder_qkv_multiscales=((), ()),
-        scaling_factor=0.5,
-    ).eval()
+def test_deep_compression_autoencoders_are_deterministic_and_scale_as_they_say(tiny_dc_vae):
+    vae = tiny_dc_vae
     pixels = torch.rand(1, 3, 16, 16)
     latents = encode_pixels(vae, pixels)
     assert 16 // latents.shape[-1] == vae_spatial_scale(vae)

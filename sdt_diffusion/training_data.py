@@ -10,7 +10,7 @@ from diffusers import AutoModel
 from torch import nn
 
 from .data import DataArguments, LabelledImages, LatentCache, RandomFlip, RandomMirror, load_images
-from .data.latent_cache import UNFINISHED_FOLDER, is_latent_cache
+from .data.latent_cache import is_latent_cache
 from .fingerprint import fingerprint
 from .latent_encoding.vae import check_images_fit, check_vae, latent_shape
 from .sdt.arguments import ModelArguments
@@ -82,7 +82,7 @@ def open_training_data(data: DataArguments, model: ModelArguments, seed: int) ->
         ValueError: If the data cannot be used, do not fit the VAE, or are of another one.
     """
     folder = Path(data.dataset).expanduser()
-    if is_latent_cache(folder) or (folder / UNFINISHED_FOLDER).is_dir():
+    if is_latent_cache(folder):
         return _open_cache(folder, data, model, seed)
     vae = _load_vae(model.pretrained_vae_model_name_or_path)
     images = load_images(data, default_resolution=model.config()["sample_size"] * vae_spatial_scale(vae))

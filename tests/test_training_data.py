@@ -91,7 +91,6 @@ class TestBadInput:
 
     def test_a_cache_that_is_not_finished(self, folder):
         (folder / "cache" / "manifest.json").unlink()
-        (folder / "cache" / "unfinished").mkdir()
         with pytest.raises(ValueError, match=r"is no manifest of latents: train/encode_latents.py makes them"):
             open_data(folder, "cache")
 

@@ -27,7 +27,6 @@ from tqdm.auto import tqdm
 
 MANIFEST_FILE = "manifest.json"
 RECORDS_FOLDER, SETTINGS_FILE = "records", "settings.json"
-UNFINISHED_FOLDER = RECORDS_FOLDER  # a cache that is not finished has nothing else
 FORMAT, VERSION = "sdt_diffusion latents", 1
 DTYPES = {"F16": "float16", "F32": "float32"}
 #: What training needs of the settings, beside the type of the latents.

@@ -69,8 +69,9 @@ class Training:
         named_by_identity: Arguments that are paths to what `identity` tells apart, and may be others on resuming.
 
     Raises:
-        ValueError: If the output folder or the checkpoint is another run's, or the checkpoint is not usable.
-        OSError: If nothing can be written to the output folder, or another process writes to it.
+        ValueError: If the output folder or the checkpoint is another run's, the checkpoint is not usable, or another
+            process writes to the folder.
+        OSError: If nothing can be written to the output folder.
     """
 
     def __init__(

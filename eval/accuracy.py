@@ -14,7 +14,7 @@ import sys
 import torch
 from accelerate import PartialState
 
-from sdt_diffusion.command_line import parse_arguments
+from sdt_diffusion.command_line import errors_in_a_line, parse_arguments
 from sdt_diffusion.evaluation.accuracy import evaluate_accuracy
 from sdt_diffusion.evaluation.arguments import AccuracyArguments
 
@@ -22,10 +22,8 @@ from sdt_diffusion.evaluation.arguments import AccuracyArguments
 def main(argv):
     (args,) = parse_arguments((AccuracyArguments,), argv, description=__doc__)
     PartialState(cpu=not torch.cuda.is_available())
-    try:
+    with errors_in_a_line(ValueError, OSError):
         table = evaluate_accuracy(args)
-    except (ValueError, OSError) as error:
-        sys.exit(f"Error: {error}")
     if table is not None:
         print(f"\n{table}\n\nWritten to {args.output}.")
 

@@ -14,17 +14,15 @@ import sys
 import torch
 
 import sdt_diffusion  # noqa: F401  (lets diffusers find the pipeline's classes)
-from sdt_diffusion.command_line import parse_arguments
+from sdt_diffusion.command_line import errors_in_a_line, parse_arguments
 from sdt_diffusion.evaluation.arguments import DecayArguments
 from sdt_diffusion.evaluation.decay_picture import draw_decays
 
 
 def main(argv):
     (args,) = parse_arguments((DecayArguments,), argv, description=__doc__)
-    try:
+    with errors_in_a_line(ValueError, OSError):
         draw_decays(args, "cuda" if torch.cuda.is_available() else "cpu")
-    except (ValueError, OSError) as error:
-        sys.exit(f"Error: {error}")
     print(f"Written to {args.output}.")
 
 

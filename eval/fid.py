@@ -14,7 +14,7 @@ import torch
 from accelerate import PartialState
 
 import sdt_diffusion  # noqa: F401  (lets diffusers find the pipeline's classes)
-from sdt_diffusion.command_line import parse_arguments
+from sdt_diffusion.command_line import errors_in_a_line, parse_arguments
 from sdt_diffusion.data.raw_images import RawImageArguments
 from sdt_diffusion.evaluation.arguments import ExtractorArguments, FidArguments, SamplingArguments
 from sdt_diffusion.evaluation.compare import compare
@@ -25,12 +25,10 @@ def main(argv):
     types = (FidArguments, SamplingArguments, ExtractorArguments, RawImageArguments)
     args, sampling_args, extractor_args, image_args = parse_arguments(types, argv, description=__doc__)
     state = PartialState(cpu=not torch.cuda.is_available())
-    try:
+    with errors_in_a_line(ValueError, OSError):
         with state.local_main_process_first():  # weights may have to be downloaded
             extractor = build_extractor(extractor_args.extractor, extractor_args.extractor_weights, state.device)
         table = compare(args, sampling_args, extractor, image_args, extractor_args.dataloader_num_workers)
-    except (ValueError, OSError) as error:
-        sys.exit(f"Error: {error}")
     if table is not None:
         print(f"\n{table}\n\nWritten to {args.output}.")
 

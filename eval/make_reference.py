@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
-from sdt_diffusion.command_line import parse_arguments, require_at_least
+from sdt_diffusion.command_line import errors_in_a_line, parse_arguments, require_at_least
 from sdt_diffusion.data.raw_images import RawImageArguments, open_images
 from sdt_diffusion.evaluation.arguments import ExtractorArguments
 from sdt_diffusion.files import check_writable
@@ -40,7 +40,7 @@ def main(argv):
     types = (ReferenceArguments, ExtractorArguments, RawImageArguments)
     args, extractor_args, image_args = parse_arguments(types, argv, description=__doc__)
     state = PartialState(cpu=not torch.cuda.is_available())
-    try:
+    with errors_in_a_line(ValueError, OSError):
         check_summary_path(args.output)
         check_writable(args.output.parent)
         images = open_images(args.images, image_args, "--images")
@@ -57,8 +57,6 @@ def main(argv):
         if state.is_main_process:
             save_summary(args.output, summary)
             print(f"Statistics of {len(images)} images written to {args.output}.")
-    except (ValueError, OSError) as error:
-        sys.exit(f"Error: {error}")
 
 
 if __name__ == "__main__":

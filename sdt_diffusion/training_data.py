@@ -11,8 +11,7 @@ from torch import nn
 
 from .data import DataArguments, LabelledImages, LatentCache, RandomFlip, RandomMirror, load_images
 from .data.latent_cache import is_latent_cache
-from .fingerprint import fingerprint
-from .latent_encoding.vae import check_images_fit, check_vae, latent_shape
+from .latent_encoding.vae import check_images_fit, check_vae, describe_vae, latent_shape
 from .sdt.arguments import ModelArguments
 from .sdt.latents import LatentNormalisation, posterior_moments, sample_posterior, vae_spatial_scale
 from .training.draws import Draws
@@ -39,14 +38,16 @@ class TrainingData:
         """What the latents are, wherever the files of VAE and cache lie: a run goes on with no others."""
         if self.vae is None:
             return {}
-        latents = {"weights of the VAE": fingerprint(self.vae), **LatentNormalisation.of(self.vae)._asdict()}
-        return {**latents, "cache of latents": self.images.fingerprint} if self.is_cached else latents
+        if self.is_cached:  # tells of its VAE too
+            return {"cache of latents": self.images.fingerprint}
+        return {**describe_vae(self.vae), **LatentNormalisation.of(self.vae)._asdict()}
 
     @property
     def named_by_identity(self) -> tuple[str, ...]:
         """Arguments whose paths may change while the identity stays."""
-        vae = ("pretrained_vae_model_name_or_path",)
-        return (*vae, "dataset") if self.is_cached else vae if self.vae is not None else ()
+        if self.vae is None:
+            return ()
+        return ("pretrained_vae_model_name_or_path", *(["dataset"] if self.is_cached else []))
 
     @property
     def is_cached(self) -> bool:

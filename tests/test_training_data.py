@@ -66,10 +66,36 @@ def test_the_cache_says_how_to_decode(folder):
     assert (data.vae.config.scaling_factor, data.vae.config.shift_factor) == (0.5, 0.25)
 
 
+def test_what_is_learnt_is_known_wherever_it_lies(folder):
+    online = open_data(folder, "x.parquet", "vae", resolution=16)
+    cached = open_data(folder, "cache")
+    for name in ("vae", "cache"):
+        (folder / name).rename(folder / f"moved_{name}")
+    assert open_data(folder, "x.parquet", "moved_vae", resolution=16).identity == online.identity
+    assert open_data(folder, "moved_cache", "moved_vae").identity == cached.identity
+    assert online.named_by_identity == ("pretrained_vae_model_name_or_path",)
+    assert cached.named_by_identity == ("pretrained_vae_model_name_or_path", "dataset")
+
+
+@pytest.mark.parametrize("change", ["weights", "config", "normalisation"])
+def test_another_vae_in_the_same_place_is_told_apart(folder, change):
+    before = open_data(folder, "x.parquet", "vae", resolution=16).identity
+    vae = AutoencoderKL.from_pretrained(folder / "vae")
+    if change == "weights":
+        vae.quant_conv.bias.data += 1
+    elif change == "config":
+        vae.register_to_config(sample_size=77)
+    else:
+        vae.register_to_config(scaling_factor=7.0)
+    vae.save_pretrained(folder / "vae")
+    assert open_data(folder, "x.parquet", "vae", resolution=16).identity != before
+
+
 def test_pixels_are_what_they_are(folder):
     data = open_data(folder, "x.parquet", resolution=16)
     batch = torch.randn(2, 3, 16, 16)
     assert data.vae is None
+    assert (data.identity, data.named_by_identity) == ({}, ())
     assert data.sample_shape == (3, 16, 16)
     assert data.clean(batch, None) is batch
 

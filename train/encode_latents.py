@@ -15,7 +15,7 @@ import torch
 from accelerate import PartialState
 from diffusers import AutoModel
 
-from sdt_diffusion.command_line import parse_arguments
+from sdt_diffusion.command_line import errors_in_a_line, parse_arguments
 from sdt_diffusion.data.image_rows import open_rows
 from sdt_diffusion.data.images import ImageArguments
 from sdt_diffusion.data.latent_cache import verify
@@ -27,7 +27,7 @@ DEFAULT_RESOLUTION = 256
 
 def main(argv):
     args, image_args = parse_arguments((EncodingArguments, ImageArguments), argv, description=__doc__)
-    try:
+    with errors_in_a_line(ValueError, OSError):
         if args.verify:
             print(f"All {verify(args.output_dir)} shards of {args.output_dir} are as they were written.")
             return
@@ -43,8 +43,6 @@ def main(argv):
                 f"{manifest['num_images']} images of {len(manifest['class_names'])} classes are in {args.output_dir}"
                 + (f"; {left_out} could not be decoded, see manifest.json." if left_out else ".")
             )
-    except (ValueError, OSError) as error:
-        sys.exit(f"Error: {error}")
 
 
 if __name__ == "__main__":

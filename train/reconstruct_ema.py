@@ -11,7 +11,7 @@ from pathlib import Path
 from diffusers import DiffusionPipeline
 
 import sdt_diffusion  # noqa: F401  (lets diffusers find the pipeline's classes)
-from sdt_diffusion.command_line import parse_arguments
+from sdt_diffusion.command_line import errors_in_a_line, parse_arguments
 from sdt_diffusion.files import check_writable, move_into
 from sdt_diffusion.training.post_hoc import reconstruct
 
@@ -28,15 +28,13 @@ class ReconstructionArguments:
 
 def main(argv):
     (args,) = parse_arguments((ReconstructionArguments,), argv, description=__doc__)
-    try:
+    with errors_in_a_line(ValueError, OSError):
         if args.output_dir.exists() and (not args.output_dir.is_dir() or any(args.output_dir.iterdir())):
             raise ValueError(f"--output_dir {args.output_dir} is not an empty folder: choose another.")
         if not (args.run / "model_index.json").is_file():
             raise ValueError(f"--run {args.run} holds no pipeline: the run must have ended.")
         average = reconstruct(args.run, args.sigma_rel, args.step)
         check_writable(args.output_dir)
-    except (ValueError, OSError) as error:
-        sys.exit(f"Error: {error}")
     pipe = DiffusionPipeline.from_pretrained(args.run)
     pipe.transformer.load_state_dict(average.weights)
     move_into(args.output_dir, pipe.save_pretrained)

@@ -8,7 +8,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sdt_diffusion.command_line import parse_arguments
+from sdt_diffusion.command_line import errors_in_a_line, parse_arguments
 from sdt_diffusion.sharing import HubArguments, share_folder
 
 
@@ -21,10 +21,8 @@ class FolderArguments:
 
 def main(argv):
     args, hub_args = parse_arguments((FolderArguments, HubArguments), argv, description=__doc__)
-    try:
+    with errors_in_a_line(ValueError, RuntimeError):
         share_folder(hub_args, Path(args.folder))
-    except (ValueError, RuntimeError) as error:
-        sys.exit(f"Error: {error}")
 
 
 if __name__ == "__main__":

@@ -112,8 +112,7 @@ def open_rows(args: ImageArguments, streaming: bool, default_resolution: int) ->
         ValueError: If nothing can be read there, or the columns or classes cannot be told.
     """
     if streaming:
-        args.resolution = args.resolution or default_resolution
-        args.image_mode = args.image_mode or ("L" if args.dataset == "digits" else "RGB")
+        args.fill_in(default_resolution)
         dataset = read_dataset(args, streaming=True)
         rows = StreamedRows(dataset, find_image_column(dataset, args), find_label_column(dataset, args), args.dataset)
     else:

@@ -36,6 +36,11 @@ class ImageArguments:
         default=None, metadata={"help": "Colour or grey; L for digits, RGB for all else by default."}
     )
 
+    def fill_in(self, default_resolution: int | None) -> None:
+        """Decides what was left open: side of the images in pixels, and colour or grey."""
+        self.resolution = self.resolution or default_resolution
+        self.image_mode = self.image_mode or default_image_mode(self.dataset)
+
 
 @dataclass
 class DataArguments(ImageArguments):
@@ -125,6 +130,11 @@ class LabelledImages:
         return self.__getitems__([index])[0]
 
 
+def default_image_mode(dataset: str) -> Literal["RGB", "L"]:
+    """Grey for the digits, colour for all else."""
+    return "L" if dataset == "digits" else "RGB"
+
+
 def load_images(args: ImageArguments, default_resolution: int | None, as_pictures: bool = False) -> LabelledImages:
     """Opens the data set that the arguments name.
 
@@ -137,8 +147,7 @@ def load_images(args: ImageArguments, default_resolution: int | None, as_picture
         FileNotFoundError: If a path does not exist.
         ValueError: If nothing can be read there, or the columns cannot be told.
     """
-    args.resolution = args.resolution or default_resolution
-    args.image_mode = args.image_mode or ("L" if args.dataset == "digits" else "RGB")
+    args.fill_in(default_resolution)
     dataset = read_dataset(args)
     image_column, label_column = find_image_column(dataset, args), find_label_column(dataset, args)
     shape = (args.resolution, args.image_mode)

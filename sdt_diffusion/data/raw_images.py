@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from .decoding import CorruptImageError, center_crop, check_bit_depth
-from .images import ImageArguments, find_image_column, read_dataset
+from .images import ImageArguments, default_image_mode, find_image_column, read_dataset
 
 IMAGE_ENDINGS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"})
 
@@ -329,7 +329,7 @@ def open_images(name: str, args: RawImageArguments, flag: str) -> RawImages:
             raise FileNotFoundError(f"{flag}: there is no file {path}.")
         refuse_preparation(args, f"{flag} {path}")
         return NpzImages(path)
-    image_mode = args.image_mode or ("L" if name == "digits" else "RGB")
+    image_mode = args.image_mode or default_image_mode(name)
     if path.is_dir() and not (path / "dataset_info.json").is_file():
         return FolderImages(path, image_mode, args.resolution)
     data_args = ImageArguments(dataset=name, dataset_split=args.dataset_split, image_column=args.image_column)

@@ -36,7 +36,7 @@ from .launch import build_accelerator, prepare
 from .log import TrainingLog
 from .optimizer import build_lr_schedule, build_optimizer
 from .post_hoc import drop_snapshots_after, save_snapshot
-from .sharded import is_sharded, whole
+from .sharded import whole
 from .state import TrainingState, gather
 from .statistics import RunningStatistics
 from .window import Window
@@ -189,7 +189,7 @@ class Training:
 
     def gather(self) -> None:
         """Brings `trained_model` up to date where FSDP2 keeps a part of it in each process; all processes call it."""
-        if self._sharded:
+        if self.accelerator.is_fsdp2:
             tensors = (
                 next(iter(self.averages.values())).tensors if self.averages else self.unwrapped_model.state_dict()
             )
@@ -273,7 +273,9 @@ class Training:
         """Model, optimizer, schedule and averages; `trained_model` is what the run is for, whole and ready for use."""
         optimizer = build_optimizer(model, self.optimization, parameter_groups, self.accelerator.device)
         skeleton = copy.deepcopy(model).to("meta")
-        product = copy.deepcopy(model).to(self.accelerator.device).eval().requires_grad_(False)
+        product = None  # without an average, the model that is trained
+        if self.optimization.use_ema or self.accelerator.is_fsdp2:
+            product = copy.deepcopy(model).to(self.accelerator.device).eval().requires_grad_(False)
         self.model, self.optimizer = prepare(self.accelerator, model, optimizer)
         self.set_learning_rates = build_lr_schedule(optimizer, self.optimization, self.run.max_train_steps)
         self.statistics = RunningStatistics(self.unwrapped_model, self.accelerator.num_processes)
@@ -282,11 +284,10 @@ class Training:
             ending: WeightAverage(tensors, profile) for ending, profile in profiles(self.optimization).items()
         }
         self.state = TrainingState(name, skeleton, self.unwrapped_model, optimizer, self.averages)
-        self._sharded = any(is_sharded(tensor) for tensor in tensors.values())
-        if self.averages and not self._sharded:  # the first average lives in the model that is the product
+        if self.averages and not self.accelerator.is_fsdp2:  # the first average lives in the model that is the product
             product.load_state_dict(next(iter(self.averages.values())).tensors, assign=True)
             product.requires_grad_(False)
-        self.trained_model = product if self.averages or self._sharded else self.unwrapped_model
+        self.trained_model = self.unwrapped_model if product is None else product
 
     def _load_checkpoint(self, checkpoint):
         manifest = read_manifest(checkpoint)

@@ -4,11 +4,6 @@ import torch
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
-def is_sharded(tensor: torch.Tensor) -> bool:
-    """Whether this process holds a part only."""
-    return isinstance(tensor, DTensor)
-
-
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """This process's part, sharing its memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

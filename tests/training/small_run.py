@@ -10,6 +10,7 @@ from unittest import mock
 
 import torch
 import yaml
+from accelerate import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
 from sdt_diffusion import SDTTransformer2DModel
@@ -37,6 +38,7 @@ def sharded(build_accelerator):
     def build(run):
         accelerator = build_accelerator(run)
         accelerator.state.distributed_type = DistributedType.FSDP
+        PartialState._shared_state["distributed_type"] = DistributedType.FSDP  # as accelerate does, or it is forgotten
         accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
             fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=False
         )

@@ -13,13 +13,13 @@ import tempfile
 import time
 from pathlib import Path
 
-from sdt_diffusion.command_line import parse_arguments
 from sdt_diffusion.data import DataArguments
-from sdt_diffusion.sdt.arguments import ModelArguments
-from sdt_diffusion.training.arguments import OptimizationArguments, RunArguments
+from sdt_diffusion.data.latents.training_data import open_training_data
+from sdt_diffusion.training.config import OptimizationArguments, RunArguments
 from sdt_diffusion.training.objectives import DiffusionLoss, ObjectiveArguments, build_objective
 from sdt_diffusion.training.run import Training
-from sdt_diffusion.training_data import open_training_data
+from sdt_diffusion.training.train_dit import ModelArguments
+from sdt_diffusion.utils.arguments import parse_arguments
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "train"))
 from train_dit import DIGITS_CONFIG, ValidationArguments
@@ -40,7 +40,7 @@ def main():
         )
         model_args, data_args, objective_args, optimization_args, run_args, _ = arguments
         run_args.max_train_steps = count * run_args.checkpointing_steps
-        data = open_training_data(data_args, model_args, run_args.seed)
+        data = open_training_data(data_args, None, model_args.config()["sample_size"], run_args.seed)
         channels, side, _ = data.sample_shape
         model = model_args.build(sample_size=side, in_channels=channels, num_classes=data.images.num_classes)
         loss = DiffusionLoss(build_objective(objective_args), model.config.class_dropout_prob)

@@ -16,8 +16,8 @@ from model import keep_freed_memory, timed
 from tqdm import tqdm
 
 from sdt_diffusion.classification import SDTHNetwork
-from sdt_diffusion.classification.network import preset_config
 from sdt_diffusion.evaluation.cost import count_cost
+from sdt_diffusion.sdt_h.network import preset_config
 
 BASELINE = "fixed"
 

@@ -25,10 +25,10 @@ from scipy import linalg
 from tqdm import tqdm
 
 from sdt_diffusion.data.raw_images import RawImages
-from sdt_diffusion.metrics.evaluate import METRICS, compute_metrics
 from sdt_diffusion.metrics.extraction import summarise
 from sdt_diffusion.metrics.extractors import FeatureExtractor
 from sdt_diffusion.metrics.frechet import GaussianStatistics, frechet_distance
+from sdt_diffusion.metrics.registry import METRICS, compute_metrics
 
 BASELINE = "SciPy's sqrtm (clean-fid)"
 

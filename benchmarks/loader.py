@@ -26,8 +26,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from sdt_diffusion.data import LatentCache, RandomMirror, ShuffledStream
-from sdt_diffusion.data.latent_cache import READ_SETTINGS
-from sdt_diffusion.latent_encoding.writer import CacheWriter
+from sdt_diffusion.data.latents.cache import READ_SETTINGS
+from sdt_diffusion.data.latents.writer import CacheWriter
 
 SHAPE, BATCH_SIZE = (4, 32, 32), 256
 BASELINE = "a .npy file for every image"

@@ -1,9 +1,8 @@
 """Spatial decay attention: tensors in, tensors out. Knows nothing of timesteps, classes, models or files."""
 
 from .dispatch import BACKENDS, spatial_decay_attention
+from .formula import SPATIAL_DECAY_VARIANTS, check_variant, manhattan_distance, spatial_decay
 from .gate import ContextAwareGate, FixedGate, build_gate
-from .geometry import manhattan_distance
-from .reference import SPATIAL_DECAY_VARIANTS, check_variant, spatial_decay
 
 __all__ = [
     "BACKENDS",

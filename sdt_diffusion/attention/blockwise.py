@@ -3,7 +3,7 @@
 import torch
 
 from .dense import half_decay_and_distance
-from .reference import reference_attention
+from .formula import reference_attention
 
 #: Bytes of logits at a time, unless that leaves threads without a head of their own.
 SCRATCH_BYTES = 2**21

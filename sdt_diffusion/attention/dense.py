@@ -3,8 +3,7 @@
 import torch
 from torch.autograd.function import once_differentiable
 
-from .geometry import manhattan_distance
-from .reference import reference_attention
+from .formula import manhattan_distance, reference_attention
 
 
 class _DenseAttention(torch.autograd.Function):

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from .blockwise import blockwise_attention
 from .dense import dense_attention
-from .reference import check_variant, reference_attention
+from .formula import check_variant, reference_attention
 
 #: Name -> function(query, key, value, gate, alpha, grid_size, variant, scale). A new backend: a file and a line here.
 BACKENDS: dict[str, Callable[..., torch.Tensor]] = {

@@ -1,10 +1,9 @@
 """Labelled images from the formats that `datasets` reads, latents of a cache, and the stream of either."""
 
-from .augmentation import RandomFlip, RandomMirror, SeededTransform
 from .decoding import CorruptImageError
 from .images import DataArguments, LabelledImages, load_images
-from .latent_cache import LatentCache
-from .stream import ShuffledStream
+from .latents.cache import LatentCache
+from .stream import RandomFlip, RandomMirror, SeededTransform, ShuffledStream
 
 __all__ = [
     "CorruptImageError",

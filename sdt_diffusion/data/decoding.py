@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
+#: Endings of files that are read as images.
+IMAGE_ENDINGS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"})
 #: Channels of images -> their mode.
 IMAGE_MODES = {1: "L", 3: "RGB"}
 

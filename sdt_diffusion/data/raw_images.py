@@ -17,10 +17,8 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from .decoding import CorruptImageError, center_crop, check_bit_depth
+from .decoding import IMAGE_ENDINGS, CorruptImageError, center_crop, check_bit_depth
 from .images import ImageArguments, default_image_mode, find_image_column, read_dataset
-
-IMAGE_ENDINGS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"})
 
 
 @dataclass

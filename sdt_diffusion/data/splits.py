@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from .class_folders import check_class_folders
-from .images import DataArguments, LabelledImages, load_images
+from ..utils.seeding import Stream, numpy_generator
+from .images import DataArguments, LabelledImages, check_class_folders, load_images
 
 #: Split -> the folders that `datasets` takes it from.
 SPLIT_FOLDERS = {
@@ -131,7 +131,7 @@ def stratified_split(labels: np.ndarray, fraction: float) -> tuple[np.ndarray, n
     held_out = []
     for label in np.unique(labels):
         rows = np.flatnonzero(labels == label)
-        chosen = np.random.default_rng([HELD_OUT_SEED, int(label)]).permutation(rows)
+        chosen = numpy_generator(Stream.HELD_OUT, HELD_OUT_SEED, int(label)).permutation(rows)
         held_out.append(chosen[: min(round(fraction * len(rows)), len(rows) - 1)])
     held_out = np.sort(np.concatenate(held_out))
     return np.setdiff1d(np.arange(len(labels)), held_out), held_out

@@ -7,6 +7,49 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from ..utils.seeding import Stream, numpy_generator, seeded_cpu_generators, torch_seed
+
+
+class RandomFlip:
+    """Mirrors every other image tensor.
+
+    Args:
+        seed: Seed of the run.
+    """
+
+    def __init__(self, seed: int):
+        self.seed = seed
+
+    def mirrors(self, position: int) -> bool:
+        """Whether the image at a position is mirrored."""
+        return bool(torch_seed(Stream.FLIP, self.seed, position) & 1)
+
+    def __call__(self, image: torch.Tensor, position: int) -> torch.Tensor:
+        return image.flip(-1) if self.mirrors(position) else image
+
+
+class RandomMirror(RandomFlip):
+    """Takes, of images that come with their mirrors along the first axis, the one that `RandomFlip` would give."""
+
+    def __call__(self, both: torch.Tensor, position: int) -> torch.Tensor:
+        return both[int(self.mirrors(position))]
+
+
+class SeededTransform:
+    """A transform of torchvision's or timm's kind, which draws from the global generators, seeded for every image.
+
+    Args:
+        transform: Function of an image.
+        seed: Seed of the run.
+    """
+
+    def __init__(self, transform: Callable[[Any], torch.Tensor], seed: int):
+        self.transform, self.seed = transform, seed
+
+    def __call__(self, image: Any, position: int) -> torch.Tensor:
+        with seeded_cpu_generators(Stream.AUGMENTATION, self.seed, position):
+            return self.transform(image)
+
 
 class ShuffledStream(Dataset):
     """The samples of a data set, epoch after epoch, each in a new order.
@@ -63,6 +106,6 @@ class ShuffledStream(Dataset):
     def _order(self, epoch: int) -> np.ndarray:
         if epoch not in self._orders:
             previous = {epoch - 1: self._orders[epoch - 1]} if epoch - 1 in self._orders else {}
-            order = np.random.default_rng([self.seed, epoch]).permutation(len(self.images))
+            order = numpy_generator(Stream.EPOCH_ORDER, self.seed, epoch).permutation(len(self.images))
             self._orders = {**previous, epoch: order}
         return self._orders[epoch]

@@ -1,12 +1,24 @@
-"""How often an image classifier is right: numbers, the record of how they came about, and the confusion's picture."""
+"""Top-1 and top-5 accuracy of an image classifier, class by class, with its throughput and cost.
+
+    python eval/accuracy.py --model outputs/sdt-h --dataset data/val --output outputs/sdt-h/accuracy.json
+
+Any model of transformers' AutoModelForImageClassification, this project's among them, on a folder (a subfolder a
+class), a parquet file or a data set of the Hub, prepared by the model's own image processor. Classes and labels are
+matched by name where both have names, else by index. Prints a table, and writes the numbers, class by class, with all
+that made them to --output and a picture of the confusion beside it. `accelerate launch eval/accuracy.py` shares the
+work among processes.
+"""
 
 import json
+import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
 import transformers
 from accelerate import PartialState
@@ -15,18 +27,44 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from ..data import CorruptImageError, LabelledImages, load_images
-from ..data.class_folders import check_class_folders
-from ..data.images import ImageArguments
-from ..files import check_new, check_writable, write_atomically
-from ..fingerprint import fingerprint
-from ..metrics.classification import Confusion, RunningConfusion
-from ..metrics.extractors.transformers_models import channels_of, load_classifier
+from ..data.images import ImageArguments, check_class_folders
+from ..metrics.confusion import Confusion, RunningConfusion
+from ..metrics.extractors.transformers_models import channels_of, image_mode_for, load_classifier, prepare_picture
 from ..plots import plot_confusion
-from .accuracy_report import describe_classes, format_classes, format_summary
-from .arguments import AccuracyArguments
+from ..utils.arguments import errors_in_a_line, parse_arguments, require_at_least
+from ..utils.files import check_new, check_writable, write_atomically
+from ..utils.fingerprint import fingerprint
 from .cost import count_cost
-from .labels import check_labels, match_labels
-from .pictures import image_mode_for, prepare_picture
+from .labels import Matching, check_labels, match_labels
+
+
+@dataclass
+class AccuracyArguments:
+    """What to classify with what."""
+
+    model: str = field(metadata={"help": "Folder or Hub name of an image classifier with its image processor."})
+    dataset: str = field(
+        metadata={"help": "Image folder (a subfolder a class), .parquet, .arrow or .tar file, Hub name, or 'digits'."}
+    )
+    output: Path = field(metadata={"help": "JSON file for the numbers; a picture of the confusion goes beside it."})
+    dataset_split: str | None = field(
+        default=None, metadata={"help": "Split to read of a data set; the only one there is by default."}
+    )
+    image_column: str | None = field(default=None, metadata={"help": "Column of the images; found by its type."})
+    label_column: str | None = field(default=None, metadata={"help": "Column of the labels; found by its type."})
+    match_labels: Matching = field(
+        default="auto",
+        metadata={"help": "How classes become the model's labels: by name where both have names, else by index."},
+    )
+    batch_size: int = field(default=64, metadata={"help": "Images at a time on each process."})
+    dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that read and prepare images."})
+    dtype: Literal["float32", "bfloat16", "float16"] = field(
+        default="float32", metadata={"help": "The model's arithmetic."}
+    )
+
+    def __post_init__(self):
+        require_at_least(self, 0, "dataloader_num_workers")
+        require_at_least(self, 1, "batch_size")
 
 
 def evaluate_accuracy(args: AccuracyArguments) -> str | None:
@@ -207,3 +245,89 @@ def _now(device):
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
+
+
+#: Classes in the printed table; of more, those with the lowest accuracy. The record has them all.
+TABLE_CLASSES = 20
+
+
+def describe_classes(confusion: Confusion, class_names: Sequence[str]) -> list[dict[str, Any]]:
+    """What is known of each class of the data set; accuracies are `None` where it has no images.
+
+    `predicted` is a row of the confusion: label of the model -> images, where there are any.
+    """
+    described = []
+    for i, (name, label, count) in enumerate(zip(class_names, confusion.labels, confusion.num_images, strict=True)):
+        row = confusion.counts[i]
+        described.append(
+            {
+                "name": name,
+                "label": int(label),
+                "count": int(count),
+                "top1": float(confusion.correct[i] / count) if count else None,
+                "top5": float(confusion.found[i] / count) if count and confusion.found is not None else None,
+                "predicted": {int(predicted): int(row[predicted]) for predicted in np.flatnonzero(row)},
+            }
+        )
+    return described
+
+
+def format_summary(record: dict[str, Any]) -> str:
+    """The numbers of the whole data set, and how they were made, in two columns."""
+    speed, cost, data, model = (record[key] for key in ("throughput", "cost", "data", "model"))
+    shape = "x".join(map(str, cost["input_shape"]))
+    where = speed["device"] + (f", {speed['threads']} thread(s)" if speed["device"] == "cpu" else "")
+    split = f" ({data['split']})" if data["split"] else ""
+    rows = [
+        ("top-1", f"{record['top1']:.2%} ± {record['top1_standard_error']:.2%}"),
+        ("top-5", _percent(record["top5"], 2)),
+        ("mean of classes", f"{record['class_mean']:.2%}"),
+        ("images", f"{data['count']} of {data['dataset']}{split}, {data['classes_with_images']} classes"),
+        ("labels", f"matched by {data['labels_matched_by']}"),
+        ("throughput", f"{speed['images_per_second']:.4g} images/s, batch {speed['batch_size']}, {where}"),
+        ("parameters", f"{cost['parameters']:,}"),
+        ("multiply-adds", f"{cost['multiply_adds_2_30']:.4g} x 2^30 for {shape}"),
+        ("GFLOPs", f"{cost['gflops']:.4g}"),
+        ("model", f"{model['class']}, weights {model['weights']}, {speed['dtype']}"),
+    ]
+    width = max(len(key) for key, _ in rows)
+    return "\n".join(f"{key:<{width}}  {value}" for key, value in rows)
+
+
+def format_classes(classes: Sequence[dict[str, Any]]) -> str:
+    """A table of classes, of many those with the lowest accuracy, and what each is mostly taken for instead."""
+    names = {described["label"]: described["name"] for described in classes}
+    shown = classes
+    note = ""
+    if len(classes) > TABLE_CLASSES:
+        present = [described for described in classes if described["count"]]
+        shown = sorted(present, key=lambda described: described["top1"])[:TABLE_CLASSES]
+        note = f"\nThe {len(shown)} of {len(classes)} classes with the lowest accuracy; the JSON file has all."
+    rows = [("class", "images", "top-1", "top-5", "mostly taken for")]
+    for described in shown:
+        wrong = {label: count for label, count in described["predicted"].items() if label != described["label"]}
+        most = max(wrong, key=wrong.get, default=None)
+        taken = "" if most is None else f"{names.get(most, f'label {most}')} ({wrong[most]})"
+        percents = [_percent(described[key]) for key in ("top1", "top5")]
+        rows.append((described["name"], str(described["count"]), *percents, taken))
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    lines = []
+    for name, *numbers, taken in rows:
+        cells = [f"{number:>{width}}" for number, width in zip(numbers, widths[1:], strict=True)]
+        lines.append("  ".join([f"{name:<{widths[0]}}", *cells, taken]).rstrip())
+    return "\n".join(lines) + note
+
+
+def _percent(fraction, digits=1):
+    return "-" if fraction is None else f"{fraction:.{digits}%}"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the script; `argv` is the command line's by default."""
+    argv = sys.argv[1:] if argv is None else argv
+    (args,) = parse_arguments((AccuracyArguments,), argv, description=__doc__)
+    PartialState(cpu=not torch.cuda.is_available())
+    with errors_in_a_line(ValueError, OSError):
+        table = evaluate_accuracy(args)
+    if table is not None:
+        print(f"\n{table}\n\nWritten to {args.output}.")

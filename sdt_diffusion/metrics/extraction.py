@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from ..data import CorruptImageError
 from ..data.raw_images import RawImages
 from .extractors import FeatureExtractor
-from .feature_file import FeatureFile
+from .features import FeatureFile
 from .frechet import RunningStatistics
 from .inception_score import RunningInceptionScore
 from .summary import FeatureSummary

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from .arrays import Features, rows_of
+from .features import Features, rows_of
 
 
 def kernel_distance(

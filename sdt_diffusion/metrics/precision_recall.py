@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import torch
 
-from .arrays import Features, rows_of
+from .features import Features, rows_of
 
 #: Neighbours that make a ball, by convention.
 NEIGHBORHOOD = 3

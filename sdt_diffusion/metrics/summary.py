@@ -11,8 +11,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from ..data.raw_images import map_npz_array
-from ..files import check_new, write_atomically
-from .arrays import Features
+from ..utils.files import check_new, write_atomically
+from .features import Features
 from .frechet import GaussianStatistics
 
 #: Kind of features -> names of mean and covariance in a file, those of ADM's reference statistics.

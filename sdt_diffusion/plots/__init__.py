@@ -1,7 +1,6 @@
 """Pictures of what happens."""
 
-from .confusion import plot_confusion
-from .curves import plot_accuracy_curve, plot_loss_curve
+from .charts import plot_accuracy_curve, plot_confusion, plot_loss_curve
 from .decay import DecayRow, DecaySection, plot_decays
 from .grid import image_grid
 

@@ -10,8 +10,8 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineO
 from diffusers.schedulers import DDPMScheduler, SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
-from .latents import decode_latents, vae_spatial_scale
 from .transformer_sdt import SDTTransformer2DModel
+from .vae import decode_latents, vae_spatial_scale
 
 
 class SDTPipeline(DiffusionPipeline):

@@ -5,6 +5,8 @@ import inspect
 import diffusers
 from diffusers.schedulers import SchedulerMixin
 
+#: The noise schedule of facebookresearch/DiT.
+DIT_SCHEDULE = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 2e-2, "beta_schedule": "linear"}
 #: Checked against an exact denoiser in tests/sdt/test_schedulers.py.
 DIFFUSION_SCHEDULERS = (
     "DDPMScheduler",

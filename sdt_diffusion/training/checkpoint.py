@@ -10,9 +10,9 @@ from typing import Any
 import yaml
 from safetensors import SafetensorError
 
-from ..files import sync, write_atomically
-from ..settings import differences
-from .arguments import RESUMABLE_CHANGES
+from ..utils.files import sync, write_atomically
+from ..utils.fingerprint import differences
+from .config import RESUMABLE_CHANGES
 
 logger = logging.getLogger(__name__)
 

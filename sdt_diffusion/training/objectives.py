@@ -9,7 +9,8 @@ from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteSchedu
 from diffusers.schedulers import SchedulerMixin
 from diffusers.training_utils import compute_density_for_timestep_sampling, compute_snr
 
-from .draws import Draws
+from ..sdt.schedulers import DIT_SCHEDULE
+from ..utils.seeding import Draws
 
 
 @dataclass
@@ -45,9 +46,6 @@ class Noised(NamedTuple):
     timestep: torch.Tensor
     target: torch.Tensor
     weight: torch.Tensor
-
-
-DIT_SCHEDULE = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 2e-2, "beta_schedule": "linear"}
 
 
 class DDPMObjective:

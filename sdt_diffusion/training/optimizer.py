@@ -7,7 +7,7 @@ import torch
 from diffusers.optimization import get_scheduler
 from torch import nn
 
-from .arguments import OptimizationArguments
+from .config import OptimizationArguments
 
 
 def build_optimizer(

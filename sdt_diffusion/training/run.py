@@ -14,10 +14,10 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from ..command_line import merged
 from ..data import DataArguments, ShuffledStream
-from ..files import FolderLock, write_atomically
-from .arguments import OptimizationArguments, RunArguments
+from ..utils.arguments import merged
+from ..utils.files import FolderLock, write_atomically
+from ..utils.seeding import Draws, Stream, seed_global_generators
 from .checkpoint import (
     check_output_dir,
     check_same_run,
@@ -28,18 +28,12 @@ from .checkpoint import (
     step_of,
     write_config,
 )
-from .draws import Draws
-from .ema import WeightAverage, profiles
-from .guard import FiniteGuard
-from .interruption import Interrupted, StopRequest, ignore_in_worker
-from .launch import build_accelerator, prepare
-from .log import TrainingLog
+from .config import OptimizationArguments, RunArguments
+from .distributed import Interrupted, StopRequest, build_accelerator, ignore_in_worker, prepare, whole
+from .ema import WeightAverage, drop_snapshots_after, profiles, save_snapshot
+from .monitor import FiniteGuard, TrainingLog, Window
 from .optimizer import build_lr_schedule, build_optimizer
-from .post_hoc import drop_snapshots_after, save_snapshot
-from .sharded import whole
-from .state import TrainingState, gather
-from .statistics import RunningStatistics
-from .window import Window
+from .state import RunningStatistics, TrainingState, gather
 
 
 class Training:
@@ -327,7 +321,7 @@ class Training:
         """The random numbers of a batch of this step, as accelerate deals batches to the processes in turn."""
         run, accelerator = self.run, self.accelerator
         first = (batch * accelerator.num_processes + accelerator.process_index) * run.train_batch_size
-        seed_batch(run.seed, self.step * self.images_per_step + first)
+        seed_global_generators(Stream.BATCH, run.seed, self.step * self.images_per_step + first)
         rows = slice(first, first + run.train_batch_size)
         return Draws(run.seed, self.step, rows, self.images_per_step, accelerator.device)
 
@@ -391,10 +385,3 @@ class Training:
             tensors = gather(average.tensors, keep=self.accelerator.is_main_process)
             if self.accelerator.is_main_process:
                 save_snapshot(self.output_dir, self.step, sigma_rel, tensors)
-
-
-def seed_batch(seed: int, position: int) -> None:
-    """Seeds torch and NumPy, for dropout and timm's mixing, by the position of a batch's first image in the stream."""
-    state = int(np.random.SeedSequence([seed, 4, position]).generate_state(1, np.uint64)[0])
-    torch.manual_seed(state)
-    np.random.seed(state % 2**32)

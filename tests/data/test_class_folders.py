@@ -1,7 +1,7 @@
 import pytest
 from PIL import Image
 
-from sdt_diffusion.data.class_folders import check_class_folders
+from sdt_diffusion.data.images import check_class_folders
 
 
 @pytest.mark.parametrize("split", [".", "val"])

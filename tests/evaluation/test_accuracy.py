@@ -13,10 +13,15 @@ from transformers import AutoModelForImageClassification, ViTConfig, ViTImagePro
 from sdt_diffusion.classification import SDTHImageProcessor
 from sdt_diffusion.data import CorruptImageError
 from sdt_diffusion.evaluation import accuracy
-from sdt_diffusion.evaluation.accuracy import PreparedImages, classify, evaluate_accuracy, open_labelled_images
-from sdt_diffusion.evaluation.arguments import AccuracyArguments
+from sdt_diffusion.evaluation.accuracy import (
+    AccuracyArguments,
+    PreparedImages,
+    classify,
+    evaluate_accuracy,
+    open_labelled_images,
+)
 from sdt_diffusion.evaluation.cost import count_cost
-from tests.classification.small import small_model
+from tests.sdt_h.small import small_model
 
 NAMES = {0: "black", 1: "grey", 2: "white", 3: "a", 4: "b", 5: "c"}
 GREY = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}, "image_mean": [0.5]}

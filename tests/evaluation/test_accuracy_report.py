@@ -1,7 +1,7 @@
 import numpy as np
 
-from sdt_diffusion.evaluation.accuracy_report import describe_classes, format_classes
-from sdt_diffusion.metrics.classification import Confusion
+from sdt_diffusion.evaluation.accuracy import describe_classes, format_classes
+from sdt_diffusion.metrics.confusion import Confusion
 
 
 def test_every_class_is_described():

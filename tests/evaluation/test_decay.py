@@ -6,7 +6,7 @@ import torch
 from sdt_diffusion.attention import SPATIAL_DECAY_VARIANTS
 from sdt_diffusion.blocks import SDTAttention
 from sdt_diffusion.evaluation.decay import BlockDecay, attention_maps, decay_maps, half_distances, record_decays
-from tests.classification.small import images, small_model
+from tests.sdt_h.small import images, small_model
 
 GRID = (2, 3)
 GATE = -torch.tensor([[0.1, 0.2, 0.3, 0.4, 0.5, 0.6], [1.0, 0.9, 0.8, 0.7, 0.6, 0.5]])

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch_fidelity.metric_prc import prc_features_to_metric
 
-from sdt_diffusion.metrics.feature_file import FeatureFile
+from sdt_diffusion.metrics.features import FeatureFile
 from sdt_diffusion.metrics.precision_recall import precision_recall
 
 

@@ -3,7 +3,7 @@ import pytest
 from PIL import Image
 
 from sdt_diffusion.plots import plot_confusion
-from sdt_diffusion.plots.confusion import _grouped
+from sdt_diffusion.plots.charts import _grouped
 
 
 @pytest.mark.parametrize("classes", [2, 10, 30, 1000])

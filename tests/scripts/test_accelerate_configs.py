@@ -2,9 +2,9 @@
 
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
-from process import ROOT
 
 from sdt_diffusion import SDTTransformer2DModel
+from tests.scripts.process import ROOT
 
 
 def understood(name, monkeypatch):

@@ -7,10 +7,10 @@ import subprocess
 import sys
 
 import pytest
-from process import ROOT
 
 from sdt_diffusion.classification import SDTHImageProcessor
-from tests.classification.small import small_model
+from tests.scripts.process import ROOT
+from tests.sdt_h.small import small_model
 
 
 @pytest.fixture

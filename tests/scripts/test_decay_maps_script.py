@@ -5,7 +5,8 @@ import sys
 
 import pytest
 from PIL import Image
-from process import ROOT, run
+
+from tests.scripts.process import ROOT, run
 
 
 def test_a_picture_from_the_command_line(tmp_path, make_pipe):

@@ -8,10 +8,10 @@ import time
 
 import pytest
 from datasets import ClassLabel
-from process import ROOT, load_main, run
 
 from sdt_diffusion.data import LatentCache
 from tests.data.test_images import table
+from tests.scripts.process import ROOT, load_main, run
 
 ENCODE = [sys.executable, "train/encode_latents.py"]
 

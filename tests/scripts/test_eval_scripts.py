@@ -10,7 +10,8 @@ import time
 import numpy as np
 import pytest
 from PIL import Image
-from process import ROOT, run
+
+from tests.scripts.process import ROOT, run
 
 FID = [sys.executable, "eval/fid.py"]
 MAKE_REFERENCE = [sys.executable, "eval/make_reference.py"]

@@ -3,7 +3,8 @@
 import sys
 
 import pytest
-from process import load_main
+
+from tests.scripts.process import load_main
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,8 @@ import subprocess
 import numpy as np
 from diffusers import DiffusionPipeline
 from PIL import Image
-from process import ROOT
+
+from tests.scripts.process import ROOT
 
 BLOCK = re.compile(r"<!-- (small settings|commands) -->\n```bash\n(.*?)```", re.DOTALL)
 

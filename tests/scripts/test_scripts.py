@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from diffusers import DiffusionPipeline
 from PIL import Image
-from process import ROOT, assert_same_weights, run
 
-from sdt_diffusion.training.log import read_log
+from sdt_diffusion.training.monitor import read_log
+from tests.scripts.process import ROOT, assert_same_weights, run
 
 TRAIN = [sys.executable, "train/train_dit.py"]
 SMALL = [

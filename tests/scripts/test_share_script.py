@@ -4,9 +4,9 @@ import sys
 
 import pytest
 from diffusers import DiffusionPipeline
-from process import load_main, run
 
-from tests.sharing.hub_stand_in import TOKEN, HubStandIn
+from tests.hub.hub_stand_in import TOKEN, HubStandIn
+from tests.scripts.process import load_main, run
 
 SMALL = [
     *("--cpu_threads", "1", "--model_overrides", '{"num_layers": 1}', "--train_batch_size", "8"),

@@ -13,14 +13,14 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from PIL import Image
-from process import ROOT, assert_same_weights, load_main, run
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from sdt_diffusion.classification import SDTForImageClassification
-from sdt_diffusion.classification.evaluation import evaluate_classifier
 from sdt_diffusion.data import DataArguments
 from sdt_diffusion.data.splits import ValidationDataArguments, load_splits
-from sdt_diffusion.training.log import read_log
+from sdt_diffusion.training.monitor import read_log
+from sdt_diffusion.training.train_classifier import evaluate_classifier
+from tests.scripts.process import ROOT, assert_same_weights, load_main, run
 
 TRAIN = [sys.executable, "train/train_classifier.py"]
 # Everything random at once: what a kill must not change.

@@ -4,11 +4,11 @@ import pytest
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from datasets import ClassLabel
 from diffusers import DiffusionPipeline
-from process import load_main
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from tests.data.test_images import table
+from tests.scripts.process import load_main
 
 SMALL = [
     *("--model", "SDT-S/2", "--cpu_threads", "1", "--report_to", "none", "--mixed_precision", "no"),

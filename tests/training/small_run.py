@@ -16,7 +16,7 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from sdt_diffusion import SDTTransformer2DModel
 from sdt_diffusion.data import DataArguments
 from sdt_diffusion.training import run as training_run
-from sdt_diffusion.training.arguments import OptimizationArguments, RunArguments
+from sdt_diffusion.training.config import OptimizationArguments, RunArguments
 from sdt_diffusion.training.objectives import DiffusionLoss, ObjectiveArguments, build_objective
 from tests.conftest import TINY
 

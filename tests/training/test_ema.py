@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from sdt_diffusion.training.arguments import OptimizationArguments
+from sdt_diffusion.training.config import OptimizationArguments
 from sdt_diffusion.training.ema import WeightAverage, constant_profile, power_profile, profiles, ramped_profile
 
 

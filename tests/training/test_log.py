@@ -1,4 +1,4 @@
-from sdt_diffusion.training.log import TrainingLog, read_log
+from sdt_diffusion.training.monitor import TrainingLog, read_log
 
 
 def test_a_resumed_log_forgets_the_steps_to_be_done_again(tmp_path):

@@ -3,8 +3,8 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
-from sdt_diffusion.training.draws import Draws
 from sdt_diffusion.training.objectives import DiffusionLoss, ObjectiveArguments, build_objective
+from sdt_diffusion.utils.seeding import Draws
 
 
 def draws_for(n):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from sdt_diffusion.training.arguments import OptimizationArguments
+from sdt_diffusion.training.config import OptimizationArguments
 from sdt_diffusion.training.optimizer import build_lr_schedule, build_optimizer
 
 

@@ -1,8 +1,14 @@
 import pytest
 import torch
 
-from sdt_diffusion.training.ema import WeightAverage, power_profile
-from sdt_diffusion.training.post_hoc import drop_snapshots_after, list_snapshots, reconstruct, save_snapshot
+from sdt_diffusion.training.ema import (
+    WeightAverage,
+    drop_snapshots_after,
+    list_snapshots,
+    power_profile,
+    reconstruct,
+    save_snapshot,
+)
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdt_diffusion.training.power_profile import combination, gamma_of, inner_products
+from sdt_diffusion.training.ema import combination, gamma_of, inner_products
 
 
 @given(st.floats(0.01, 0.28))

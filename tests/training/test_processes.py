@@ -13,7 +13,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from safetensors.torch import load_file
 from torch import distributed
 
-from sdt_diffusion.training.log import read_log
+from sdt_diffusion.training.monitor import read_log
 from tests.training import small_run
 
 #: Sums in another order: weights, averages and moments of order one, at a learning rate of 0.01.

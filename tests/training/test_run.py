@@ -12,14 +12,15 @@ from safetensors.torch import load_file
 
 from sdt_diffusion import SDTTransformer2DModel
 from sdt_diffusion.data import DataArguments
-from sdt_diffusion.files import LOCK_FILE
-from sdt_diffusion.training.arguments import OptimizationArguments, RunArguments
 from sdt_diffusion.training.checkpoint import find_checkpoint, read_manifest
-from sdt_diffusion.training.guard import NonFiniteLossError
-from sdt_diffusion.training.interruption import Interrupted
+from sdt_diffusion.training.config import OptimizationArguments, RunArguments
+from sdt_diffusion.training.distributed import Interrupted
+from sdt_diffusion.training.monitor import NonFiniteLossError
 from sdt_diffusion.training.objectives import DiffusionLoss, ObjectiveArguments, build_objective
 from sdt_diffusion.training.optimizer import build_optimizer
-from sdt_diffusion.training.run import Training, seed_batch
+from sdt_diffusion.training.run import Training
+from sdt_diffusion.utils.files import LOCK_FILE
+from sdt_diffusion.utils.seeding import Stream, seed_global_generators
 from tests.conftest import TINY
 
 
@@ -289,7 +290,7 @@ def test_weight_decay_spares_biases_norms_and_alpha():
 def test_batches_are_seeded_by_seed_and_position():
     draws = []
     for key in [(0, 0), (1, 0), (0, 1), (0, 0)]:
-        seed_batch(*key)
+        seed_global_generators(Stream.BATCH, *key)
         draws.append(torch.rand(1).item())
     assert len(set(draws)) == 3
     assert draws[0] == draws[-1]

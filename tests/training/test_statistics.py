@@ -1,6 +1,6 @@
 import torch
 
-from sdt_diffusion.training.statistics import RunningStatistics
+from sdt_diffusion.training.state import RunningStatistics
 
 
 def test_a_batch_that_is_not_finite_leaves_no_trace():

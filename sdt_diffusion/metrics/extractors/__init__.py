@@ -1,15 +1,36 @@
 """Networks (or none) whose features metrics compare."""
 
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from .base import FeatureExtractor
-from .clean_fid import MODES, CleanFIDInception
-from .inception import TorchFidelityInception
-from .pixels import Pixels
+from ...utils.arguments import require_at_least
+from .base import FeatureExtractor, Pixels
+from .inception import MODES, CleanFIDInception, TorchFidelityInception
 from .transformers_models import DINOv2, ImageClassifier
+
+
+@dataclass
+class ExtractorArguments:
+    """What to compare images by."""
+
+    extractor: str = field(
+        default="inception",
+        metadata={
+            "help": "inception (torch-fidelity's), cleanfid_clean, cleanfid_legacy_pytorch, "
+            "cleanfid_legacy_tensorflow, dinov2, pixels, or the folder of an image classifier."
+        },
+    )
+    extractor_weights: str | None = field(
+        default=None, metadata={"help": "File (dinov2: folder) of its weights, instead of the published ones."}
+    )
+    dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that read and resize images."})
+
+    def __post_init__(self):
+        require_at_least(self, 0, "dataloader_num_workers")
+
 
 __all__ = ["EXTRACTORS", "FeatureExtractor", "build_extractor"]
 

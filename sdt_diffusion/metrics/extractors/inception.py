@@ -1,11 +1,14 @@
 """The Inception network of published FIDs, through torch-fidelity."""
 
+import tempfile
+from pathlib import Path
+from unittest import mock
+
 import numpy as np
 import torch
 
-from ...fingerprint import fingerprint
-from .base import FeatureExtractor, as_rgb
-from .weights import brief, find_weights, load_state_dict
+from ...utils.fingerprint import fingerprint
+from .base import FeatureExtractor, as_rgb, brief, find_weights, load_state_dict
 
 
 class TorchFidelityInception(FeatureExtractor):
@@ -53,3 +56,74 @@ class TorchFidelityInception(FeatureExtractor):
     def __call__(self, batch: torch.Tensor) -> dict[str, torch.Tensor]:
         pool, logits = self.network(batch)
         return {"pool": pool, "spatial": self._spatial, "logits": logits}
+
+
+#: Mode -> how images come to the network's size.
+MODES = {
+    "clean": "299x299 bicubic of Pillow, antialiased, not rounded",
+    "legacy_tensorflow": "299x299 bilinear as TensorFlow 1",
+    "legacy_pytorch": "299x299 bilinear of PyTorch, not antialiased",
+}
+
+
+class CleanFIDInception(FeatureExtractor):
+    """The pooled features of clean-fid's modes.
+
+    Args:
+        mode: A key of `MODES`.
+        weights: TorchScript file (`clean`, `legacy_tensorflow`) or pytorch-fid's state dict (`legacy_pytorch`);
+            torch.hub's cache or a download without one.
+        device: Where to run.
+
+    Raises:
+        FileNotFoundError: If there are no weights.
+        ValueError: If the file holds something else.
+    """
+
+    provides = frozenset({"pool"})
+    dims = {"pool": 2048}  # noqa: RUF012
+    is_inception = True
+
+    def __init__(self, mode: str, weights: str | None = None, device: torch.device | str = "cpu"):
+        from cleanfid.resize import build_resizer
+
+        self.name, self.resize = f"cleanfid_{mode}", MODES[mode]
+        self._resizer = build_resizer(mode)
+        self._unit_range = mode == "legacy_pytorch"
+        build = _pytorch_inception if mode == "legacy_pytorch" else _torchscript_inception
+        self.network = build(weights, resize_inside=mode == "legacy_tensorflow").eval()
+        self.fingerprint = fingerprint(self.network)
+        self.network.to(device)
+
+    def prepare(self, image: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.array(self._resizer(as_rgb(image)), dtype=np.float32)).permute(2, 0, 1)
+
+    def __call__(self, batch: torch.Tensor) -> dict[str, torch.Tensor]:
+        features = self.network(batch / 255)[0].flatten(1) if self._unit_range else self.network(batch)
+        return {"pool": features}
+
+
+def _torchscript_inception(weights, resize_inside):
+    from cleanfid.downloads_helper import inception_url
+    from cleanfid.inception_torchscript import InceptionV3W
+
+    path = find_weights(weights, inception_url)
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "inception-2015-12-05.pt").symlink_to(path.resolve())  # clean-fid takes a folder
+        try:
+            return InceptionV3W(folder, download=False, resize_inside=resize_inside)
+        except (RuntimeError, AttributeError) as error:
+            raise ValueError(f"{path} is not the TorchScript Inception: {brief(error)}") from error
+
+
+def _pytorch_inception(weights, resize_inside):
+    from cleanfid import inception_pytorch
+
+    path = find_weights(weights, inception_pytorch.FID_WEIGHTS_URL)
+    state_dict = load_state_dict(path)
+    # clean-fid has no argument for a local file.
+    with mock.patch.object(inception_pytorch, "load_state_dict_from_url", return_value=state_dict):
+        try:
+            return inception_pytorch.InceptionV3(output_blocks=[3], resize_input=False)
+        except RuntimeError as error:
+            raise ValueError(f"{path} does not hold pytorch-fid's Inception: {brief(error)}") from error

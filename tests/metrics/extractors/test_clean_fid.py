@@ -9,7 +9,7 @@ from scipy import linalg
 from sdt_diffusion.data.raw_images import FolderImages
 from sdt_diffusion.metrics.extraction import summarise
 from sdt_diffusion.metrics.extractors import build_extractor
-from sdt_diffusion.metrics.extractors.clean_fid import MODES
+from sdt_diffusion.metrics.extractors.inception import MODES
 from sdt_diffusion.metrics.frechet import frechet_distance
 
 

@@ -6,10 +6,10 @@ import torch
 import torch_fidelity
 
 from sdt_diffusion.data.raw_images import FolderImages
-from sdt_diffusion.metrics.evaluate import METRICS, compute_metrics
 from sdt_diffusion.metrics.extraction import summarise
 from sdt_diffusion.metrics.extractors import build_extractor
 from sdt_diffusion.metrics.extractors.inception import TorchFidelityInception
+from sdt_diffusion.metrics.registry import METRICS, compute_metrics
 
 
 @pytest.fixture(scope="module")

@@ -14,9 +14,9 @@ from transformers import (
     ViTImageProcessor,
 )
 
-from sdt_diffusion.classification.recipe import build_processor
 from sdt_diffusion.metrics.extractors import build_extractor
-from tests.classification.small import small_model
+from sdt_diffusion.training.recipe import build_processor
+from tests.sdt_h.small import small_model
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
 IMAGE = np.random.default_rng(0).integers(0, 256, (20, 20, 3), dtype=np.uint8)

@@ -1,0 +1,291 @@
+"""Encodes the images of a data set, and their mirrors, into a cache of latents that train_dit.py reads.
+
+    accelerate launch train/encode_latents.py --dataset DATA --output_dir CACHE --pretrained_vae_model_name_or_path VAE
+    accelerate launch train/encode_latents.py ... --dataset "tars/train-*.tar" --streaming True
+    python train/encode_latents.py --output_dir CACHE --verify True
+
+The same command goes on where it was interrupted. preview.png, written with the first shard, shows whether the VAE and
+the crop are what they should be.
+"""
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from datetime import timedelta
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import PartialState
+from diffusers import AutoModel
+from PIL import Image
+from torch import nn
+from tqdm.auto import tqdm
+
+from ...plots import image_grid
+from ...sdt.vae import (
+    LatentNormalisation,
+    check_images_fit,
+    decode_raw_latents,
+    describe_vae,
+    latent_shape,
+    posterior_moments,
+)
+from ...utils.arguments import errors_in_a_line, parse_arguments, require_at_least
+from ...utils.files import FolderLock, write_atomically
+from ...utils.fingerprint import fingerprint_files
+from ..decoding import CorruptImageError, ImageDecoder
+from ..images import ImageArguments
+from .cache import read_manifest, verify
+from .rows import ShardBatch, StoredRows, StreamedRows, open_rows, shard_batches
+from .writer import CacheWriter
+
+
+@dataclass
+class EncodingArguments:
+    """What to encode with, and where to."""
+
+    output_dir: Path = field(metadata={"help": "Folder of the cache."})
+    pretrained_vae_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "AutoencoderKL or AutoencoderDC, a folder or a name on the Hub."}
+    )
+    streaming: bool = field(
+        default=False,
+        metadata={"help": "Read tar, parquet or the Hub's files in passing; otherwise `datasets` copies them first."},
+    )
+    batch_size: int = field(
+        default=32, metadata={"help": "Images that are encoded at a time, and then their mirrors."}
+    )
+    shard_size: int = field(default=4096, metadata={"help": "Images in a file; a kill costs at most one a process."})
+    dtype: Literal["float16", "float32"] = field(
+        default="float16",
+        metadata={"help": "Of the files; float16 is finer than the bfloat16 that networks train in."},
+    )
+    vae_dtype: Literal["float32", "bfloat16", "float16"] = field(default="float32", metadata={"help": "Of the VAE."})
+    max_unreadable: int = field(
+        default=10, metadata={"help": "Images that may be left out, because they cannot be decoded, before it stops."}
+    )
+    num_threads: int = field(default=4, metadata={"help": "Threads of each process that decode images."})
+    verify: bool = field(
+        default=False, metadata={"help": "Encode nothing, but compare --output_dir with its checksums."}
+    )
+
+    def __post_init__(self):
+        require_at_least(self, 1, "batch_size", "shard_size", "num_threads")
+        require_at_least(self, 0, "max_unreadable")
+        if not self.verify and self.pretrained_vae_model_name_or_path is None:
+            raise ValueError("--pretrained_vae_model_name_or_path must name the VAE to encode with.")
+
+
+#: Images in the preview.
+NUM_SHOWN = 8
+
+
+class ShardEncoder:
+    """Encodes images and their mirrors.
+
+    Args:
+        vae: The VAE.
+        latent_shape: Channels, height and width of its latents.
+        dtype: Of the moments.
+    """
+
+    def __init__(self, vae: nn.Module, latent_shape: tuple[int, int, int], dtype: torch.dtype):
+        self.vae, self.latent_shape, self.dtype = vae, latent_shape, dtype
+        self._shown: list[torch.Tensor] = []
+
+    def __call__(self, batches: Iterator[ShardBatch]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Encodes the batches of a shard.
+
+        Returns:
+            Moments of shape (images, 2, 2, channels, height, width) and labels of shape (images,), of the images that
+            could be decoded.
+
+        Raises:
+            ValueError: If moments are not finite.
+        """
+        moments, labels = [torch.empty(0, 2, 2, *self.latent_shape, dtype=self.dtype)], []
+        self._shown = []
+        for batch in batches:
+            readable = [i for i, image in enumerate(batch.images) if isinstance(image, torch.Tensor)]
+            if not readable:
+                continue
+            pixels = torch.stack([batch.images[i] for i in readable])
+            self._shown += pixels[: NUM_SHOWN - len(self._shown)]
+            labels += [batch.labels[i] for i in readable]
+            moments.append(self.moments(pixels))
+        return torch.cat(moments), torch.tensor(labels, dtype=torch.int64)
+
+    def moments(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Moments of images and of their mirrors, whose pixels are mirrored, on the CPU."""
+        pixels = pixels.to(self.vae.device)
+        both = [posterior_moments(self.vae, side) for side in (pixels, pixels.flip(-1))]
+        moments = torch.stack(both, dim=1).to(self.dtype)
+        if not moments.isfinite().all():
+            raise ValueError(
+                f"The VAE gives latents that are not finite in {str(self.dtype).removeprefix('torch.')}: give --dtype "
+                "float32, or a finer --vae_dtype."
+            )
+        return moments.cpu()
+
+    @torch.no_grad()
+    def preview(self, moments: torch.Tensor, labels: torch.Tensor, class_names: list[str] | None) -> Image.Image:
+        """The shard's first images, and what the VAE makes of their latents and of those of their mirrors."""
+        if not self._shown:
+            return Image.new("RGB", (64, 64), "white")
+        means = moments[: len(self._shown), :, 0].to(self.vae.device, torch.float32)
+        decoded = [decode_raw_latents(self.vae, side).cpu() for side in means.unbind(dim=1)]
+        rows = (torch.stack(self._shown), *decoded)
+        names = [class_names[label] if class_names else str(int(label)) for label in labels[: len(self._shown)]]
+        texts = [*names, *["decoded"] * len(names), *["mirrored"] * len(names)]
+        return image_grid([_picture(image) for row in rows for image in row], texts, columns=len(names))
+
+
+def _picture(pixels):
+    values = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    return Image.fromarray(values if values.shape[2] == 3 else values[..., 0])
+
+
+PREVIEW_FILE = "preview.png"
+
+
+def encode_into(
+    folder: Path,
+    rows: StoredRows | StreamedRows,
+    vae: nn.Module,
+    images: ImageArguments,
+    args: EncodingArguments,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Fills a folder with the latents of a data set, starting from the shards that it holds already.
+
+    Called by all processes, each of which encodes its share of the shards. A shard is written when it is done: a run
+    that is killed loses one a process, and the same call encodes the rest.
+
+    Args:
+        folder: New, empty, or begun by the same call.
+        rows: The data set.
+        vae: The VAE, in fp32, whose weights are to be recognised; it is moved to the process's device and
+            `args.vae_dtype`.
+        images: How the data set was opened.
+        args: How to encode.
+        progress: Whether the main process shows a progress bar.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        ValueError: If the folder holds something else, another process writes to it, the images do not fit the VAE,
+            latents are not finite, or too many images cannot be decoded.
+    """
+    state = PartialState()
+    check_images_fit(vae, images.resolution, images.image_mode)
+    writer = CacheWriter(folder, _settings(rows, vae, images, args))
+    with FolderLock(folder) if state.is_main_process else nullcontext():
+        if state.is_main_process:
+            writer.claim()
+        state.wait_for_everyone()
+        finished, complete = writer.finished(), writer.is_complete()
+        state.wait_for_everyone()  # none is written before all have looked
+        if not complete:
+            _encode_missing(writer, finished, rows, vae, images, args, progress)
+        state.wait_for_everyone()
+        if state.is_main_process:
+            _check_unreadable(_unreadable(writer.finished()), args.max_unreadable)
+            num_rows = writer.num_rows() if rows.num_rows is None else rows.num_rows
+            writer.finish(args.pretrained_vae_model_name_or_path, latent_shape(vae, images.resolution), num_rows)
+        state.wait_for_everyone()
+    return read_manifest(folder)
+
+
+def _encode_missing(writer, finished, rows, vae, images, args, progress):
+    """Encodes this process's share of the shards that are not there."""
+    state = PartialState()
+    vae.to(state.device)
+    if args.vae_dtype != "float32":
+        vae.to(getattr(torch, args.vae_dtype))
+    encode = ShardEncoder(vae, latent_shape(vae, images.resolution), getattr(torch, args.dtype))
+
+    def is_mine(shard):
+        return shard % state.num_processes == state.process_index and shard not in finished
+
+    decode = ImageDecoder(images.resolution, images.image_mode)
+    batches = shard_batches(rows, decode, args.shard_size, args.batch_size, is_mine, args.num_threads)
+    unreadable = _unreadable(finished)
+    total = rows.num_rows and sum(is_mine(row // args.shard_size) for row in range(rows.num_rows))
+    with tqdm(total=total, desc="Encoding", unit="image", disable=not (progress and state.is_main_process)) as bar:
+        for shard, of_shard in groupby(batches, key=lambda batch: batch.shard):
+            before = len(unreadable)
+            moments, labels = encode(_counted(of_shard, unreadable, args.max_unreadable, bar))
+            if shard == 0:  # seen before all the others are encoded as wrongly
+                preview = encode.preview(moments, labels, rows.class_names)
+                write_atomically(writer.folder / PREVIEW_FILE, preview.save)
+            writer.save(shard, moments, labels, unreadable[before:])
+
+
+def _settings(rows, vae, images, args):
+    return {
+        "dataset": images.dataset,
+        "dataset_split": images.dataset_split,
+        "dataset_fingerprint": fingerprint_files(images.dataset),
+        "num_rows": rows.num_rows,
+        "class_names": rows.class_names,
+        "resolution": images.resolution,
+        "image_mode": images.image_mode,
+        "crop": "centre, by ADM's rule",
+        **describe_vae(vae),
+        **LatentNormalisation.of(vae)._asdict(),
+        "vae_dtype": args.vae_dtype,
+        "dtype": args.dtype,
+        "shard_size": args.shard_size,
+        "batch_size": args.batch_size,  # another size rounds otherwise
+    }
+
+
+def _counted(batches, unreadable, limit, bar) -> Iterator[ShardBatch]:
+    """Passes batches on, and stops when too many of their images are unreadable."""
+    for batch in batches:
+        unreadable += [str(image) for image in batch.images if isinstance(image, CorruptImageError)]
+        _check_unreadable(unreadable, limit)
+        yield batch
+        bar.update(len(batch.images))
+
+
+def _unreadable(finished):
+    return [text for record in finished.values() for text in record["unreadable"]]
+
+
+def _check_unreadable(unreadable, limit):
+    if len(unreadable) > limit:
+        named = "\n".join(unreadable[:20])
+        raise ValueError(
+            f"{len(unreadable)} images cannot be decoded, more than --max_unreadable {limit}; repair or remove them, "
+            f"or raise the limit to leave them out:\n{named}"
+        )
+
+
+DEFAULT_RESOLUTION = 256
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the script; `argv` is the command line's by default."""
+    argv = sys.argv[1:] if argv is None else argv
+    args, image_args = parse_arguments((EncodingArguments, ImageArguments), argv, description=__doc__)
+    with errors_in_a_line(ValueError, OSError):
+        if args.verify:
+            print(f"All {verify(args.output_dir)} shards of {args.output_dir} are as they were written.")
+            return
+        # Processes wait for each other at the end, where the last may be a shard behind.
+        state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))
+        vae = AutoModel.from_pretrained(args.pretrained_vae_model_name_or_path).eval().requires_grad_(False)
+        with state.local_main_process_first():  # `datasets` may have to make its copy
+            rows = open_rows(image_args, args.streaming, DEFAULT_RESOLUTION)
+        manifest = encode_into(args.output_dir, rows, vae, image_args, args)
+        if state.is_main_process:
+            left_out = manifest["num_unreadable"]
+            print(
+                f"{manifest['num_images']} images of {len(manifest['class_names'])} classes are in {args.output_dir}"
+                + (f"; {left_out} could not be decoded, see manifest.json." if left_out else ".")
+            )

@@ -1,0 +1,173 @@
+"""A cache of latents in the making."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ...utils.files import LOCK_FILE, check_writable, write_atomically
+from ...utils.fingerprint import differences
+from .cache import (
+    FORMAT,
+    MANIFEST_FILE,
+    RECORDS_FOLDER,
+    SETTINGS_FILE,
+    VERSION,
+    checksum,
+    has_size,
+    is_latent_cache,
+    read_manifest,
+    shard_labels,
+    write_shard,
+)
+
+
+class CacheWriter:
+    """Writes a cache's shards, in any order and by any number of processes, and at last the manifest.
+
+    A folder `records` keeps the settings, and of each shard that is done its size and checksum. The manifest is made
+    of them, and can be again.
+
+    Args:
+        folder: The folder of the cache.
+        settings: What the latents depend on, as JSON can hold it; among it the `dtype`, and the `class_names` and
+            `num_rows` of the data set, or `None` if they are not known.
+    """
+
+    def __init__(self, folder: Path, settings: dict[str, Any]):
+        self.folder, self.settings = folder, json.loads(json.dumps(settings))
+        self.records = folder / RECORDS_FOLDER
+
+    def claim(self) -> None:
+        """Makes the folder this run's.
+
+        Raises:
+            ValueError: If it holds something else, a damaged manifest, or latents of other settings; lists what
+                differs.
+        """
+        path = self.records / SETTINGS_FILE
+        manifest = self._manifest()
+        if path.is_file():
+            there = _read_json(path)
+        elif manifest:
+            there = manifest["settings"]
+        elif self._holds_something_else():
+            raise ValueError(f"{self.folder} holds something else than latents: give another --output_dir.")
+        else:
+            there = self.settings
+        found = differences(there, self.settings, unquoted=("class_names",))
+        if found:
+            raise ValueError(
+                f"{self.folder} holds latents made otherwise ({'; '.join(found)}). Delete it, or give another "
+                "--output_dir."
+            )
+        check_writable(self.records)
+        if manifest and not path.is_file():  # a copy without its records
+            for record in manifest["shards"]:
+                _write_json(self._record_file(record["file"]), record)
+        _write_json(path, self.settings)
+
+    def finished(self) -> dict[int, dict[str, Any]]:
+        """Number and record of every shard that is there, in order."""
+        records = {int(path.stem.split("-")[1]): _read_json(path) for path in self.records.glob("shard-*.json")}
+        return {shard: records[shard] for shard in sorted(records) if has_size(self.folder, records[shard])}
+
+    def num_rows(self) -> int | None:
+        """Rows of the data set. Those of a stream are not known before it was read to its end for a manifest."""
+        num_rows, manifest = self.settings["num_rows"], self._manifest()
+        return _num_rows(manifest["shards"]) if num_rows is None and manifest else num_rows
+
+    def is_complete(self) -> bool:
+        """Whether no shard is left to be written."""
+        return _num_rows(self.finished().values()) == self.num_rows()
+
+    def save(self, shard: int, moments: torch.Tensor, labels: torch.Tensor, unreadable: Sequence[str] = ()) -> None:
+        """Writes a shard.
+
+        Args:
+            shard: Its number.
+            moments: Shape (images, 2, 2, channels, height, width).
+            labels: Shape (images,).
+            unreadable: What is wrong with images that were left out.
+        """
+        path = self.folder / f"shard-{shard:05d}.safetensors"
+        self._record_file(path.name).unlink(missing_ok=True)  # that of an earlier file must not outlive it
+        write_atomically(path, lambda partial: write_shard(partial, moments, labels, self.settings["class_names"]))
+        record = {
+            "file": path.name,
+            "num_images": len(labels),
+            "num_bytes": path.stat().st_size,
+            "sha256": checksum(path),
+            "unreadable": list(unreadable),
+        }
+        _write_json(self._record_file(path.name), record)
+
+    def finish(self, vae_name: str | None, latent_shape: Sequence[int], num_rows: int) -> None:
+        """Writes the manifest, which makes the shards a cache.
+
+        Args:
+            vae_name: Where the VAE came from.
+            latent_shape: Channels, height and width.
+            num_rows: Rows of the data set, by which shards that are missing at the end are noticed.
+
+        Raises:
+            ValueError: If shards are missing, or there is no image in them.
+        """
+        finished = self.finished()
+        if list(finished) != list(range(len(finished))):
+            raise ValueError(f"{self.folder}: shards are missing between the others; run the same command again.")
+        records = list(finished.values())
+        if _num_rows(records) != num_rows:
+            raise ValueError(
+                f"{self.folder} has shards for {_num_rows(records)} images, and the data set has {num_rows}: run the "
+                "same command again, or delete the folder if the data set has changed."
+            )
+        num_images = sum(record["num_images"] for record in records)
+        if not num_images:
+            raise ValueError(f"There is no image to be kept in {self.folder}.")
+        labels = np.concatenate([shard_labels(self.folder / record["file"]) for record in records])
+        class_names = self.settings["class_names"] or [str(label) for label in range(int(labels.max()) + 1)]
+        manifest = {
+            "format": FORMAT,
+            "version": VERSION,
+            "vae_name": vae_name,
+            "settings": self.settings,
+            "class_names": class_names,
+            "images_per_class": np.bincount(labels, minlength=len(class_names)).tolist(),
+            "num_images": num_images,
+            "num_unreadable": sum(len(record["unreadable"]) for record in records),
+            "moments_shape": [2, 2, *latent_shape],
+            "shards": records,
+        }
+        _write_json(self.folder / MANIFEST_FILE, manifest)
+
+    def _manifest(self):
+        """The manifest, or `None` where there is none yet."""
+        is_there = is_latent_cache(self.folder) and (self.folder / MANIFEST_FILE).is_file()
+        return read_manifest(self.folder) if is_there else None
+
+    def _record_file(self, shard_file):
+        return self.records / Path(shard_file).with_suffix(".json")
+
+    def _holds_something_else(self):
+        if not self.folder.is_dir():
+            return self.folder.exists()
+        return any(path.name not in (RECORDS_FOLDER, LOCK_FILE) for path in self.folder.iterdir())
+
+
+def _num_rows(records):
+    return sum(record["num_images"] + len(record["unreadable"]) for record in records)
+
+
+def _read_json(path):
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}; delete it and run the same command again.") from error
+
+
+def _write_json(path, values):
+    write_atomically(path, lambda partial: partial.write_text(json.dumps(values, indent=1)))

@@ -1,0 +1,148 @@
+"""Writes the model card of a trained model anew, with the numbers found since, and pushes the model to the Hub.
+
+python train/share.py --folder outputs/digits                                            # README.md only
+python train/share.py --folder outputs/digits --push_to_hub --hub_model_id me/digits     # and push
+"""
+
+import glob
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import create_repo, get_token, upload_folder
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+from ..utils.arguments import errors_in_a_line, parse_arguments
+from .model_card import write_model_card
+from .run_record import write_record
+
+#: Files of a model's folder, beside the folders of its components, that go to the Hub.
+SHARED_FILES = ("*.json", "*.jsonl", "*.md", "*.png", "model*.safetensors")
+
+
+@dataclass
+class HubArguments:
+    """Whether and where to share."""
+
+    push_to_hub: bool = field(default=False, metadata={"help": "Upload the finished model to the Hub."})
+    hub_model_id: str | None = field(
+        default=None, metadata={"help": "Its name there, such as me/my-model; the folder's name by default."}
+    )
+    hub_token: str | None = field(
+        default=None, metadata={"help": "Token, written to no file; that of HF_TOKEN or `hf auth login` by default."}
+    )
+    hub_private_repo: bool | None = field(
+        default=None, metadata={"help": "Make the repository private; as your account has it by default."}
+    )
+    license: str | None = field(default=None, metadata={"help": "License of the model for its card, such as mit."})
+
+    def __post_init__(self):
+        if not self.push_to_hub:
+            return
+        try:
+            validate_repo_id(self.hub_model_id)
+        except HFValidationError as error:
+            raise ValueError(f"--hub_model_id: {error}") from error
+        if (self.hub_token or get_token()) is None:
+            raise ValueError(
+                "--push_to_hub takes a token: log in by `hf auth login`, or set HF_TOKEN, or give --hub_token."
+            )
+
+
+def create_hub_repo(args: HubArguments, folder: Path) -> str | None:
+    """Makes the repository if there is none, which also shows, before hours are spent, that it may be written.
+
+    Args:
+        args: Where to push to.
+        folder: The folder, whose name the repository gets by default.
+
+    Returns:
+        The repository's full name, or `None` without `--push_to_hub`.
+
+    Raises:
+        ValueError: If it cannot be made.
+    """
+    if not args.push_to_hub:
+        return None
+    name = args.hub_model_id or folder.resolve().name
+    try:
+        return create_repo(name, token=args.hub_token, private=args.hub_private_repo, exist_ok=True).repo_id
+    except Exception as error:  # of the network, of the Hub, of its HTTP library
+        raise ValueError(f"--push_to_hub: the repository {name} cannot be made or opened: {error}") from error
+
+
+def files_to_share(folder: Path) -> list[str]:
+    """The files of the model and its card, relative to the folder: no checkpoints, logs, samples or hidden files."""
+    index = folder / "model_index.json"
+    components = json.loads(index.read_text()) if index.is_file() else {}
+    files = [path for pattern in SHARED_FILES for path in folder.glob(pattern)]
+    for name, value in components.items():
+        if isinstance(value, list):
+            files += (folder / name).rglob("*")
+    names = (path.relative_to(folder) for path in files if path.is_file())
+    return sorted(name.as_posix() for name in names if not any(part.startswith(".") for part in name.parts))
+
+
+def push_folder(folder: Path, repo_id: str, args: HubArguments) -> str:
+    """Uploads `files_to_share`.
+
+    Returns:
+        The address of the commit.
+    """
+    return upload_folder(
+        repo_id=repo_id,
+        folder_path=folder,
+        token=args.hub_token,
+        allow_patterns=[glob.escape(name) for name in files_to_share(folder)],
+        commit_message="Upload the model and its card",
+    ).commit_url
+
+
+def share_run(args: HubArguments, folder: Path, record: dict[str, Any]) -> None:
+    """Writes the record of a finished run and its model card into its folder, and pushes all to the Hub if asked to.
+
+    Args:
+        args: Whether and where to push.
+        folder: The run's folder.
+        record: See `describe_run`.
+    """
+    write_record(folder, record)
+    share_folder(args, folder)
+
+
+def share_folder(args: HubArguments, folder: Path) -> None:
+    """Writes the model card from what the folder holds now, and pushes the folder to the Hub if asked to.
+
+    Raises:
+        ValueError: If the folder holds no finished run, or a file of it is damaged.
+        RuntimeError: If pushing failed; says how to try again.
+    """
+    repo_id = create_hub_repo(args, folder)
+    print(f"The model card is {write_model_card(folder, repo_id, args.license)}")
+    if repo_id is None:
+        return
+    try:
+        print(f"Pushed to {push_folder(folder, repo_id, args)}")
+    except Exception as error:
+        raise RuntimeError(
+            f"Pushing failed: {error}\nThe model is whole in {folder}. To push again: python train/share.py --folder "
+            f"{folder} --push_to_hub --hub_model_id {repo_id}"
+        ) from error
+
+
+@dataclass
+class FolderArguments:
+    """What to share."""
+
+    folder: str = field(metadata={"help": "What train_dit.py or train_classifier.py made."})
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the script; `argv` is the command line's by default."""
+    argv = sys.argv[1:] if argv is None else argv
+    args, hub_args = parse_arguments((FolderArguments, HubArguments), argv, description=__doc__)
+    with errors_in_a_line(ValueError, RuntimeError):
+        share_folder(hub_args, Path(args.folder))

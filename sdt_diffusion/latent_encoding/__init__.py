@@ -1,1 +1,0 @@
-"""Images through a VAE into a cache of latents."""

@@ -1,0 +1,291 @@
+"""SDTForImageClassification: a head on a trained generative transformer."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers.schedulers import SchedulerMixin
+from torch import nn
+from transformers import PretrainedConfig
+from transformers.modeling_outputs import ImageClassifierOutputWithNoAttention
+
+from .data.decoding import IMAGE_MODES
+from .sdt import SDTTransformer2DModel
+from .sdt.schedulers import DIT_SCHEDULE, noise_scales
+from .sdt.transformer_sdt import SDTPatchEmbed, position_embedding
+from .sdt.vae import encode_pixels, vae_spatial_scale
+from .sdt_h.modeling_sdt_h import ImageClassifierModel
+
+
+class SDTClassifierConfig(PretrainedConfig):
+    """Config of `SDTForImageClassification`.
+
+    Args:
+        transformer: Config of the whole `SDTTransformer2DModel`.
+        block: Its block whose tokens are the features; those above it are not part of the classifier.
+        timestep: What the transformer is told of the noise in its input.
+        signal_scale: What the image is multiplied by.
+        noise_scale: What the noise that is added to it is multiplied by.
+        noise_seed: Seed of the noise in evaluation.
+        vae: Config of the VAE, with the name of its class as `_class_name`; `None` for pixels.
+        freeze_backbone: Whether training leaves the transformer as it is.
+        num_channels: Channels of the images.
+        **kwargs: What every config takes, such as `id2label`.
+    """
+
+    model_type = "sdt_classifier"
+
+    def __init__(
+        self,
+        transformer: dict[str, Any] | None = None,
+        block: int = 0,
+        timestep: float = 0.0,
+        signal_scale: float = 1.0,
+        noise_scale: float = 0.0,
+        noise_seed: int = 0,
+        vae: dict[str, Any] | None = None,
+        freeze_backbone: bool = True,
+        num_channels: int = 3,
+        **kwargs,
+    ):
+        self.transformer, self.block, self.vae = transformer or {}, block, vae
+        self.timestep, self.signal_scale, self.noise_scale = timestep, signal_scale, noise_scale
+        self.noise_seed, self.freeze_backbone, self.num_channels = noise_seed, freeze_backbone, num_channels
+        super().__init__(**kwargs)
+
+
+@dataclass
+class Backbone:
+    """A transformer, what it was trained on, and the VAE whose latents it works in.
+
+    Args:
+        transformer: The transformer.
+        scheduler: The scheduler that is saved with it, or one of the same noise levels.
+        vae: The VAE; `None` for pixels.
+    """
+
+    transformer: SDTTransformer2DModel
+    scheduler: SchedulerMixin
+    vae: nn.Module | None = None
+
+    @property
+    def resolution(self) -> int:
+        """Side of the images it was trained on, in pixels.
+
+        Raises:
+            ValueError: If they are no squares.
+        """
+        size = self.transformer.config.sample_size
+        sides = {size} if isinstance(size, int) else set(size)
+        if len(sides) > 1:
+            raise ValueError(
+                f"The transformer's images are no squares (sample_size {size}); the classifier takes those."
+            )
+        return sides.pop() * vae_spatial_scale(self.vae)
+
+    @property
+    def num_channels(self) -> int:
+        """Channels of the images."""
+        return (self.transformer if self.vae is None else self.vae).config.in_channels
+
+    @property
+    def image_mode(self) -> str:
+        """Their mode.
+
+        Raises:
+            ValueError: If they are neither grey nor colour.
+        """
+        if self.num_channels not in IMAGE_MODES:
+            raise ValueError(
+                f"The transformer works in {self.num_channels} channels, which are no pixels: give the folder of the "
+                "pipeline, with its VAE."
+            )
+        return IMAGE_MODES[self.num_channels]
+
+
+def load_backbone(folder: str, objective: str | None = None) -> Backbone:
+    """A trained pipeline or transformer.
+
+    Args:
+        folder: Where `save_pretrained` wrote it.
+        objective: "flow" (the default) or "ddpm" (DiT's schedule), for a transformer without a pipeline.
+
+    Raises:
+        ValueError: If a pipeline is given an objective, or has no SDT transformer.
+    """
+    if (Path(folder) / "model_index.json").is_file():
+        if objective is not None:
+            raise ValueError(f"--probe_objective is not for a pipeline: the scheduler of {folder} tells it.")
+        pipe = DiffusionPipeline.from_pretrained(folder)
+        transformer = getattr(pipe, "transformer", None)
+        if not isinstance(transformer, SDTTransformer2DModel):
+            raise ValueError(f"{folder} is a {type(pipe).__name__} without an SDTTransformer2DModel.")
+        return Backbone(transformer, pipe.scheduler, pipe.vae)
+    scheduler = DDPMScheduler(**DIT_SCHEDULE) if objective == "ddpm" else FlowMatchEulerDiscreteScheduler()
+    return Backbone(SDTTransformer2DModel.from_pretrained(folder, dtype=torch.float32), scheduler)
+
+
+class SDTForImageClassification(ImageClassifierModel):
+    """Classifies by the tokens of one block of a generative transformer, averaged over the image.
+
+    The image (or its latent, the mode of the VAE's posterior) gets the noise of one timestep, and the null class for a
+    label. Training draws the noise; evaluation adds the same noise, drawn once from `noise_seed`, to every image, so
+    that a result depends on nothing but the image. A batch norm without parameters brings the features to one scale
+    for the linear layer (as in the linear probes of "Masked Autoencoders", He et al. 2022).
+
+    With `freeze_backbone` that layer is all that is trained: a linear probe.
+    """
+
+    config_class = SDTClassifierConfig
+    base_model_prefix = "transformer"
+    _no_split_modules = ["SDTBlock"]  # noqa: RUF012 (transformers' names and forms, here and below)
+    _keep_in_fp32_modules_strict = ["gate"]  # noqa: RUF012
+
+    def __init__(self, config: SDTClassifierConfig):
+        super().__init__(config)
+        self.vae = None
+        if config.vae is not None:
+            self.vae = getattr(diffusers, config.vae["_class_name"]).from_config(config.vae)
+        self.transformer = SDTTransformer2DModel.from_config({**config.transformer, "num_layers": config.block + 1})
+        self.transformer.proj_out_1 = self.transformer.proj_out_2 = nn.Identity()  # they predict noise
+        dim = self.transformer.config.num_attention_heads * self.transformer.config.attention_head_dim
+        self.norm = nn.BatchNorm1d(dim, affine=False, eps=1e-6)
+        self.head = nn.Linear(dim, config.num_labels)
+        self.post_init()
+        self.train()  # freezes
+
+    @classmethod
+    def from_backbone(
+        cls,
+        backbone: Backbone,
+        block: int | None = None,
+        timestep: float = 200,
+        freeze_backbone: bool = True,
+        **config: Any,
+    ) -> "SDTForImageClassification":
+        """A new head on a trained transformer, whose weights are copied.
+
+        Args:
+            backbone: The transformer, with its scheduler and VAE.
+            block: Block whose tokens are the features, from 0; the middle one by default.
+            timestep: Noise level, see `noise_scales`.
+            freeze_backbone: Whether training leaves the transformer as it is.
+            **config: Further values of the config, such as `id2label`.
+
+        Raises:
+            ValueError: If there is no such block or timestep.
+        """
+        transformer, vae = backbone.transformer, backbone.vae
+        num_layers = transformer.config.num_layers
+        block = num_layers // 2 if block is None else block
+        if not 0 <= block < num_layers:
+            raise ValueError(f"--probe_block must lie in 0..{num_layers - 1} for this transformer, not {block}.")
+        signal_scale, noise_scale = noise_scales(backbone.scheduler, timestep, "--probe_timestep")
+        model = cls(
+            SDTClassifierConfig(
+                transformer=_plain(transformer.config),
+                block=block,
+                timestep=timestep,
+                signal_scale=signal_scale,
+                noise_scale=noise_scale,
+                vae=None if vae is None else {**_plain(vae.config), "_class_name": type(vae).__name__},
+                freeze_backbone=freeze_backbone,
+                num_channels=backbone.num_channels,
+                **config,
+            )
+        )
+        trained = transformer.state_dict()
+        model.transformer.load_state_dict({name: trained[name] for name in model.transformer.state_dict()})
+        if vae is not None:
+            model.vae.load_state_dict(vae.state_dict())
+        return model
+
+    def train(self, mode: bool = True) -> "SDTForImageClassification":
+        """Sets the mode; what is frozen stays in evaluation mode, without dropout, and takes no gradients."""
+        super().train(mode)
+        for module, frozen in ((self.vae, True), (self.transformer, self.config.freeze_backbone)):
+            if module is not None and frozen:
+                module.eval().requires_grad_(False)  # weights that transformers loads do take them
+        return self
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Patterns that sort parameters by depth, for layer-wise learning rates, in timm's form."""
+        return {
+            "stem": r"^transformer\.(?:pos_embed|time_class_embed)",
+            "blocks": r"^transformer\.transformer_blocks\.(\d+)",
+        }
+
+    def no_weight_decay(self) -> set[str]:
+        """None by name: timm spares what is one-dimensional itself."""
+        return set()
+
+    def forward_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """The tokens of the block.
+
+        Args:
+            pixel_values: See `forward`.
+
+        Returns:
+            Shape (batch, tokens, width).
+        """
+        clean = pixel_values if self.vae is None else encode_pixels(self.vae, pixel_values)
+        if self.training:
+            noise = torch.randn_like(clean)
+        else:
+            generator = torch.Generator().manual_seed(self.config.noise_seed)
+            noise = torch.randn(clean.shape[1:], generator=generator, device="cpu").to(clean)
+        noised = self.config.signal_scale * clean + self.config.noise_scale * noise
+        timestep = torch.full(clean.shape[:1], self.config.timestep, device=clean.device)
+        null_class = torch.full(clean.shape[:1], self.transformer.config.num_classes, device=clean.device)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze_backbone):
+            return self.transformer.forward_features(noised.to(self.transformer.dtype), timestep, null_class)[0]
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> ImageClassifierOutputWithNoAttention | tuple[torch.Tensor, ...]:
+        """Classifies images.
+
+        Args:
+            pixel_values: Images in -1 to 1, shape (batch, num_channels, height, width).
+            labels: Class of each image, 0 to num_labels - 1, shape (batch,), for the loss.
+            output_hidden_states: Whether to return the tokens that the head sees, of shape (batch, tokens, width).
+            return_dict: Whether to return an `ImageClassifierOutputWithNoAttention` instead of a tuple.
+
+        Returns:
+            The loss (given labels), the logits of shape (batch, num_labels), and the hidden states (if asked for).
+
+        Raises:
+            ValueError: If the images do not fit the transformer, or labels do not fit the model.
+        """
+        if labels is not None:
+            self.check_labels(labels, len(pixel_values))
+        tokens = self.forward_features(pixel_values)
+        logits = self.head(self.norm(tokens.mean(dim=1)))
+        return self.build_output(logits, (tokens,), labels, output_hidden_states, return_dict)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        # The backbone is loaded or has initialised itself; but for its fixed embedding, which no file holds.
+        if isinstance(module, SDTPatchEmbed):
+            embedding = position_embedding(module.proj.out_channels, module.grid_size, module.grid_size)
+            module.pos_embed = embedding.to(module.pos_embed)
+        elif module is self.head and not getattr(module.weight, "_is_hf_initialized", False):
+            nn.init.trunc_normal_(module.weight, std=0.02)
+            nn.init.zeros_(module.bias)
+        elif module is self.norm and not getattr(module.running_mean, "_is_hf_initialized", False):
+            module.reset_running_stats()
+
+
+def _plain(config):
+    """A config of diffusers as JSON knows it."""
+    return {
+        key: list(value) if isinstance(value, tuple) else value
+        for key, value in config.items()
+        if not key.startswith("_")
+    }

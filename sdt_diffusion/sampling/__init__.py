@@ -1,0 +1,1 @@
+"""Sample images from a saved pipeline: settings, many samples, folders of samples on all processes."""

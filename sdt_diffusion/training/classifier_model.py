@@ -1,0 +1,254 @@
+"""The classifier as training arguments."""
+
+import json
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from transformers import PreTrainedModel
+
+from ..data.decoding import IMAGE_MODES
+from ..probe import Backbone, SDTForImageClassification, load_backbone
+from ..sdt_h.configuration_sdt_h import SDTHConfig
+from ..sdt_h.image_processing_sdt_h import SDTHImageProcessor
+from ..sdt_h.modeling_sdt_h import SDTHForImageClassification
+from ..sdt_h.network import PRESETS
+from ..utils.arguments import json_object
+
+#: What follows from the data set.
+DERIVED_KEYS = frozenset({"num_channels", "num_labels", "id2label", "label2id"})
+#: Names of the classifier layer's weights.
+HEAD_PREFIX = "network.head."
+#: Kind of `--model` -> the arguments that it takes besides.
+ARGUMENTS_OF_KIND = {
+    "preset": {"spatial_decay", "drop_path", "model_overrides"},
+    "classifier": {"drop_path", "reinitialise_head"},
+    "backbone": {"probe_block", "probe_timestep", "probe_objective", "finetune"},
+}
+
+
+@dataclass
+class ClassifierModelArguments:
+    """What to train: SDT-H, or a head on a trained generative transformer."""
+
+    model: str = field(
+        default="SDT-H-T",
+        metadata={
+            "help": "A preset: SDT-H-{T,S,B} or SDT-H-digits; the folder of an SDT-H to start from; or that of a "
+            "trained SDT pipeline or transformer, to put a head on."
+        },
+    )
+    spatial_decay: Literal["context", "fixed", "content", "raster", "none"] | None = field(
+        default=None, metadata={"help": "How a preset's attention decays; 'fixed' is RMT. context by default."}
+    )
+    drop_path: float | None = field(
+        default=None, metadata={"help": "Drop path probability of SDT-H's last block; the preset's by default."}
+    )
+    model_overrides: str | None = field(
+        default=None, metadata={"help": 'Further config values of a preset as JSON, such as {"depths": [1, 1, 2, 1]}.'}
+    )
+    reinitialise_head: bool = field(
+        default=False,
+        metadata={"help": "Start from an SDT-H of other classes: its classifier layer, and nothing else, is new."},
+    )
+    gradient_checkpointing: bool = field(default=False, metadata={"help": "Trade speed for memory."})
+    probe_block: int | None = field(
+        default=None,
+        metadata={"help": "Block of the generative transformer whose tokens the head sees, from 0; the middle one."},
+    )
+    probe_timestep: float | None = field(
+        default=None,
+        metadata={"help": "Noise level of its input: a DDPM timestep, or 1000 sigma of a flow; 200 by default."},
+    )
+    probe_objective: Literal["flow", "ddpm"] | None = field(
+        default=None, metadata={"help": "What a transformer without a pipeline was trained on; flow by default."}
+    )
+    finetune: bool = field(default=False, metadata={"help": "Train that transformer too, not the head alone."})
+
+    def __post_init__(self):
+        applicable = ARGUMENTS_OF_KIND[self.kind]
+        for f in fields(self):
+            others = f.name in set.union(*ARGUMENTS_OF_KIND.values()) - applicable
+            if others and getattr(self, f.name) != f.default:
+                raise ValueError(f"--{f.name} does not apply to --model {self.model}, which is a {self.kind}.")
+        if self.drop_path is not None and not 0 <= self.drop_path < 1:
+            raise ValueError(f"--drop_path must be at least 0 and less than 1, not {self.drop_path}.")
+
+    @property
+    def kind(self) -> str:
+        """What `model` names, a key of `ARGUMENTS_OF_KIND`.
+
+        Raises:
+            ValueError: If it names nothing known.
+        """
+        if self.model in PRESETS:
+            return "preset"
+        folder = Path(self.model)
+        if (folder / "model_index.json").is_file():
+            return "backbone"
+        if (folder / "config.json").is_file():
+            config = json.loads((folder / "config.json").read_text())
+            if config.get("_class_name") == "SDTTransformer2DModel":
+                return "backbone"
+            if config.get("model_type") == SDTHForImageClassification.config_class.model_type:
+                return "classifier"
+        raise ValueError(
+            f"--model {self.model!r} is neither a preset ({', '.join(PRESETS)}) nor the folder of an SDT-H, of an SDT "
+            "pipeline, or of its transformer."
+        )
+
+    @cached_property
+    def backbone(self) -> Backbone | None:
+        """The trained generative transformer, if there is one."""
+        return load_backbone(self.model, self.probe_objective) if self.kind == "backbone" else None
+
+    @cached_property
+    def processor(self) -> SDTHImageProcessor | None:
+        """The image processor saved with the classifier to start from, if there is one.
+
+        Raises:
+            ValueError: If it does something else than to resize the shorter side, crop a square and normalise.
+        """
+        path = Path(self.model) / "preprocessor_config.json"
+        return load_processor(path) if self.kind == "classifier" and path.is_file() else None
+
+    @property
+    def default_resolution(self) -> int:
+        """Side of the images in pixels where the arguments leave it open."""
+        if self.processor is not None:
+            return self.processor.crop_size["height"]
+        return 224 if self.backbone is None else self.backbone.resolution
+
+    @property
+    def image_mode(self) -> str | None:
+        """Mode of the images, if the model fixes it."""
+        return None if self.backbone is None else self.backbone.image_mode
+
+    def build(self, num_channels: int, class_names: list[str]) -> PreTrainedModel:
+        """The model to train.
+
+        Args:
+            num_channels: Channels of the images.
+            class_names: Names of the classes, in the order of their labels.
+
+        Raises:
+            ValueError: If a value or the classes do not fit the model, or `model_overrides` is no JSON object.
+        """
+        labels = {
+            "id2label": dict(enumerate(class_names)),
+            "label2id": {name: label for label, name in enumerate(class_names)},
+        }
+        if self.kind == "backbone":
+            if num_channels != self.backbone.num_channels:
+                raise ValueError(
+                    f"The transformer of {self.model} takes {self.backbone.image_mode} images: give --image_mode "
+                    f"{self.backbone.image_mode}."
+                )
+            model = SDTForImageClassification.from_backbone(
+                self.backbone,
+                block=self.probe_block,
+                timestep=200 if self.probe_timestep is None else self.probe_timestep,
+                freeze_backbone=not self.finetune,
+                **labels,
+            )
+        elif self.kind == "classifier":
+            model = self._load_classifier(num_channels, class_names, labels)
+        else:
+            own = {"spatial_decay": self.spatial_decay, "drop_path_rate": self.drop_path}
+            own = {key: value for key, value in own.items() if value is not None}
+            overrides = {**own, **self._overrides(), "num_channels": num_channels}
+            model = SDTHForImageClassification.from_preset(self.model, **overrides, **labels)
+        if self.gradient_checkpointing:
+            model.gradient_checkpointing_enable()
+        return model
+
+    def _load_classifier(self, num_channels, class_names, labels):
+        config = SDTHConfig.from_pretrained(self.model)
+        if config.num_channels != num_channels:
+            mode = IMAGE_MODES.get(config.num_channels)
+            raise ValueError(
+                f"--model {self.model} takes images of {config.num_channels} channel(s), not of {num_channels}"
+                + (f": give --image_mode {mode}." if mode else ".")
+            )
+        if not self.reinitialise_head:
+            check_same_labels(self.model, config, class_names)
+        own = {} if self.drop_path is None else {"drop_path_rate": self.drop_path}
+        model, info = SDTHForImageClassification.from_pretrained(
+            self.model, ignore_mismatched_sizes=True, output_loading_info=True, **labels, **own
+        )
+        wrong = {name: f"is {tuple(stored)}, not {tuple(wanted)}" for name, stored, wanted in info["mismatched_keys"]}
+        wrong |= dict.fromkeys(info["missing_keys"], "is missing")
+        if self.reinitialise_head:
+            wrong = {name: what for name, what in wrong.items() if not name.startswith(HEAD_PREFIX)}
+        if wrong:
+            name = min(wrong)
+            raise ValueError(
+                f"--model {self.model}: {len(wrong)} weight(s) do not fit its config.json: {name} {wrong[name]}. Give "
+                "a folder as save_pretrained wrote it."
+            )
+        if self.reinitialise_head:
+            model.network.initialize(model.network.head)
+        return model
+
+    def _overrides(self) -> dict[str, Any]:
+        overrides = json_object(self.model_overrides, "--model_overrides")
+        derived = sorted(DERIVED_KEYS & set(overrides))
+        if derived:
+            raise ValueError(f"--model_overrides: {', '.join(derived)} follow from the data set.")
+        return overrides
+
+
+def load_processor(path: Path) -> SDTHImageProcessor:
+    """The image processor in a preprocessor_config.json, if it is one that training can go by.
+
+    Raises:
+        ValueError: If it does something else than to resize the shorter side, crop a square and normalise 0 to 1.
+    """
+    try:
+        processor = SDTHImageProcessor.from_dict(json.loads(path.read_text()))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not an image processor's: {error}. Correct it, or remove it.") from error
+    steps = ("do_resize", "do_center_crop", "do_rescale", "do_normalize")
+    size, crop, factor = dict(processor.size), dict(processor.crop_size), processor.rescale_factor
+    fits = {
+        **{name: getattr(processor, name) is True for name in steps},
+        "size": [key for key, value in size.items() if value is not None] == ["shortest_edge"],
+        "crop_size": crop.get("height") is not None and crop.get("height") == crop.get("width"),
+        "rescale_factor": abs(255 * factor - 1) < 1e-3,
+        "image_std": len(processor.image_mean) == len(processor.image_std),
+    }
+    for name, fit in fits.items():
+        if not fit:
+            raise ValueError(
+                f"{path}: {name} is {getattr(processor, name)}, but training resizes the shorter side, crops a square "
+                "and normalises pixels of 0 to 1. Correct it, or remove the file to start from the defaults."
+            )
+    return processor
+
+
+def check_same_labels(model: str, config: SDTHConfig, class_names: list[str]) -> None:
+    """Refuses a trained classifier whose labels mean other classes; one without names goes by its number of labels.
+
+    Args:
+        model: What to call it in messages.
+        config: Its config.
+        class_names: Names of the data set's classes, in the order of their labels.
+
+    Raises:
+        ValueError: Names both numbers of classes, or the first names that differ, and what to do.
+    """
+    remedy = "Give --reinitialise_head True for a new classifier layer on its other weights."
+    if config.num_labels != len(class_names):
+        raise ValueError(
+            f"--model {model} has {config.num_labels} labels, the data set {len(class_names)} classes. {remedy}"
+        )
+    names = [config.id2label[label] for label in range(config.num_labels)]
+    if names in (class_names, [f"LABEL_{label}" for label in range(config.num_labels)]):
+        return
+    label = next(label for label, name in enumerate(names) if name != class_names[label])
+    order = ", and the same names in another order" if sorted(names) == sorted(class_names) else ""
+    raise ValueError(
+        f"Label {label} is {names[label]!r} to --model {model}, but {class_names[label]!r} in the data set{order}. "
+        f"{remedy}"
+    )

@@ -1,0 +1,263 @@
+"""How to train a classifier: DeiT's recipe ("Training data-efficient image transformers", Touvron et al. 2021) of
+timm's parts, each of them off by default and named as in timm's training script.
+"""
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, Mixup, create_transform
+from timm.data.auto_augment import posterize
+from timm.data.mixup import mixup_target
+from timm.loss import SoftTargetCrossEntropy
+from timm.optim import param_groups_layer_decay
+from torch import nn
+
+from ..sdt_h.image_processing_sdt_h import SDTHImageProcessor
+from ..utils.arguments import require_at_least
+from ..utils.seeding import Draws
+from .config import OptimizationArguments, RunArguments
+
+_COUNT, _WHOLE, _NUMBER, _BOOL = r"0*[1-9]\d*", r"\d+", r"\d+(\.\d*)?", r"[01]"
+_PROBABILITY = r"0(\.\d*)?|1(\.0*)?"
+#: First word of `--aa` -> its settings, and the pattern of their values; timm fails on others, or ignores them.
+AUTO_AUGMENT_SETTINGS = {
+    "rand": {
+        **{"m": _WHOLE, "n": _COUNT, "p": _PROBABILITY, "mstd": _NUMBER, "mmax": _COUNT, "inc": _BOOL},
+        "t": "weights|3aw?",
+    },
+    "augmix": {"m": _WHOLE, "w": _COUNT, "d": _WHOLE, "a": rf"(?!0+(\.0*)?$){_NUMBER}", "b": _BOOL, "mstd": _NUMBER},
+    **{policy: {"mstd": _NUMBER} for policy in ("original", "originalr", "v0", "v0r", "3a")},
+}
+
+
+def check_auto_augment(words: str) -> None:
+    """Refuses what timm would not understand of `--aa`.
+
+    Raises:
+        ValueError: Names the word, and those that there are.
+    """
+    kind, *settings = words.split("-")
+    if kind not in AUTO_AUGMENT_SETTINGS:
+        raise ValueError(f"--aa {words!r} is none of timm's: start with {', '.join(AUTO_AUGMENT_SETTINGS)}.")
+    known = AUTO_AUGMENT_SETTINGS[kind]
+    for setting in settings:
+        if not any(re.fullmatch(f"{name}({value})", setting, re.ASCII) for name, value in known.items()):
+            example = {"rand": "rand-m9-mstd0.5-inc1", "augmix": "augmix-m5-w4-d2"}.get(kind, f"{kind}-mstd0.5")
+            raise ValueError(
+                f"--aa {words!r}: {setting!r} is no setting of {kind}; they are {', '.join(known)}, each with its "
+                f"value, as in {example}."
+            )
+
+
+@dataclass
+class RecipeArguments:
+    """Augmentation, mixing, and what else a classifier is trained with."""
+
+    num_train_epochs: float | None = field(
+        default=None, metadata={"help": "Length in passes over the data, instead of --max_train_steps."}
+    )
+    lr_warmup_epochs: float | None = field(
+        default=None, metadata={"help": "Warm-up in passes over the data, instead of --lr_warmup_steps."}
+    )
+    layer_decay: float | None = field(
+        default=None, metadata={"help": "Factor of the learning rate from each layer to the one below it."}
+    )
+    scale: list[float] = field(
+        default_factory=lambda: [1.0, 1.0],
+        metadata={"help": "Area of random crops, least and largest, of the image's."},
+    )
+    ratio: list[float] = field(
+        default_factory=lambda: [1.0, 1.0], metadata={"help": "Width by height of random crops, least and largest."}
+    )
+    train_interpolation: Literal["bicubic", "bilinear", "random"] = field(
+        default="bicubic", metadata={"help": "How crops are resized."}
+    )
+    aa: str | None = field(
+        default=None, metadata={"help": "Automatic augmentation in timm's words, such as rand-m9-mstd0.5-inc1."}
+    )
+    color_jitter: float = field(default=0.0, metadata={"help": "Strength of colour jitter, if there is no --aa."})
+    reprob: float = field(default=0.0, metadata={"help": "Probability of erasing a rectangle."})
+    remode: Literal["const", "rand", "pixel"] = field(default="pixel", metadata={"help": "What fills it."})
+    recount: int = field(default=1, metadata={"help": "Rectangles."})
+    aug_repeats: int = field(default=1, metadata={"help": "Augmented copies of an image in a batch; DeiT's is 3."})
+    mixup: float = field(default=0.0, metadata={"help": "Alpha of mixup; 0 for none."})
+    cutmix: float = field(default=0.0, metadata={"help": "Alpha of CutMix; 0 for none."})
+    mixup_prob: float = field(default=1.0, metadata={"help": "Probability of mixing, if either is on."})
+    mixup_switch_prob: float = field(default=0.5, metadata={"help": "Probability of CutMix, if both are on."})
+    mixup_mode: Literal["batch", "pair", "elem"] = field(
+        default="batch", metadata={"help": "What is mixed by the same proportion."}
+    )
+    smoothing: float = field(default=0.0, metadata={"help": "Label smoothing."})
+    crop_pct: float | None = field(
+        default=None,
+        metadata={"help": "In evaluation, the part of the shorter side that is looked at; --model FOLDER's, or 1."},
+    )
+
+    def __post_init__(self):
+        require_at_least(self, 0, "color_jitter", "mixup", "cutmix", "lr_warmup_epochs")
+        require_at_least(self, 1, "aug_repeats", "recount")
+        for name in ("num_train_epochs", "layer_decay", "crop_pct"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"--{name} must be above 0, not {value}.")
+        for name in ("reprob", "mixup_prob", "mixup_switch_prob", "smoothing", "crop_pct", "layer_decay"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise ValueError(f"--{name} must lie between 0 and 1, not {value}.")
+        for name in ("scale", "ratio"):
+            value = getattr(self, name)
+            if len(value) != 2 or not 0 < value[0] <= value[1]:
+                raise ValueError(f"--{name} takes the least and the largest value, such as 0.8 1.0, not {value}.")
+        if self.aa is not None:
+            check_auto_augment(self.aa)
+
+    @property
+    def mixes(self) -> bool:
+        """Whether images are mixed."""
+        return bool(self.mixup or self.cutmix) and self.mixup_prob > 0
+
+    def check_batch_size(self, batch_size: int) -> None:
+        """Refuses what timm's mixing, of the first with the last image and so on, cannot do.
+
+        Raises:
+            ValueError: If images are to be mixed and their number is odd.
+        """
+        if self.mixes and batch_size % 2:
+            raise ValueError(f"--train_batch_size {batch_size} must be even for --mixup and --cutmix.")
+
+    def resolve_epochs(
+        self, run: RunArguments, optimization: OptimizationArguments, num_images: int, num_processes: int
+    ) -> None:
+        """Writes lengths given in epochs into `run` and `optimization` as steps; an epoch is `num_images` samples."""
+        per_step = run.train_batch_size * run.gradient_accumulation_steps * num_processes
+        if self.num_train_epochs is not None:
+            run.max_train_steps = math.ceil(self.num_train_epochs * num_images / per_step)
+        if self.lr_warmup_epochs is not None:
+            optimization.lr_warmup_steps = math.ceil(self.lr_warmup_epochs * num_images / per_step)
+
+
+def build_processor(
+    num_channels: int,
+    resolution: int,
+    crop_pct: float | None = None,
+    imagenet_normalisation: bool = True,
+    base: SDTHImageProcessor | None = None,
+) -> SDTHImageProcessor:
+    """The image processor that is saved with the classifier, and that evaluation uses too.
+
+    Args:
+        num_channels: 3, or 1 for grey images.
+        resolution: Side of the square that the model sees.
+        crop_pct: That side in units of the image's shorter one; that of `base`, or 1, by default.
+        imagenet_normalisation: ImageNet's mean and deviation for colour images; otherwise, and for grey ones, pixels
+            lie in -1 to 1.
+        base: The processor of the model that training starts from, whose mean, deviation and interpolation are kept.
+
+    Raises:
+        ValueError: If `base` has values for another number of channels.
+    """
+    if base is not None:
+        if len(base.image_mean) != num_channels:
+            raise ValueError(
+                f"The model's preprocessor_config.json has {len(base.image_mean)} value(s) in image_mean, the images "
+                f"{num_channels} channel(s): correct the file, or remove it to start from the defaults."
+            )
+        side, crop = base.size["shortest_edge"], base.crop_size["height"]
+        if crop_pct is not None:
+            side = round(resolution / crop_pct)
+        elif resolution != crop:
+            side = round(resolution * side / crop)
+        values = {**base.to_dict(), "size": {"shortest_edge": side}}
+        return SDTHImageProcessor(**{**values, "crop_size": {"height": resolution, "width": resolution}})
+    crop_pct = 1.0 if crop_pct is None else crop_pct
+    imagenet = imagenet_normalisation and num_channels == 3
+    return SDTHImageProcessor(
+        size={"shortest_edge": round(resolution / crop_pct)},
+        crop_size={"height": resolution, "width": resolution},
+        image_mean=list(IMAGENET_DEFAULT_MEAN) if imagenet else [0.5] * num_channels,
+        image_std=list(IMAGENET_DEFAULT_STD) if imagenet else [0.5] * num_channels,
+        do_convert_rgb=num_channels == 3,
+    )
+
+
+def train_transform(
+    args: RecipeArguments, processor: SDTHImageProcessor, random_flip: bool
+) -> Callable[[Image.Image], torch.Tensor]:
+    """timm's training transform, to the size and values that the processor gives."""
+    transform = create_transform(
+        processor.crop_size["height"],
+        is_training=True,
+        scale=tuple(args.scale),
+        ratio=tuple(args.ratio),
+        hflip=0.5 if random_flip else 0.0,
+        color_jitter=args.color_jitter or None,
+        auto_augment=args.aa,
+        interpolation=args.train_interpolation,
+        mean=tuple(processor.image_mean),
+        std=tuple(processor.image_std),
+        re_prob=args.reprob,
+        re_mode=args.remode,
+        re_count=args.recount,
+    )
+    for step in transform.transforms:
+        # RandAugment and AugMix have operations, AutoAugment has lists of them.
+        for operation in (*getattr(step, "ops", ()), *chain.from_iterable(getattr(step, "policy", ()))):
+            if operation.aug_fn is posterize:
+                operation.level_fn = partial(_posterize_level, operation.level_fn)
+    return transform
+
+
+def _posterize_level(level_fn, level, hparams):
+    """At least one bit: at full magnitude timm asks for none, which newer Pillows refuse."""
+    (bits,) = level_fn(level, hparams)
+    return (max(1, bits),)
+
+
+class ClassificationLoss:
+    """Cross entropy with soft targets: smoothed labels, of mixed images if the recipe says so.
+
+    Args:
+        args: The recipe.
+        num_labels: Classes.
+    """
+
+    def __init__(self, args: RecipeArguments, num_labels: int):
+        self.num_labels, self.smoothing = num_labels, args.smoothing
+        self.cross_entropy = SoftTargetCrossEntropy()
+        self.mixup = None
+        if args.mixes:
+            self.mixup = Mixup(
+                mixup_alpha=args.mixup,
+                cutmix_alpha=args.cutmix,
+                prob=args.mixup_prob,
+                switch_prob=args.mixup_switch_prob,
+                mode=args.mixup_mode,
+                label_smoothing=args.smoothing,
+                num_classes=num_labels,
+            )
+
+    def __call__(
+        self, model: nn.Module, images: torch.Tensor, labels: torch.Tensor, draws: Draws | None = None
+    ) -> torch.Tensor:
+        """The loss of a batch; `images` may be overwritten. timm mixes by NumPy's generator, not by `draws`."""
+        if self.mixup is None:
+            targets = mixup_target(labels, self.num_labels, smoothing=self.smoothing)
+        else:
+            images, targets = self.mixup(images, labels)
+        return self.cross_entropy(model(images).logits.float(), targets)
+
+
+def layer_decay_groups(model: nn.Module, args: RecipeArguments, weight_decay: float) -> list[dict[str, Any]] | None:
+    """Parameters by depth, with falling learning rates, by timm; `None` if the recipe has no layer decay."""
+    if args.layer_decay is None:
+        return None
+    return param_groups_layer_decay(
+        model, weight_decay, no_weight_decay_list=model.no_weight_decay(), layer_decay=args.layer_decay
+    )

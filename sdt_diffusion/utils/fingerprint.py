@@ -1,0 +1,75 @@
+"""Telling networks apart by their weights."""
+
+import hashlib
+import os
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def fingerprint(*modules: nn.Module) -> str:
+    """The first 16 hexadecimal digits of the SHA-256 of all names, types and values in the modules' state dicts."""
+    digest = hashlib.sha256()
+    for module in modules:
+        for name, tensor in module.state_dict().items():
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
+
+
+def differences(there: Mapping[str, Any], now: Mapping[str, Any], unquoted: Collection[str] = ()) -> list[str]:
+    """What differs, in words.
+
+    Args:
+        there: Settings that were found.
+        now: Settings of this run.
+        unquoted: Keys whose values are too long to be shown.
+
+    Returns:
+        A text for each key that differs.
+    """
+    return [
+        key if key in unquoted else f"{key}: {there.get(key)!r} there, {now.get(key)!r} now"
+        for key in sorted(set(there) | set(now))
+        if there.get(key) != now.get(key)
+    ]
+
+
+def fingerprint_files(dataset: str) -> str | None:
+    """16 hexadecimal digits that change when a file comes, goes, or gets another name or size.
+
+    They stay when a folder is moved or copied: names count from the folder on, and times not at all. Files that are
+    hidden, or that `datasets` keeps beside a data set it has saved, do not count.
+
+    Args:
+        dataset: A folder, a file or a pattern of files; see `ImageArguments`.
+
+    Returns:
+        The digits, or `None` for what is not on this machine's disks. The fingerprints of `datasets` would not do for
+        the Hub: they change with its version and with any commit, to the README for one.
+    """
+    path = Path(dataset).expanduser()
+    if dataset == "digits":
+        return None
+    if path.is_dir():
+        files = _files_below(str(path), "")
+    else:
+        found = [path] if path.is_file() else path.parent.glob(path.name)
+        files = ((file.name, file.stat().st_size) for file in found if file.is_file())
+    lines = sorted(f"{name}\0{size}\n" for name, size in files)
+    return hashlib.sha256("".join(lines).encode(errors="surrogateescape")).hexdigest()[:16] if lines else None
+
+
+def _files_below(folder: str, prefix: str) -> Iterator[tuple[str, int]]:
+    """Name, from the first folder on, and size in bytes of every file."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith(".") or (entry.name.startswith("cache-") and entry.name.endswith(".arrow")):
+                continue
+            if entry.is_dir():
+                yield from _files_below(entry.path, f"{prefix}{entry.name}/")
+            elif entry.is_file():
+                yield f"{prefix}{entry.name}", entry.stat().st_size

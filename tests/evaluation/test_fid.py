@@ -1,0 +1,159 @@
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sdt_diffusion.data.raw_images import RawImageArguments
+from sdt_diffusion.evaluation.fid import FidArguments, compare
+from sdt_diffusion.metrics.extraction import summarise
+from sdt_diffusion.metrics.extractors import build_extractor
+from sdt_diffusion.metrics.summary import save_summary
+from sdt_diffusion.sampling.arguments import SamplingArguments
+
+PIXELS = build_extractor("pixels")
+SAMPLING = {"num_samples": 30, "num_inference_steps": 2, "batch_size": 8}
+
+
+def evaluate(output, sampling=None, **arguments):
+    arguments = {"kid_subset_size": 20, "kid_subsets": 3, **arguments}
+    args = FidArguments(output=output, **{name: value for name, value in arguments.items() if name != "image_args"})
+    image_args = arguments.get("image_args", RawImageArguments())
+    table = compare(args, SamplingArguments(**(sampling or {})), PIXELS, image_args)
+    return json.loads(output.read_text()), table
+
+
+def metrics_of(record):
+    return {key: value for key, value in record.items() if not isinstance(value, (dict, list))}
+
+
+@pytest.fixture
+def real(tmp_path):
+    """25 images of 8 x 8 pixels."""
+    folder = tmp_path / "real"
+    folder.mkdir()
+    for index, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (25, 8, 8, 3), dtype=np.uint8)):
+        Image.fromarray(pixels).save(folder / f"{index}.png")
+    return folder
+
+
+@pytest.fixture
+def model(make_pipe, tmp_path):
+    make_pipe().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_images_against_themselves(real, tmp_path):
+    record, table = evaluate(tmp_path / "out" / "fid.json", samples=str(real), reference=str(real))
+    assert metrics_of(record)["fid"] == 0
+    assert (record["precision"], record["recall"]) == (1, 1)
+    assert record["samples"]["count"] == record["reference"]["count"] == 25
+    assert record["labels"]["fid"] == "FD(pixels)-25"
+    assert "FD(pixels)-25" in table
+    assert "rank-deficient" in table
+    assert np.array(Image.open(tmp_path / "out" / "fid.png")).std() > 1
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["fid.json", "fid.png"]
+
+
+def test_a_pipeline_is_sampled_and_its_samples_serve_again(model, real, tmp_path):
+    sampling = {"model": str(model), **SAMPLING}
+    npz = tmp_path / "out" / "samples.npz"
+    record, table = evaluate(tmp_path / "out" / "fid.json", sampling, reference=str(real), samples_npz=npz)
+    assert record["samples"]["count"] == 30
+    assert "FlowMatchEulerDiscreteScheduler, 2 steps, 4 network evaluations, guidance 1.5, seed 0" in table
+    assert np.load(npz)["arr_0"].shape == (30, 8, 8, 3)
+    assert record["fid"] > 0
+    for source in (npz, tmp_path / "out" / "fid.samples"):
+        again, _ = evaluate(tmp_path / f"{source.suffix}.json", samples=str(source), reference=str(real))
+        assert metrics_of(again) == metrics_of(record)
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "npz"])
+def test_saved_statistics_give_the_numbers_of_their_images(real, tmp_path, ending):
+    from sdt_diffusion.data.raw_images import FolderImages
+
+    saved = tmp_path / f"reference.{ending}"
+    save_summary(saved, summarise(FolderImages(real), PIXELS, ("pool",), 22, feature_folder=tmp_path))
+    arguments = {"samples": str(real), "num_features": 22}
+    first, _ = evaluate(tmp_path / "a.json", reference=str(saved), **arguments)
+    second, _ = evaluate(tmp_path / "b.json", reference=str(real), **arguments)
+    assert metrics_of(first) == metrics_of(second)
+    assert first["settings"]["reference_features"] == 22
+    assert first["reference"]["images"] == str(real)
+
+
+def test_adms_reference_serves_with_its_images(real, tmp_path):
+    from sdt_diffusion.data.raw_images import FolderImages
+
+    images = FolderImages(real)
+    gaussian = summarise(images, PIXELS).statistics["pool"]
+    arrays = {"mu": gaussian.mean, "sigma": gaussian.covariance, "arr_0": np.stack([images[i] for i in range(25)])}
+    np.savez(tmp_path / "VIRTUAL.npz", **arrays)
+    record, table = evaluate(tmp_path / "a.json", samples=str(real), reference=str(tmp_path / "VIRTUAL.npz"))
+    assert (record["fid"], record["precision"], record["recall"]) == (0, 1, 1)
+    assert "taken on trust" in table
+
+
+def test_a_reference_of_another_size_is_named(model, real, tmp_path):
+    np.savez(tmp_path / "r.npz", mu=np.zeros(7), sigma=np.eye(7))
+    with pytest.raises(ValueError, match=r"r.npz: its pool features have 7 dimensions, those of the samples 192"):
+        evaluate(tmp_path / "a.json", samples=str(real), reference=str(tmp_path / "r.npz"), metrics=["fid"])
+
+
+def test_flags_that_would_do_nothing_are_refused(real, tmp_path):
+    np.savez(tmp_path / "r.npz", mu=np.zeros(7), sigma=np.eye(7))
+    np.savez(tmp_path / "i.npz", arr_0=np.zeros((9, 8, 8, 3), np.uint8))
+    for name in ("r.npz", "i.npz"):
+        with pytest.raises(ValueError, match=f"--resolution does nothing to --reference .*{name}"):
+            evaluate(
+                tmp_path / "a.json",
+                samples=str(real),
+                reference=str(tmp_path / name),
+                image_args=RawImageArguments(resolution=8),
+            )
+
+
+def test_random_labels_follow_from_the_seed(model, real, tmp_path):
+    sampling = {"model": str(model), **SAMPLING, "class_labels": "random"}
+    evaluate(tmp_path / "a.json", sampling, reference=str(real), metrics=["fid"])
+    labels = json.loads((tmp_path / "a.samples" / "manifest.json").read_text())["class_labels"]
+    assert sorted(set(labels)) == [0, 1, 2, 3, 4]
+    assert labels[:5] != [0, 1, 2, 3, 4]
+
+
+def test_some_of_the_samples_may_be_taken(real, tmp_path):
+    record, _ = evaluate(
+        tmp_path / "a.json", {"num_samples": 10}, samples=str(real), reference=str(real), metrics=["recall"]
+    )
+    assert record["samples"]["count"] == 10
+    assert record["samples"]["drawn_from"] == 25
+
+
+def test_bad_requests_are_refused_before_anything_is_written(model, real, tmp_path):
+    output = tmp_path / "out.json"
+    sampling = {"model": str(model), **SAMPLING}
+    for arguments, message in [
+        ({"reference": str(real)}, "Give either --model, to sample from, or --samples"),
+        ({"reference": str(real), "samples": str(real), "metrics": ["sfid"]}, "--metrics sfid: the extractor pixels"),
+        ({"reference": str(real), "samples": str(real), "kid_subset_size": 26}, "kid takes at least 26 samples"),
+        ({"reference": str(tmp_path / "no"), "samples": str(real)}, "There is no file or folder"),
+        ({"reference": str(real), "samples": str(real), "samples_npz": tmp_path / "a.zip"}, r"must end in .npz"),
+        ({"reference": str(real), "samples": str(real), "sampling": sampling}, "Give either --model"),
+        ({"reference": str(real), "samples": str(real), "sampling": {"seed": 3}}, "--seed is for sampling by --model"),
+        ({"reference": str(real), "sampling": {"model": "./no"}}, "--model: ./no holds no pipeline"),
+        (
+            {"reference": str(real), "samples": str(real), "output": real / "0.png" / "a.json"},
+            "No file can be written",
+        ),
+    ]:
+        with pytest.raises((ValueError, OSError), match=message):
+            evaluate(**{"output": output, **arguments})
+    output.write_text("precious")
+    with pytest.raises(ValueError, match=r"out.json exists already"):
+        evaluate(output, samples=str(real), reference=str(real))
+    assert output.read_text() == "precious"
+    output.rename(output.with_suffix(".png"))
+    with pytest.raises(ValueError, match=r"out.png exists already"):
+        evaluate(output, samples=str(real), reference=str(real))
+    output.with_suffix(".png").rename(output)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out.json", "real"]

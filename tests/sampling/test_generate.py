@@ -1,0 +1,73 @@
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMScheduler
+
+from sdt_diffusion.sampling.generate import (
+    class_labels_for,
+    describe_sampling,
+    generate,
+    sample_generator,
+    stack_samples,
+)
+
+LABELS = class_labels_for(10, [0, 2, 4])
+
+
+def samples(pipe, batch_size, labels=LABELS, **kwargs):
+    return stack_samples(
+        generate(pipe, labels, 7, batch_size, output_type="np", num_inference_steps=4, progress=False, **kwargs)
+    )
+
+
+@pytest.mark.parametrize("scheduler", [None, DDPMScheduler()], ids=["ode", "noise at every step"])
+def test_a_sample_is_the_same_picture_whatever_the_batch_size(make_pipe, scheduler):
+    pipe = make_pipe(scheduler)
+    reference = samples(pipe, batch_size=10)
+    for batch_size in (1, 3):
+        np.testing.assert_allclose(samples(pipe, batch_size), reference, atol=1e-4)
+    assert np.abs(reference[0] - reference[3]).max() > 0.01  # the same class, another seed
+
+
+def test_a_sample_does_not_depend_on_which_others_are_drawn(make_pipe):
+    pipe = make_pipe()
+    some = [8, 1, 5]
+    labels = [LABELS[i] for i in some]
+    assert [i for i, _ in generate(pipe, labels, 7, indices=some, num_inference_steps=1, progress=False)] == some
+    np.testing.assert_allclose(samples(pipe, 2, labels, indices=some), samples(pipe, 10)[some], atol=1e-4)
+
+
+def test_seeds_differ_by_seed_and_by_index():
+    draws = [torch.rand(1, generator=sample_generator(seed, i)).item() for seed in (0, 1, 2**40) for i in range(50)]
+    assert len(set(draws)) == len(draws)
+
+
+def test_a_model_in_training_samples_as_in_evaluation(make_pipe, make_model):
+    pipe = make_pipe(transformer=make_model(dropout=0.5, class_dropout_prob=0.9))
+    expected = samples(pipe, batch_size=10)
+    pipe.transformer.train()
+    assert np.array_equal(samples(pipe, batch_size=10), expected)
+    assert pipe.transformer.training
+
+
+def test_labels_take_turns():
+    assert LABELS == [0, 2, 4, 0, 2, 4, 0, 2, 4, 0]
+
+
+def test_the_pipelines_own_progress_bar_comes_back(make_pipe, capsys):
+    pipe = make_pipe()
+    pipe.set_progress_bar_config(disable=False, desc="mine")
+    list(generate(pipe, [0], num_inference_steps=1, progress=False))
+    assert "mine" not in capsys.readouterr().err
+    pipe([0], num_inference_steps=1)
+    assert "mine" in capsys.readouterr().err
+
+
+def test_description_counts_network_evaluations(make_pipe):
+    import diffusers
+
+    sampling = {"num_inference_steps": 10, "guidance_scale": 1.5, "seed": 3}
+    text = describe_sampling(make_pipe(), sampling)
+    assert text == "FlowMatchEulerDiscreteScheduler, 10 steps, 20 network evaluations, guidance 1.5, seed 3"
+    heun = make_pipe(diffusers.HeunDiscreteScheduler())
+    assert "19 network evaluations" in describe_sampling(heun, {**sampling, "guidance_scale": 1.0})

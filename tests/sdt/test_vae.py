@@ -1,0 +1,61 @@
+import torch
+
+from sdt_diffusion.sdt.vae import (
+    LatentNormalisation,
+    decode_latents,
+    encode_pixels,
+    posterior_moments,
+    sample_posterior,
+    vae_spatial_scale,
+)
+
+
+def test_encoding_samples_the_posterior_scaled_and_shifted(tiny_vae):
+    pixels = torch.rand(64, 3, 16, 16) * 2 - 1
+    posterior = tiny_vae.encode(pixels).latent_dist
+    latents = encode_pixels(tiny_vae, pixels, torch.randn(64, 4, 8, 8))
+    normalised = (latents / 0.5 + 0.25 - posterior.mean) / posterior.std
+    assert latents.shape == (64, 4, 8, 8)
+    assert abs(normalised.mean().item()) < 0.05
+    assert abs(normalised.std().item() - 1) < 0.05
+
+
+def test_moments_are_of_the_posterior_and_sampled_with_given_noise(tiny_vae):
+    pixels = torch.rand(3, 3, 16, 16) * 2 - 1
+    posterior = tiny_vae.encode(pixels).latent_dist
+    moments = posterior_moments(tiny_vae, pixels)
+    torch.testing.assert_close(moments, torch.stack([posterior.mean, posterior.std], 1))
+    noise = torch.randn(3, 4, 8, 8)
+    normalisation = LatentNormalisation.of(tiny_vae)
+    expected = (posterior.mean + posterior.std * noise - 0.25) * 0.5
+    torch.testing.assert_close(sample_posterior(moments, noise, normalisation), expected)
+    torch.testing.assert_close(sample_posterior(moments, None, normalisation), (posterior.mean - 0.25) * 0.5)
+    torch.testing.assert_close(encode_pixels(tiny_vae, pixels), (posterior.mean - 0.25) * 0.5)
+
+
+def test_a_normalisation_is_undone(tiny_vae):
+    latents = torch.randn(5)
+    normalisation = LatentNormalisation(scaling_factor=0.2, shift_factor=3.0)
+    torch.testing.assert_close(normalisation.apply(latents), (latents - 3) * 0.2)
+    torch.testing.assert_close(normalisation.undo(normalisation.apply(latents)), latents)
+
+
+def test_decoding_undoes_the_normalisation(tiny_vae):
+    latents = torch.randn(2, 4, 8, 8)
+    normalised = (latents - 0.25) * 0.5
+    torch.testing.assert_close(decode_latents(tiny_vae, normalised), tiny_vae.decode(latents).sample)
+
+
+def test_deep_compression_autoencoders_are_deterministic_and_scale_as_they_say(tiny_dc_vae):
+    vae = tiny_dc_vae
+    pixels = torch.rand(1, 3, 16, 16)
+    latents = encode_pixels(vae, pixels)
+    assert 16 // latents.shape[-1] == vae_spatial_scale(vae)
+    torch.testing.assert_close(latents, vae.encode(pixels).latent * 0.5)
+    assert posterior_moments(vae, pixels)[:, 1].abs().max() == 0
+    assert decode_latents(vae, latents).shape == pixels.shape
+
+
+def test_spatial_scale(tiny_vae):
+    assert vae_spatial_scale(None) == 1
+    assert vae_spatial_scale(tiny_vae) == 2

@@ -1,0 +1,151 @@
+import pytest
+import timm
+import torch
+from timm.data import resolve_data_config
+from timm.models import load_checkpoint, model_parameters
+from timm.optim import create_optimizer_v2
+from timm.optim._param_groups import param_groups_layer_decay
+from timm.utils import ModelEmaV3
+
+from sdt_diffusion.classification import SDTHForTimm
+from tests.sdt_h.small import SMALL, images, small_model
+
+
+def small(**kwargs):
+    return timm.create_model("sdt_h_tiny", **{**SMALL, "num_classes": 5, **kwargs}).eval()
+
+
+@pytest.mark.parametrize(("name", "millions"), [("sdt_h_tiny", 14.37), ("sdt_h_small", 27.04), ("sdt_h_base", 54.31)])
+def test_timm_finds_the_models(name, millions):
+    assert name in timm.list_models("sdt_h*")
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    assert isinstance(model, SDTHForTimm)
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.005)
+    assert model.default_cfg["input_size"] == (3, 224, 224)
+    assert dict(model.named_modules())[model.default_cfg["first_conv"]].in_channels == 3
+    assert dict(model.named_modules())[model.default_cfg["classifier"]].out_features == model.num_classes == 1000
+
+
+def test_what_the_training_script_calls():
+    model = small(drop_rate=0.1, drop_path_rate=0.2, in_chans=1, global_pool="avg").train()
+    assert model.num_classes == 5
+    assert model.stages[2].blocks[0].drop_path.probability == pytest.approx(0.2)
+    config = resolve_data_config({"input_size": (1, 96, 96)}, model=model)
+    assert config["input_size"] == (1, 96, 96)
+    assert config["interpolation"] == "bicubic"
+    model.set_grad_checkpointing(enable=True)
+    optimizer = create_optimizer_v2(model, opt="adamw", lr=1e-2, weight_decay=0.05, layer_decay=0.8)
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters()))
+    average = ModelEmaV3(model, decay=0.5)
+    before = [p.detach().clone() for p in model.parameters()]
+    loss = torch.nn.functional.cross_entropy(model(images(channels=1)), torch.tensor([1, 4]))
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model_parameters(model, exclude_head=True), 1.0)
+    optimizer.step()
+    average.update(model)
+    assert any(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_what_the_validation_script_calls(tmp_path):
+    model = small()
+    torch.save({"state_dict": model.state_dict(), "epoch": 3}, tmp_path / "model.pth.tar")
+    other = small(scriptable=False)
+    load_checkpoint(other, tmp_path / "model.pth.tar")
+    config = resolve_data_config({}, model=other, use_test_size=True)
+    assert (config["crop_pct"], config["mean"]) == (0.875, (0.485, 0.456, 0.406))
+    with torch.inference_mode():
+        assert torch.equal(other(images()), model(images()))
+
+
+def test_layer_decay_grows_with_depth():
+    model = small()
+    groups = param_groups_layer_decay(model, weight_decay=0.05, layer_decay=0.5)
+    scale = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
+    decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    parameters = dict(model.named_parameters())
+    names = [
+        "patch_embed.0.weight",
+        "stages.0.blocks.0.attn.to_q.weight",
+        "stages.1.blocks.0.attn.to_q.weight",
+        "stages.1.blocks.1.attn.to_q.weight",
+        "stages.2.downsample.0.weight",
+    ]
+    scales = [scale[id(parameters[name])] for name in names]
+    assert scales == sorted(scales)
+    assert len(set(scales)) == len(scales)
+    assert scale[id(parameters["proj.weight"])] == scales[-1]
+    assert scale[id(parameters["head.weight"])] == 1
+    for name, parameter in parameters.items():
+        assert decay[id(parameter)] == (0.05 if parameter.ndim > 1 else 0), name
+    assert param_groups_layer_decay(model, no_weight_decay_list=model.no_weight_decay())
+
+
+def test_features_and_head_make_the_logits():
+    model = small()
+    features = model.forward_features(images())
+    assert features.shape == (2, model.num_features, 4, 4)
+    assert model.forward_head(features, pre_logits=True).shape == (2, model.head_hidden_size)
+    assert torch.equal(model.forward_head(features), model(images()))
+
+
+def test_classifier_can_be_replaced_and_removed():
+    model = small()
+    assert model.get_classifier().out_features == 5
+    model.reset_classifier(9)
+    assert model(images()).shape == (2, 9)
+    assert model.num_classes == 9
+    model.reset_classifier(3, "catavgmax")
+    assert model(images()).shape == (2, 3)
+    model.reset_classifier(0)
+    assert model(images()).shape == (2, 80)
+    model.reset_classifier(0, "")
+    assert model(images()).shape == (2, 40, 4, 4)
+    assert small(num_classes=0)(images()).shape == (2, 40)
+    with pytest.raises(ValueError, match="global_pool='' leaves a map: give num_classes=0, not 4"):
+        model.reset_classifier(4)
+
+
+def test_features_only():
+    full = small()
+    model = timm.create_model("sdt_h_tiny", features_only=True, out_indices=(0, 2), **SMALL).eval()
+    assert model.feature_info.channels() == [16, 32]
+    assert model.feature_info.reduction() == [4, 16]
+    missing, unexpected = model.model.load_state_dict(full.state_dict(), strict=False)
+    assert not missing
+    assert {name.split(".")[0] for name in unexpected} == {"proj", "norm", "head"}
+    expected = full.forward_stages(images())
+    for feature_map, index in zip(model(images()), (1, 3), strict=True):
+        assert torch.equal(feature_map, expected[index])
+    default = timm.create_model("sdt_h_tiny", features_only=True)
+    assert default.feature_info.channels() == [64, 128, 256, 512]
+    assert default.feature_info.reduction() == [4, 8, 16, 32]
+
+
+def test_intermediates():
+    model = small()
+    output, maps = model.forward_intermediates(images())
+    assert torch.equal(output, model.forward_features(images()))
+    assert len(maps) == 3
+    output, maps = model.forward_intermediates(images(), indices=[-2], stop_early=True)
+    assert torch.equal(output, maps[0])
+    assert maps[0].shape == (2, 32, 8, 8)
+    assert model.prune_intermediate_layers([0]) == [0]
+    assert model(images()).shape == (2, 16, 16, 16)
+    with pytest.raises(ValueError, match="output_fmt must be 'NCHW', not 'NLC'"):
+        model.forward_intermediates(images(), output_fmt="NLC")
+
+
+def test_weights_saved_by_transformers_load(tmp_path):
+    model = small_model()
+    model.save_pretrained(tmp_path)
+    source = {"file": str(tmp_path / "model.safetensors"), "num_classes": 5}
+    loaded = small(pretrained=True, pretrained_cfg_overlay=source)
+    assert torch.equal(loaded(images()), model(images()).logits)
+
+
+def test_wrong_options_are_refused():
+    with pytest.raises(TypeError, match="img_size"):
+        small(img_size=96)
+    with pytest.raises(ValueError, match=r"images of shape \(batch, 1, height, width\)"):
+        small(in_chans=1)(images())

@@ -1,0 +1,171 @@
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors import SafetensorError
+
+from sdt_diffusion.utils import files
+from sdt_diffusion.utils.files import FolderLock, check_new, check_writable, move_into, write_atomically
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_files_are_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "curve.png"
+    write_atomically(path, lambda p: p.write_text("old"))
+
+    def half(partial):
+        assert partial.suffix == ".png"
+        partial.write_text("ne")
+        raise OSError("full")
+
+    with pytest.raises(OSError, match="full"):
+        write_atomically(path, half)
+    assert path.read_text() == "old"
+    assert names(tmp_path) == ["curve.png"]
+
+
+def test_a_full_disk_says_which_file_it_was(tmp_path):
+    def full(partial):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match=r"No space left on device: '.*curve.png'"):
+        write_atomically(tmp_path / "curve.png", full)
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("Error while serializing: I/O error: No space left on device (os error 28)", errno.ENOSPC),
+        ("Error while serializing: InvalidTensorView", errno.EIO),
+    ],
+)
+def test_what_safetensors_cannot_write_is_an_error_of_the_file(tmp_path, text, number):
+    def full(partial):
+        partial.write_text("half")
+        raise SafetensorError(text)
+
+    with pytest.raises(OSError, match=r"Error while serializing.*: '.*shard\.safetensors'") as caught:
+        write_atomically(tmp_path / "shard.safetensors", full)
+    assert caught.value.errno == number
+    assert names(tmp_path) == []
+
+
+def test_a_folder_that_takes_no_files_is_found_out_early(tmp_path):
+    check_writable(tmp_path / "new" / "folder")
+    assert list((tmp_path / "new" / "folder").iterdir()) == []
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="No file can be written there"):
+        check_writable(tmp_path / "file")
+
+
+def test_a_file_that_is_there_is_not_written_again(tmp_path):
+    check_new(tmp_path / "curve.png", ".png")
+    (tmp_path / "curve.png").write_text("precious")
+    with pytest.raises(ValueError, match=r"curve\.png exists already; give another name, or delete it"):
+        check_new(tmp_path / "curve.png", ".png")
+    with pytest.raises(ValueError, match=r"curve\.gif must end in \.png or \.jpg"):
+        check_new(tmp_path / "curve.gif", ".png", ".jpg")
+
+
+def test_moving_into_a_folder_replaces_only_what_is_new(tmp_path):
+    (tmp_path / "transformer").mkdir()
+    (tmp_path / "transformer" / "old").write_text("")
+    (tmp_path / "kept").write_text("")
+
+    def save_pipeline(folder):
+        (folder / "transformer").mkdir()
+        (folder / "transformer" / "new").write_text("")
+        (folder / "model_index.json").write_text("{}")
+
+    def full(folder):
+        save_pipeline(folder)
+        raise OSError("No space left on device")
+
+    move_into(tmp_path, save_pipeline)
+    assert names(tmp_path) == ["kept", "model_index.json", "transformer"]
+    assert names(tmp_path / "transformer") == ["new"]
+    with pytest.raises(OSError, match="No space"):
+        move_into(tmp_path, full)
+    assert names(tmp_path) == ["kept", "model_index.json", "transformer"]
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Starts a process that locks the folder, and says so."""
+    started = []
+
+    def run(*, then):
+        program = f"import os, time\nfrom files import FolderLock\nFolderLock(FOLDER).acquire()\n{then}"
+        program = program.replace("FOLDER", f"__import__('pathlib').Path({str(tmp_path)!r})")
+        command = [sys.executable, "-c", program]
+        process = subprocess.Popen(command, cwd=Path(files.__file__).parent, stdout=subprocess.PIPE, text=True)
+        started.append(process)
+        return process
+
+    yield run
+    for process in started:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def test_a_lock_keeps_other_processes_out_until_their_end(start, tmp_path):
+    other = start(then="print('locked', flush=True); time.sleep(60)")
+    assert other.stdout.readline() == "locked\n"
+    with pytest.raises(ValueError, match=f"Another process is writing to {tmp_path}: wait until it is done"):
+        FolderLock(tmp_path).acquire()
+    other.kill()
+    other.wait()
+    with FolderLock(tmp_path):
+        assert names(tmp_path) == [".lock"]
+        assert start(then="print('locked')").wait() == 1
+    assert names(tmp_path) == []
+    assert start(then="print('locked')").wait() == 0
+
+
+def test_a_worker_that_outlives_a_killed_process_does_not_hold_its_lock(start, tmp_path):
+    other = start(then="worker = os.fork()\nif worker: print(worker, flush=True)\ntime.sleep(60)")
+    worker = int(other.stdout.readline())
+    try:
+        other.kill()
+        other.wait()
+        os.kill(worker, 0)  # it lives
+        with FolderLock(tmp_path):
+            pass
+    finally:
+        os.kill(worker, 9)
+
+
+def test_a_lock_that_was_deleted_while_it_was_waited_for_is_none(tmp_path, monkeypatch):
+    lockf, calls = files.fcntl.lockf, []
+
+    def released_in_between(descriptor, operation):
+        calls.append(descriptor)
+        if len(calls) == 1:
+            (tmp_path / ".lock").unlink()
+        lockf(descriptor, operation)
+
+    monkeypatch.setattr(files.fcntl, "lockf", released_in_between)
+    with FolderLock(tmp_path):
+        assert len(calls) == 2
+        assert names(tmp_path) == [".lock"]
+
+
+@pytest.mark.parametrize("missing", ["module", "support"])
+def test_nothing_is_locked_where_there_are_no_locks(tmp_path, monkeypatch, missing):
+    def unsupported(descriptor, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    if missing == "module":
+        monkeypatch.setattr(files, "fcntl", None)
+    else:
+        monkeypatch.setattr(files.fcntl, "lockf", unsupported)
+    with FolderLock(tmp_path):
+        pass
+    assert names(tmp_path) == []

@@ -116,7 +116,7 @@ def test_a_run_that_diverges_stops_and_saves_no_pipeline(tmp_path):
         (["--resolution", "9"], "sample_size 9x9 is not divisible by patch_size 2"),
         (["--dataset", "/nowhere"], "There is no file or folder /nowhere"),
         (["--resume_from_checkpoint", "checkpoint-7"], "There is no checkpoint checkpoint-7"),
-        (["--num_validation_images", "0"], "--num_validation_images must be at least 1, not 0"),
+        (["--num_validation_images", "0"], "num_validation_images must be at least 1, not 0"),
         (["--lr_scheduler", "steep"], "'steep' is not a valid SchedulerType"),
         (["--model_overrides", '{"sample_size": [8, 16]}'], "sample_size follow from the data set and --resolution"),
     ],

@@ -199,7 +199,7 @@ def test_accuracy_counts_every_image_once():
         ({"ratio": [2.0, 1.0]}, "--ratio takes the least and the largest value"),
         ({"reprob": 2.0}, "--reprob must lie between 0 and 1, not 2.0"),
         ({"num_train_epochs": 0}, "--num_train_epochs must be above 0, not 0"),
-        ({"aug_repeats": 0}, "--aug_repeats must be at least 1, not 0"),
+        ({"aug_repeats": 0}, "aug_repeats must be at least 1, not 0"),
         ({"layer_decay": 1.5}, "--layer_decay must lie between 0 and 1, not 1.5"),
     ],
 )

@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from importlib.metadata import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -71,7 +71,7 @@ def write_model_card(folder: Path, name: str | None = None, license: str | None 
         return path
     name = name or _name_of(folder)
     results = read_results(folder, record["weights"])
-    data = previous.data if previous else ModelCardData()
+    data = cast(ModelCardData, previous.data) if previous else ModelCardData()
     data.license = license or data.license
     _fill_metadata(data, folder, record, name, results)
     kept = previous.text.partition(KEEP_MARK)[2].strip() if previous else ""

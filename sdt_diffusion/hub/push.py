@@ -9,6 +9,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,7 @@ def remove_private_paths(folder: Path) -> None:
             short = shorten_path(config.get("_name_or_path"))
             if short != config.get("_name_or_path"):
                 text = json.dumps({**config, "_name_or_path": short}, indent=2)
-                write_atomically(path, lambda partial, text=text: partial.write_text(f"{text}\n"))
+                write_atomically(path, partial(Path.write_text, data=f"{text}\n"))
 
 
 def push_folder(folder: Path, repo_id: str, args: HubArguments) -> str:

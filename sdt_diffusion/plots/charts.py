@@ -183,7 +183,7 @@ def _shorten(name: str, length: int = 24) -> str:
 
 
 def _new_figure(width: float, height: float) -> "Figure":
-    """Return a figure that is drawn to files only, whatever backend the user has set."""
+    """Return a figure that is drawn to files only, without a backend that may need a display."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, get_origin
+from typing import Any, NoReturn, get_origin
 
 import yaml
 from transformers import HfArgumentParser
@@ -73,7 +73,7 @@ errors_in_a_line = exit_on_error  # the former name
 
 
 def parse_arguments(
-    dataclass_types: Sequence[type],
+    dataclass_types: Sequence[Any],
     argv: Sequence[str],
     recipes: dict[str, Path] | None = None,
     description: str | None = None,
@@ -124,7 +124,7 @@ class _Parser(HfArgumentParser):
         """Add an argument; HfArgumentParser hands over all metadata of a field, argparse knows only its own."""
         return super().add_argument(*names, **{k: v for k, v in settings.items() if k not in OWN_METADATA})
 
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
         """End the program."""
         self.exit(2, f"{self.prog}: error: {message}\n")
 
@@ -175,7 +175,7 @@ def _find_config(parser: _Parser, given: str) -> Path:
     return RECIPES_FOLDER / f"{name}.yaml"
 
 
-def _flags_of(parser: _Parser, dataclass_types: Sequence[type], path: Path) -> list[str]:
+def _flags_of(parser: _Parser, dataclass_types: Sequence[Any], path: Path) -> list[str]:
     """Turn a YAML file into flags: so its values are checked and converted like those of the command line."""
     try:
         content = path.read_bytes()

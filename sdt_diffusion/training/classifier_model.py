@@ -192,7 +192,7 @@ class ClassifierModelArguments:
         return model
 
     def _overrides(self) -> dict[str, Any]:
-        overrides = json_object(self.model_overrides, "--model_overrides")
+        overrides = json_object(self.model_overrides, "model_overrides")
         derived = sorted(DERIVED_KEYS & set(overrides))
         if derived:
             raise ValueError(f"--model_overrides: {', '.join(derived)} follow from the data set.")

@@ -1,6 +1,5 @@
 """The arguments of a run, and the one immutable config that training goes by."""
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any, Literal
 import torch
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
-from ..utils.arguments import merged, require_at_least
+from ..utils.arguments import fields_with, merged, require_at_least
 from .ema import EMAArguments
 from .optimizer import OptimizationArguments
 
@@ -149,6 +148,4 @@ class TrainingConfig:
 
     def resumable(self) -> frozenset[str]:
         """Return the names of the arguments that a resumed run may change."""
-        dataclasses_of_script = self.arguments or (self.run, self.optimization, self.ema)
-        fields_of_script = (f for arguments in dataclasses_of_script for f in dataclasses.fields(arguments))
-        return frozenset(f.name for f in fields_of_script if f.metadata.get("resumable"))
+        return frozenset(fields_with("resumable", *(self.arguments or (self.run, self.optimization, self.ema))))

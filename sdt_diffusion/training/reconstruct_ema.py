@@ -19,7 +19,9 @@ from tqdm.auto import tqdm
 
 import sdt_diffusion  # noqa: F401  (registers the pipeline's classes with diffusers)
 
-from ..utils.arguments import errors_in_a_line, parse_arguments
+from ..hub import HubArguments, command_of, derive_record, share_run
+from ..hub.run_record import RECORD_FILE
+from ..utils.arguments import exit_on_error, parse_arguments
 from ..utils.files import check_writable, move_into, write_atomically
 from .ema import combination, power_exponent
 
@@ -142,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the script; `argv` is the command line's by default."""
     argv = sys.argv[1:] if argv is None else argv
     (args,) = parse_arguments((ReconstructionArguments,), argv, description=__doc__)
-    with errors_in_a_line(ValueError, OSError):
+    with exit_on_error(ValueError, OSError):
         if args.output_dir.exists() and (not args.output_dir.is_dir() or any(args.output_dir.iterdir())):
             raise ValueError(f"output_dir {args.output_dir} is not an empty folder: choose another.")
         if not (args.run / "model_index.json").is_file():
@@ -152,6 +154,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     pipe = DiffusionPipeline.from_pretrained(args.run)
     pipe.transformer.load_state_dict(average.weights)
     move_into(args.output_dir, pipe.save_pretrained)
+    if (args.run / RECORD_FILE).is_file():
+        changes = {
+            "command": command_of("train/reconstruct_ema.py", argv),
+            "steps": max(snapshot.step for snapshot in average.snapshots),
+            "sigma_rel": args.sigma_rel,
+            "snapshots": len(average.snapshots),
+        }
+        networks = [network for network in (pipe.transformer, pipe.vae) if network is not None]
+        with exit_on_error(ValueError, OSError):
+            share_run(HubArguments(), args.output_dir, derive_record(args.run, networks, changes))
     print(
         f"Saved the pipeline of sigma_rel {args.sigma_rel:g} at step {max(s.step for s in average.snapshots)} to "
         f"{args.output_dir}, from {len(average.snapshots)} snapshots; their profiles differ from its own by "

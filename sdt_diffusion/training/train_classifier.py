@@ -28,7 +28,7 @@ from ..data.splits import ValidationDataArguments, load_splits
 from ..hub import HubArguments, command_of, create_hub_repo, describe_run, share_run
 from ..plots import plot_accuracy_curve
 from ..sdt_h.image_processing_sdt_h import SDTHImageProcessor
-from ..utils.arguments import errors_in_a_line, parse_arguments, require_at_least
+from ..utils.arguments import exit_on_error, parse_arguments, require_at_least
 from ..utils.files import move_into, write_atomically
 from ..utils.seeding import Stream, seed_global_generators
 from .checkpoint import CheckpointError
@@ -139,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parsed
     )
 
-    with errors_in_a_line(ValueError, OSError):
+    with exit_on_error(ValueError, OSError):
         recipe_args.check_batch_size(run_args.train_batch_size)
         run_args = replace(run_args, mixed_precision=resolve_precision(run_args.mixed_precision))
         data_args = replace(data_args, image_mode=data_args.image_mode or model_args.image_mode)
@@ -190,7 +190,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             data_args.dataloader_num_workers,
         )
 
-    with errors_in_a_line(CorruptImageError, CheckpointError, NonFiniteLossError):
+    with exit_on_error(CorruptImageError, CheckpointError, NonFiniteLossError):
         train(run, ClassificationLoss(recipe_args, images.num_classes), test)
 
     if run.accelerator.is_main_process:
@@ -221,6 +221,7 @@ def save_classifier(run: TrainingRun, processor: SDTHImageProcessor, num_train_i
     write_atomically(run.output_dir / "accuracy_curve.png", lambda path: plot_accuracy_curve(records, path))
     parameters = list(run.unwrapped_model.parameters())
     results = {
+        "kind": "classifier_training",
         **[record for record in records if "test_accuracy" in record][-1],
         "train_images": num_train_images,
         "trained_parameters": sum(p.numel() for p in parameters if p.requires_grad),

@@ -31,7 +31,7 @@ from ..plots import image_grid, plot_loss_curve
 from ..sampling.arguments import SamplerArguments, set_attention_backend
 from ..sampling.generate import class_labels_for, generate
 from ..sdt import SDTPipeline, SDTTransformer2DModel
-from ..utils.arguments import errors_in_a_line, json_object, parse_arguments, require_at_least
+from ..utils.arguments import exit_on_error, json_object, parse_arguments, require_at_least
 from ..utils.files import move_into, write_atomically
 from ..utils.fingerprint import differences
 from ..utils.seeding import Draws, Stream, numpy_generator, seed_global_generators
@@ -252,7 +252,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parsed
     )
 
-    with errors_in_a_line(ValueError, OSError):
+    with exit_on_error(ValueError, OSError):
         run_args = replace(run_args, mixed_precision=resolve_precision(run_args.mixed_precision))
         sampler_args = sampler_args.with_defaults()
         vae_name = model_args.pretrained_vae_model_name_or_path
@@ -304,7 +304,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     sampling = {"seed": run_args.seed, **sampler_args.settings(pipe)}
     validate = DiffusionValidation(pipe, loss, data, held_out, validation_args.num_validation_images, sampling)
 
-    with errors_in_a_line(CorruptImageError, CheckpointError, NonFiniteLossError):
+    with exit_on_error(CorruptImageError, CheckpointError, NonFiniteLossError):
         train(run, loss, validate)
 
     if run.accelerator.is_main_process:

@@ -273,7 +273,7 @@ class SDTForImageClassification(ImageClassifierModel):
     def _init_weights(self, module: nn.Module) -> None:
         # The backbone is loaded or has initialised itself; but for its fixed embedding, which no file holds.
         if isinstance(module, SDTPatchEmbed):
-            embedding = position_embedding(module.proj.out_channels, module.grid_size, module.grid_size)
+            embedding = position_embedding(module.proj.out_channels, module.grid_size, module.grid_size, "cpu")
             module.pos_embed = embedding.to(module.pos_embed)
         elif module is self.head and not getattr(module.weight, "_is_hf_initialized", False):
             nn.init.trunc_normal_(module.weight, std=0.02)

@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from timm.layers import LayerScale
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ..attention import ContextAwareGate
-from ..blocks import LayerScale, SDTBlock
+from ..blocks import SDTBlock
 
 _NO, _LS = (None,) * 4, (None, None, 1e-6, 1e-6)
 _COLUMNS = (

@@ -6,8 +6,14 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdt_diffusion.attention import BACKENDS, SPATIAL_DECAY_VARIANTS, blockwise, spatial_decay, spatial_decay_attention
-from sdt_diffusion.attention.dense import half_decay_and_distance
+from sdt_diffusion.attention import (
+    BACKENDS,
+    SPATIAL_DECAY_VARIANTS,
+    Decay,
+    blockwise,
+    spatial_decay,
+    spatial_decay_attention,
+)
 from sdt_diffusion.attention.dispatch import default_backend
 
 GRID = (3, 4)
@@ -124,7 +130,7 @@ def test_exports_hold_torchs_own_operators():
 
 def test_the_blockwise_operator_keeps_torchs_rules_for_operators():
     query, key, value, gate, alpha = inputs()
-    half_decay, distance = half_decay_and_distance(gate.detach(), alpha.detach(), GRID, "context")
+    half_decay, distance = Decay(gate.detach(), alpha.detach(), GRID).half_decay_and_distance()
     arguments = (query, key, value, half_decay.requires_grad_(), distance, 0.5)
     torch.library.opcheck(torch.ops.sdt_diffusion.blockwise_attention.default, arguments)
 

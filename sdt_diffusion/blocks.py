@@ -100,11 +100,10 @@ class SDTAttnProcessor:
 def _diffusers_attention(name, parallel_config, query, key, value, decay, scale):
     mask = None
     if decay is not None:
-        name = AttentionBackendName(name)
-        if name.value not in MASK_BACKENDS:
+        if name not in MASK_BACKENDS:
             raise ValueError(
-                f"diffusers' attention backend {name.value!r} cannot add the spatial decay to the logits: choose one "
-                f"of {', '.join(MASK_BACKENDS)}, or one of ours by set_decay_backend(model, name)."
+                f"diffusers' attention backend {getattr(name, 'value', name)!r} cannot add the spatial decay to the "
+                f"logits: choose one of {', '.join(MASK_BACKENDS)}, or one of ours by set_decay_backend(model, name)."
             )
         mask = decay.bias().to(query.dtype)  # (B, h, N, N)
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # (B, N, h, d), diffusers' layout

@@ -106,6 +106,53 @@ def test_backends_equal_the_reference_forward_and_backward(backend, decomposed, 
         torch.testing.assert_close(result, expected)
 
 
+def masked_attention(query, key, value, decay, scale):
+    """A backend as somebody may add it: torch's fused attention with the decay as its mask."""
+    dtype = decay.gate.dtype
+    query, key, tokens = (x.to(dtype) for x in (query, key, value))
+    return F.scaled_dot_product_attention(query, key, tokens, decay.bias(), scale=scale).to(value.dtype)
+
+
+def test_a_new_backend_is_one_function_and_one_line_in_the_table(monkeypatch):
+    monkeypatch.setitem(BACKENDS, "masked", masked_attention)
+    test_none_is_plain_attention_in_one_and_in_two_passes("masked")
+    test_half_precision_keeps_the_decay_in_fp32("masked")
+    for variant in ("context", "fixed", "content", "raster"):
+        for decomposed in (False, True):
+            test_backends_equal_the_reference_forward_and_backward("masked", decomposed, variant)
+
+
+def test_only_the_reference_computes_raster_and_no_decay(monkeypatch):
+    def attend(*_):
+        raise AssertionError("This backend must not be called.")
+
+    monkeypatch.setitem(BACKENDS, "dense", attend)
+    for variant in ("raster", "none"):
+        spatial_decay_attention(*inputs(), GRID, variant=variant, backend="dense")
+
+
+@pytest.mark.parametrize("variant", ["context", "raster"])
+def test_functions_as_backends_receive_the_decay_of_each_pass(variant):
+    decays = []
+
+    def attend(query, key, value, decay, scale):
+        assert scale == 0.5
+        decays.append(decay)
+        return BACKENDS["reference"](query, key, value, decay, scale)
+
+    tensors = inputs()
+    for decomposed in (False, True):
+        output = spatial_decay_attention(*tensors, GRID, variant=variant, decomposed=decomposed, backend=attend)
+        torch.testing.assert_close(
+            output, spatial_decay_attention(*tensors, GRID, variant=variant, decomposed=decomposed)
+        )
+    assert [decay.grid_size for decay in decays] == [GRID, (1, 4), (3, 1)]
+    assert [decay.gate.shape for decay in decays] == [(2, 2, 12), (6, 2, 4), (8, 2, 3)]
+    assert {decay.variant for decay in decays} == {variant}
+    spatial_decay_attention(*tensors, GRID, variant="none", backend=lambda *args: decays.append(args[3]))
+    assert decays[-1] is None
+
+
 @pytest.mark.parametrize("scratch", [0, 1152, 2304])
 def test_blocks_of_heads_give_what_all_heads_give(monkeypatch, scratch):
     monkeypatch.setattr(blockwise, "SCRATCH_BYTES", scratch)

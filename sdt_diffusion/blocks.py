@@ -116,11 +116,11 @@ def _diffusers_attention(name, parallel_config, query, key, value, decay, scale)
 def set_decay_backend(model: nn.Module, backend: str | None) -> None:
     """Choose which of our backends computes the spatial decay attention of a whole model.
 
-    Takes back what `model.set_attention_backend` of diffusers may have set on it.
+    This replaces what `model.set_attention_backend` of diffusers may have set on the model.
 
     Args:
         model: Any module with `SDTAttention` inside: a transformer or a classifier.
-        backend: A name in `sdt_diffusion.attention.BACKENDS`; `None` for the best for the device.
+        backend: A name in `sdt_diffusion.attention.BACKENDS`; `None` for the default (see `SDTAttnProcessor`).
 
     Raises:
         ValueError: If the name is unknown (the message lists the known ones) or the model has no such attention.

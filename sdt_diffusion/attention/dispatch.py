@@ -13,7 +13,7 @@ from .formula import Decay, check_variant, reference_attention
 #: attend(query, key, value, decay, scale): the tensors as in `spatial_decay_attention`, `None` for no decay.
 Backend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Decay | None, float], torch.Tensor]
 
-#: Backends by name; a new one is a file and a line here. `none` and `raster` never reach those below the reference.
+#: Backends by name; a new one is a file and a line here. Only `reference` is called for `none` and `raster`.
 BACKENDS: dict[str, Backend] = {
     "reference": reference_attention,
     "dense": dense_attention,

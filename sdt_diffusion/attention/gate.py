@@ -1,4 +1,4 @@
-"""Context-aware gating (CAG): from tokens, and a conditioning vector, to decays."""
+"""Context-aware gating (CAG): gates of the decay from tokens and a conditioning vector."""
 
 import math
 from contextlib import nullcontext

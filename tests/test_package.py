@@ -1,12 +1,26 @@
+"""Test the package as it is imported, built and installed."""
+
+import ast
+import importlib.metadata
+import os
+import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
-PACKAGE = Path(__file__).parents[1] / "sdt_diffusion"
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "sdt_diffusion"
+SCRIPTS = sorted(path for folder in ("train", "sample", "eval") for path in (ROOT / folder).glob("*.py"))
 
 
-def run(code):
-    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=120).stdout
+def run(code, **kwargs):
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120, **kwargs)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
 
 
 def test_import_registers_the_classes_with_diffusers():
@@ -35,3 +49,63 @@ def test_attention_needs_torch_only():
         "assert 'diffusers' not in sys.modules and 'transformers' not in sys.modules\n"
     )
     run(code)
+
+
+@pytest.fixture(scope="module")
+def wheel_contents(tmp_path_factory):
+    """Build the wheel from a copy of its sources, and return the folder it is unpacked to."""
+    source, unpacked = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("unpacked")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    shutil.copytree(PACKAGE, source / "sdt_diffusion", ignore=shutil.ignore_patterns("__pycache__"))
+    run("from setuptools import build_meta; build_meta.build_wheel('dist')", cwd=source)
+    (wheel,) = (source / "dist").glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(unpacked)
+    return unpacked
+
+
+def commands_of(wheel_contents):
+    (metadata,) = wheel_contents.glob("*.dist-info")
+    return importlib.metadata.PathDistribution(metadata).entry_points
+
+
+def test_the_wheel_holds_every_file_of_the_package_and_nothing_else(wheel_contents):
+    installed = {path.relative_to(wheel_contents) for path in wheel_contents.rglob("*") if path.is_file()}
+    installed = {path for path in installed if not path.parts[0].endswith(".dist-info")}
+    sources = {path.relative_to(ROOT) for pattern in ("*.py", "*.yaml", "py.typed") for path in PACKAGE.rglob(pattern)}
+    assert installed == sources
+
+
+def test_every_script_has_a_command_of_its_name_that_calls_the_same_function(wheel_contents):
+    expected = {}
+    for path in SCRIPTS:
+        imported = next(node for node in ast.parse(path.read_text()).body if isinstance(node, ast.ImportFrom))
+        expected[f"sdt-{path.stem.replace('_', '-')}"] = f"{imported.module}:main"
+    assert {command.name: command.value for command in commands_of(wheel_contents)} == expected
+
+
+def test_every_command_of_the_wheel_shows_its_help_outside_the_checkout(wheel_contents, tmp_path):
+    values = [command.value for command in commands_of(wheel_contents)]
+    code = (
+        "import importlib, sdt_diffusion\n"
+        f"assert sdt_diffusion.__file__.startswith({str(wheel_contents)!r}), sdt_diffusion.__file__\n"
+        f"for value in {values}:\n"
+        "    module, name = value.split(':')\n"
+        "    try:\n"
+        "        getattr(importlib.import_module(module), name)(['--help'])\n"
+        "    except SystemExit as end:\n"
+        "        assert end.code == 0, value\n"
+        "    else:\n"
+        "        raise AssertionError(f'{value} went on after --help')\n"
+    )
+    shown = run(code, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(wheel_contents)})
+    assert shown.count("usage: ") == len(values)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_every_module_with_a_command_also_runs_as_a_module(script):
+    """So that `accelerate launch -m sdt_diffusion.training.train_dit` starts processes of an installed package."""
+    imported = next(node for node in ast.parse(script.read_text()).body if isinstance(node, ast.ImportFrom))
+    module = ast.parse((ROOT / f"{imported.module.replace('.', '/')}.py").read_text())
+    assert ast.unparse(module.body[-1]) == "if __name__ == '__main__':\n    main()"

@@ -3,6 +3,7 @@
 import ast
 import importlib.metadata
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+import sdt_diffusion
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "sdt_diffusion"
@@ -49,6 +52,13 @@ def test_attention_needs_torch_only():
         "assert 'diffusers' not in sys.modules and 'transformers' not in sys.modules\n"
     )
     run(code)
+
+
+def test_all_files_name_one_version():
+    patterns = {"pyproject.toml": r'^version = "(.+)"$', "CITATION.cff": r"^version: (.+)$"}
+    versions = {name: re.search(pattern, (ROOT / name).read_text(), re.M)[1] for name, pattern in patterns.items()}
+    assert versions == dict.fromkeys(patterns, sdt_diffusion.__version__)
+    assert f"\n## {sdt_diffusion.__version__}" in (ROOT / "CHANGELOG.md").read_text()
 
 
 @pytest.fixture(scope="module")

@@ -43,11 +43,22 @@ def room_of(module):
     return module.split(".")[1] if "." in module else module
 
 
-def imports_of(path):
-    """Return the modules of the package that a file imports anywhere, in functions too."""
+def imports_of(path, for_types):
+    """Return the modules of the package that a file imports anywhere, in functions too.
+
+    Args:
+        path: The file.
+        for_types: Include imports under `if TYPE_CHECKING`, which are never executed.
+    """
     package = list(path.relative_to(ROOT).parent.parts)
+    tree = ast.parse(path.read_text())
+    if not for_types:
+        conditions = [node for node in ast.walk(tree) if isinstance(node, ast.If)]
+        for node in conditions:
+            if ast.unparse(node.test) == "TYPE_CHECKING":
+                node.body = []
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -59,7 +70,10 @@ def imports_of(path):
     return {module for module in found if module in MODULES}
 
 
-IMPORTS = {module: imports_of(path) - {module} for module, path in MODULES.items()}
+#: All that a file names, and what is executed of that.
+IMPORTS, EXECUTED_IMPORTS = (
+    {module: imports_of(path, for_types) - {module} for module, path in MODULES.items()} for for_types in (True, False)
+)
 
 
 def test_every_room_has_a_floor():
@@ -83,7 +97,7 @@ def test_no_modules_import_each_other_in_a_circle():
     def visit(module, trail):
         assert module not in trail, " -> ".join([*trail[trail.index(module) :], module])
         if module not in finished:
-            for imported in sorted(IMPORTS[module]):
+            for imported in sorted(EXECUTED_IMPORTS[module]):
                 visit(imported, [*trail, module])
             finished.add(module)
 

@@ -1,4 +1,4 @@
-"""Scripts in processes of their own."""
+"""Run scripts in processes of their own, or in this one."""
 
 import importlib.util
 import subprocess
@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def run(*command, check=True):
+    """Run a command in the root of the checkout; return the finished process, with its output as text."""
     result = subprocess.run(
         [str(word) for word in command], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
     )
@@ -20,7 +21,7 @@ def run(*command, check=True):
 
 
 def assert_same_weights(a, b):
-    """Bit by bit, of what `save_pretrained` wrote to two folders."""
+    """Compare, bit by bit, the weights that `save_pretrained` wrote to two folders."""
     (a,), (b,) = (list(folder.glob("*.safetensors")) for folder in (a, b))
     a, b = load_file(a), load_file(b)
     assert a.keys() == b.keys()
@@ -29,7 +30,7 @@ def assert_same_weights(a, b):
 
 
 def load_main(script):
-    """A script's `main`, to call in this process: for what it refuses, which takes no process of its own to see."""
+    """Return a script's `main`, to call in this process, which is faster for what a script refuses."""
     spec = importlib.util.spec_from_file_location(Path(script).stem, ROOT / script)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up

@@ -27,7 +27,7 @@ TINY = {
 
 @torch.no_grad()
 def randomise(model, std=0.1, seed=0):
-    """Moves every parameter off its start, where zero modulations would hide the blocks."""
+    """Move every parameter off its start, where zero modulations would hide the blocks."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         parameter.add_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter) * std)
@@ -36,7 +36,7 @@ def randomise(model, std=0.1, seed=0):
 
 @pytest.fixture
 def make_model():
-    """Builds a tiny model with all parameters off their start."""
+    """Build a tiny model with all parameters off their start."""
 
     def make(**overrides):
         torch.manual_seed(0)
@@ -47,7 +47,7 @@ def make_model():
 
 @pytest.fixture
 def make_pipe(make_model):
-    """Builds a pixel-space pipeline around a tiny model."""
+    """Build a pixel-space pipeline around a tiny model."""
 
     def make(scheduler=None, **kwargs):
         names = {0: "ant", 1: "bee, honey bee", 2: "cat", 3: "dog", 4: "elk"}
@@ -62,7 +62,7 @@ def make_pipe(make_model):
 
 @pytest.fixture
 def tiny_vae():
-    """A randomly initialised AutoencoderKL: 2x spatial compression, 4 latent channels."""
+    """Return a randomly initialized AutoencoderKL: 2x spatial compression, 4 latent channels."""
     torch.manual_seed(0)
     return diffusers.AutoencoderKL(
         in_channels=3,
@@ -79,7 +79,7 @@ def tiny_vae():
 
 @pytest.fixture
 def tiny_dc_vae():
-    """A randomly initialised AutoencoderDC, whose latents have no variance: 2x spatial compression, 4 channels."""
+    """Return a randomly initialized AutoencoderDC, whose latents have no variance: 2x spatial compression, 4 channels."""
     torch.manual_seed(0)
     return diffusers.AutoencoderDC(
         in_channels=3,

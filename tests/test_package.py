@@ -16,6 +16,8 @@ import sdt_diffusion
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "sdt_diffusion"
+#: Names of packages that are not imported by their own name.
+IMPORT_NAMES = {"clean-fid": "cleanfid", "pillow": "PIL", "pyyaml": "yaml", "scikit-learn": "sklearn"}
 SCRIPTS = sorted(path for folder in ("train", "sample", "eval") for path in (ROOT / folder).glob("*.py"))
 
 
@@ -75,9 +77,9 @@ def wheel_contents(tmp_path_factory):
     return unpacked
 
 
-def commands_of(wheel_contents):
-    (metadata,) = wheel_contents.glob("*.dist-info")
-    return importlib.metadata.PathDistribution(metadata).entry_points
+def metadata_of(wheel_contents):
+    (folder,) = wheel_contents.glob("*.dist-info")
+    return importlib.metadata.PathDistribution(folder)
 
 
 def test_the_wheel_holds_every_file_of_the_package_and_nothing_else(wheel_contents):
@@ -87,16 +89,31 @@ def test_the_wheel_holds_every_file_of_the_package_and_nothing_else(wheel_conten
     assert installed == sources
 
 
+def test_the_wheel_requires_what_the_package_imports_and_nothing_else(wheel_contents):
+    imported = set()
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                imported.update(alias.name.split(".")[0] for alias in node.names)
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                imported.add(node.module.split(".")[0])
+    requirements = [text for text in metadata_of(wheel_contents).requires if "extra ==" not in text]
+    names = [re.match(r"[\w-]+", text)[0] for text in requirements]
+    required = {IMPORT_NAMES.get(name, name.replace("-", "_")) for name in names}
+    required -= {"tensorboard"}  # accelerate imports it, for the default tracker
+    assert imported - set(sys.stdlib_module_names) - {"sdt_diffusion"} == required
+
+
 def test_every_script_has_a_command_of_its_name_that_calls_the_same_function(wheel_contents):
     expected = {}
     for path in SCRIPTS:
         imported = next(node for node in ast.parse(path.read_text()).body if isinstance(node, ast.ImportFrom))
         expected[f"sdt-{path.stem.replace('_', '-')}"] = f"{imported.module}:main"
-    assert {command.name: command.value for command in commands_of(wheel_contents)} == expected
+    assert {command.name: command.value for command in metadata_of(wheel_contents).entry_points} == expected
 
 
 def test_every_command_of_the_wheel_shows_its_help_outside_the_checkout(wheel_contents, tmp_path):
-    values = [command.value for command in commands_of(wheel_contents)]
+    values = [command.value for command in metadata_of(wheel_contents).entry_points]
     code = (
         "import importlib, sdt_diffusion\n"
         f"assert sdt_diffusion.__file__.startswith({str(wheel_contents)!r}), sdt_diffusion.__file__\n"

@@ -62,7 +62,7 @@ def make_pipe(make_model):
 
 @pytest.fixture
 def tiny_vae():
-    """Return a randomly initialized AutoencoderKL: 2x spatial compression, 4 latent channels."""
+    """Return a random AutoencoderKL: 2x spatial compression, 4 latent channels."""
     torch.manual_seed(0)
     return diffusers.AutoencoderKL(
         in_channels=3,
@@ -79,7 +79,7 @@ def tiny_vae():
 
 @pytest.fixture
 def tiny_dc_vae():
-    """Return a randomly initialized AutoencoderDC, whose latents have no variance: 2x spatial compression, 4 channels."""
+    """Return a random AutoencoderDC, whose latents have no variance: 2x spatial compression, 4 latent channels."""
     torch.manual_seed(0)
     return diffusers.AutoencoderDC(
         in_channels=3,

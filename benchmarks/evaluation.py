@@ -25,7 +25,7 @@ from scipy import linalg
 from tqdm import tqdm
 
 from sdt_diffusion.data.raw_images import RawImages
-from sdt_diffusion.metrics.extraction import summarise
+from sdt_diffusion.metrics.extraction import summarize
 from sdt_diffusion.metrics.extractors import FeatureExtractor
 from sdt_diffusion.metrics.frechet import GaussianStatistics, frechet_distance
 from sdt_diffusion.metrics.registry import METRICS, compute_metrics
@@ -126,7 +126,7 @@ def _evaluate(queue, count, threads):
     start = time.perf_counter()
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder, contextlib.redirect_stderr(io.StringIO()):
         sides = [
-            summarise(RandomImages(count), extractor, ("pool", "spatial"), limit, 10, Path(folder))
+            summarize(RandomImages(count), extractor, ("pool", "spatial"), limit, 10, Path(folder))
             for limit in (None, 10_000)
         ]
         compute_metrics(list(METRICS), *sides)

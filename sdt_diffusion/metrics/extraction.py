@@ -23,7 +23,7 @@ from .summary import FeatureSummary
 SUBSET_SEED = 2020
 
 
-def summarise(
+def summarize(
     images: RawImages,
     extractor: FeatureExtractor,
     statistics: Sequence[str] = ("pool",),

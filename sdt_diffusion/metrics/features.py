@@ -12,7 +12,7 @@ class FeatureFile:
     """A float32 array of features in a nameless temporary file, which vanishes with the process however that ends.
 
     Read by slices or index arrays, like the array it stands for. Memory holds only what was asked for, which would not
-    be so of a mapped file, whose pages come with their neighbours.
+    be so of a mapped file, whose pages come with their neighbors.
 
     Args:
         folder: On which disk the file should be.

@@ -71,9 +71,9 @@ class RunningStatistics:
             self.origin = features.mean(0)
             self.sum = torch.zeros_like(self.origin)
             self.outer = torch.zeros(len(self.origin), len(self.origin), dtype=torch.float64, device=features.device)
-        centred = features - self.origin
-        self.sum += centred.sum(0)
-        self.outer.addmm_(centred.T, centred)
+        centered = features - self.origin
+        self.sum += centered.sum(0)
+        self.outer.addmm_(centered.T, centered)
         self.count += len(features)
 
     def result(self) -> GaussianStatistics:

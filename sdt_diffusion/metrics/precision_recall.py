@@ -6,7 +6,7 @@ import torch
 
 from .features import Features, rows_of
 
-#: Neighbours that make a ball, by convention.
+#: Neighbors that make a ball, by convention.
 NEIGHBORHOOD = 3
 
 
@@ -19,7 +19,7 @@ def precision_recall(
 ) -> tuple[float, float]:
     """How many samples lie in the manifold of the real features, and the other way round.
 
-    A manifold is the union of balls around its features, each reaching to the k-th nearest neighbour. Distances are
+    A manifold is the union of balls around its features, each reaching to the k-th nearest neighbor. Distances are
     taken in blocks, so that memory does not grow with n^2.
 
     Args:
@@ -37,32 +37,32 @@ def precision_recall(
     """
     for name, features in (("samples", samples), ("real images", real)):
         if len(features) <= neighborhood:
-            raise ValueError(f"{len(features)} {name} are too few for {neighborhood} nearest neighbours.")
+            raise ValueError(f"{len(features)} {name} are too few for {neighborhood} nearest neighbors.")
     sides = ((samples, real), (real, samples))
     return tuple(
-        _covered(points, _radii(centres, neighborhood, block, device), centres, block, device)
-        for points, centres in sides
+        _covered(points, _radii(centers, neighborhood, block, device), centers, block, device)
+        for points, centers in sides
     )
 
 
-def _radii(centres, neighborhood, block, device):
+def _radii(centers, neighborhood, block, device):
     """Squared distance of each centre to its k-th nearest other one."""
     radii = []
-    for part in _blocks(centres, block, device):
+    for part in _blocks(centers, block, device):
         nearest = torch.full((len(part), neighborhood + 1), torch.inf, dtype=torch.float64, device=device)
-        for others in _blocks(centres, block, device):
+        for others in _blocks(centers, block, device):
             distances = torch.cat([nearest, _squared_distances(part, others)], dim=1)
             nearest = distances.topk(neighborhood + 1, dim=1, largest=False).values  # itself included
         radii.append(nearest.amax(dim=1))
     return torch.cat(radii)
 
 
-def _covered(points, radii, centres, block, device):
+def _covered(points, radii, centers, block, device):
     """Fraction of points within reach of any centre."""
     covered = 0
     for part in _blocks(points, block, device):
         inside = torch.zeros(len(part), dtype=torch.bool, device=device)
-        for some, reach in zip(_blocks(centres, block, device), radii.split(block), strict=True):
+        for some, reach in zip(_blocks(centers, block, device), radii.split(block), strict=True):
             inside |= (_squared_distances(part, some) <= reach).any(dim=1)
         covered += int(inside.sum())
     return covered / len(points)

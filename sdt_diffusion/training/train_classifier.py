@@ -44,7 +44,7 @@ class ProcessedImages(Dataset):
     """Pictures as the image processor hands them to the model.
 
     Args:
-        images: Pictures and labels, see `sdt_diffusion.data.LabelledImages`.
+        images: Pictures and labels, see `sdt_diffusion.data.LabeledImages`.
         processor: What is saved with the model.
         indices: Which of them.
     """
@@ -143,6 +143,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         recipe_args.check_batch_size(run_args.train_batch_size)
         data_args.image_mode = data_args.image_mode or model_args.image_mode
         images, train_images, test_images = load_splits(data_args, validation_args, model_args.default_resolution)
+        arguments[1] = data_args = images.arguments
         recipe_args.resolve_epochs(run_args, optimization_args, len(train_images), process_state().num_processes)
 
         seed_global_generators(Stream.INITIALIZATION, run_args.seed)

@@ -116,6 +116,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         vae_name = model_args.pretrained_vae_model_name_or_path
         data = open_training_data(data_args, vae_name, model_args.config()["sample_size"], run_args.seed)
         model_args.pretrained_vae_model_name_or_path = data.vae_name
+        arguments[1] = data_args = data.arguments
         images, vae = data.images, data.vae
         if data.is_cached and validation_args.label_accuracy_samples:
             raise ValueError("--label_accuracy_samples needs the images' pixels, and not a cache of latents.")
@@ -141,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             augment=data.augment,
             further_values=diffusion_loss.by_timestep,
             identity=data.identity,
-            named_by_identity=data.named_by_identity,
+            named_by_identity=data.relocatable_arguments,
         )
         if training.accelerator.is_main_process:
             create_hub_repo(hub_args, training.output_dir)  # if that cannot be, it shows now and not in the end

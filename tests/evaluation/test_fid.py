@@ -6,7 +6,7 @@ from PIL import Image
 
 from sdt_diffusion.data.raw_images import RawImageArguments
 from sdt_diffusion.evaluation.fid import FidArguments, compare
-from sdt_diffusion.metrics.extraction import summarise
+from sdt_diffusion.metrics.extraction import summarize
 from sdt_diffusion.metrics.extractors import build_extractor
 from sdt_diffusion.metrics.summary import save_summary
 from sdt_diffusion.sampling.arguments import SamplingArguments
@@ -73,7 +73,7 @@ def test_saved_statistics_give_the_numbers_of_their_images(real, tmp_path, endin
     from sdt_diffusion.data.raw_images import FolderImages
 
     saved = tmp_path / f"reference.{ending}"
-    save_summary(saved, summarise(FolderImages(real), PIXELS, ("pool",), 22, feature_folder=tmp_path))
+    save_summary(saved, summarize(FolderImages(real), PIXELS, ("pool",), 22, feature_folder=tmp_path))
     arguments = {"samples": str(real), "num_features": 22}
     first, _ = evaluate(tmp_path / "a.json", reference=str(saved), **arguments)
     second, _ = evaluate(tmp_path / "b.json", reference=str(real), **arguments)
@@ -86,7 +86,7 @@ def test_adms_reference_serves_with_its_images(real, tmp_path):
     from sdt_diffusion.data.raw_images import FolderImages
 
     images = FolderImages(real)
-    gaussian = summarise(images, PIXELS).statistics["pool"]
+    gaussian = summarize(images, PIXELS).statistics["pool"]
     arrays = {"mu": gaussian.mean, "sigma": gaussian.covariance, "arr_0": np.stack([images[i] for i in range(25)])}
     np.savez(tmp_path / "VIRTUAL.npz", **arrays)
     record, table = evaluate(tmp_path / "a.json", samples=str(real), reference=str(tmp_path / "VIRTUAL.npz"))
@@ -104,7 +104,7 @@ def test_flags_that_would_do_nothing_are_refused(real, tmp_path):
     np.savez(tmp_path / "r.npz", mu=np.zeros(7), sigma=np.eye(7))
     np.savez(tmp_path / "i.npz", arr_0=np.zeros((9, 8, 8, 3), np.uint8))
     for name in ("r.npz", "i.npz"):
-        with pytest.raises(ValueError, match=f"--resolution does nothing to --reference .*{name}"):
+        with pytest.raises(ValueError, match=f"resolution has no effect on .*{name}"):
             evaluate(
                 tmp_path / "a.json",
                 samples=str(real),

@@ -56,10 +56,10 @@ def test_small_eigenvalues_cost_no_digits():
     """Over 40 orders of magnitude, against the singular values of the features themselves."""
     scales = torch.exp(-48 * torch.arange(64) / 64)
     first, second = (features(500, 64, seed) * scales + 0.001 * seed for seed in (0, 1))
-    centred = [(f - f.mean(0)) / np.sqrt(499) for f in (first, second)]
-    roots = [torch.linalg.qr(c).R.T for c in centred]
+    centered = [(f - f.mean(0)) / np.sqrt(499) for f in (first, second)]
+    roots = [torch.linalg.qr(c).R.T for c in centered]
     overlap = torch.linalg.svdvals(roots[0].T @ roots[1]).sum()
-    traces = sum(c.square().sum() for c in centred)
+    traces = sum(c.square().sum() for c in centered)
     expected = (first.mean(0) - second.mean(0)).square().sum() + traces - 2 * overlap
     assert frechet_distance(statistics(first), statistics(second)) == pytest.approx(expected.item(), rel=1e-9)
 

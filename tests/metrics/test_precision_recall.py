@@ -58,7 +58,7 @@ def test_blocks_and_features_on_disk_change_nothing(tmp_path):
 
 
 def test_bad_features_are_refused():
-    with pytest.raises(ValueError, match="3 real images are too few for 3 nearest neighbours"):
+    with pytest.raises(ValueError, match="3 real images are too few for 3 nearest neighbors"):
         precision_recall(features(10), features(3))
     with pytest.raises(ValueError, match="NaN or infinite"):
         precision_recall(features(10), np.full((10, 16), np.inf))

@@ -94,7 +94,7 @@ def test_numbers_have_the_issues_names_and_only_those_asked_for():
         ("inception_score", 2000, "classifier outputs/inception_v3", "score(classifier)-2k"),
     ],
 )
-def test_a_number_is_labelled_with_its_count(name, count, extractor, expected):
+def test_a_number_is_labeled_with_its_count(name, count, extractor, expected):
     named = SimpleNamespace(name=extractor, is_inception=extractor in ("inception", "cleanfid_clean"))
     assert label(name, count, named) == expected
 

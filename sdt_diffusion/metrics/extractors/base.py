@@ -43,7 +43,7 @@ class FeatureExtractor(ABC):
 
 
 def as_rgb(image: np.ndarray) -> np.ndarray:
-    """An image with three channels; grey is repeated."""
+    """An image with three channels; gray is repeated."""
     return image if image.shape[2] == 3 else np.repeat(image, 3, axis=2)
 
 

@@ -155,7 +155,7 @@ def prepare_picture(picture: Image.Image, processor: Any, num_channels: int) -> 
     """
     if num_channels == 3:
         pixel_values = processor(picture, return_tensors="pt")["pixel_values"][0]
-    else:  # processors have several ideas of what a grey PIL image is
+    else:  # processors have several ideas of what a gray PIL image is
         pixels = np.array(picture)[:, :, None]
         pixel_values = processor(pixels, return_tensors="pt", input_data_format="channels_last")["pixel_values"][0]
     if len(pixel_values) != num_channels:
@@ -166,8 +166,8 @@ def prepare_picture(picture: Image.Image, processor: Any, num_channels: int) -> 
     return pixel_values
 
 
-def undo_normalisation(pixel_values: torch.Tensor, processor: Any) -> Image.Image:
-    """The picture that a prepared one was before its colours were normalised."""
+def undo_normalization(pixel_values: torch.Tensor, processor: Any) -> Image.Image:
+    """The picture that a prepared one was before its colors were normalized."""
     pixels = pixel_values.float().cpu()
     if getattr(processor, "do_normalize", False):
         mean, std = (torch.tensor(values)[:, None, None] for values in (processor.image_mean, processor.image_std))

@@ -19,8 +19,7 @@ from accelerate import PartialState
 from ..data.raw_images import NpzImages, RawImageArguments, RawImages, open_images, refuse_preparation
 from ..metrics.extraction import summarize
 from ..metrics.extractors import ExtractorArguments, FeatureExtractor, build_extractor
-from ..metrics.registry import check_reference
-from ..metrics.summary import (
+from ..metrics.features import (
     STATISTICS_KEYS,
     FeatureSummary,
     check_summary_path,
@@ -28,6 +27,7 @@ from ..metrics.summary import (
     load_summary,
     save_summary,
 )
+from ..metrics.registry import check_reference
 from ..utils.arguments import errors_in_a_line, parse_arguments, require_at_least
 from ..utils.files import check_writable
 

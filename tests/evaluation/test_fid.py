@@ -8,7 +8,7 @@ from sdt_diffusion.data.raw_images import RawImageArguments
 from sdt_diffusion.evaluation.fid import FidArguments, compare
 from sdt_diffusion.metrics.extraction import summarize
 from sdt_diffusion.metrics.extractors import build_extractor
-from sdt_diffusion.metrics.summary import save_summary
+from sdt_diffusion.metrics.features import save_summary
 from sdt_diffusion.sampling.arguments import SamplingArguments
 
 PIXELS = build_extractor("pixels")
@@ -134,7 +134,10 @@ def test_bad_requests_are_refused_before_anything_is_written(model, real, tmp_pa
     sampling = {"model": str(model), **SAMPLING}
     for arguments, message in [
         ({"reference": str(real)}, "Give either --model, to sample from, or --samples"),
-        ({"reference": str(real), "samples": str(real), "metrics": ["sfid"]}, "--metrics sfid: the extractor pixels"),
+        (
+            {"reference": str(real), "samples": str(real), "metrics": ["sfid"]},
+            "metrics: sfid needs spatial features",
+        ),
         ({"reference": str(real), "samples": str(real), "kid_subset_size": 26}, "kid takes at least 26 samples"),
         ({"reference": str(tmp_path / "no"), "samples": str(real)}, "There is no file or folder"),
         ({"reference": str(real), "samples": str(real), "samples_npz": tmp_path / "a.zip"}, r"must end in .npz"),

@@ -6,7 +6,7 @@ from sdt_diffusion.data import CorruptImageError
 from sdt_diffusion.data.raw_images import RawImages
 from sdt_diffusion.metrics.extraction import summarize
 from sdt_diffusion.metrics.extractors.base import FeatureExtractor
-from sdt_diffusion.metrics.inception_score import inception_score
+from tests.metrics.test_inception_score import inception_score
 
 
 class Images(RawImages):

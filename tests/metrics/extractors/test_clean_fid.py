@@ -7,10 +7,10 @@ from cleanfid.features import build_feature_extractor
 from scipy import linalg
 
 from sdt_diffusion.data.raw_images import FolderImages
+from sdt_diffusion.metrics.comparison import frechet_distance
 from sdt_diffusion.metrics.extraction import summarize
 from sdt_diffusion.metrics.extractors import build_extractor
 from sdt_diffusion.metrics.extractors.inception import MODES
-from sdt_diffusion.metrics.frechet import frechet_distance
 
 
 def weights(mode, request):
@@ -68,5 +68,5 @@ def test_the_modes_resize_differently(folders, request):
 def test_files_of_other_formats_are_refused(torchscript_weights, torch_fidelity_weights):
     with pytest.raises(ValueError, match="is not the TorchScript Inception"):
         build_extractor("cleanfid_clean", str(torch_fidelity_weights))
-    with pytest.raises(ValueError, match="is no state dict"):
+    with pytest.raises(ValueError, match="is not a state dict"):
         build_extractor("cleanfid_legacy_pytorch", str(torchscript_weights))

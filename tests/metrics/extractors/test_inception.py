@@ -61,7 +61,7 @@ def test_spatial_features_are_seven_channels_of_mixed_6(extractor, folders):
     assert features["spatial"][1, (5 * 17 + 3) * 7 + 6] == seen[0][1, 6, 5, 3]
 
 
-def test_grey_images_are_the_same_in_three_channels(extractor):
+def test_gray_images_are_the_same_in_three_channels(extractor):
     gray = np.arange(64, dtype=np.uint8).reshape(8, 8, 1)
     assert torch.equal(extractor.prepare(gray), extractor.prepare(np.repeat(gray, 3, axis=2)))
 
@@ -102,6 +102,6 @@ def test_a_file_of_something_else_is_refused_and_not_run(tmp_path):
             return (path.with_suffix(".ran").touch, ())
 
     path.write_bytes(pickle.dumps(Evil()))
-    with pytest.raises(ValueError, match="is no state dict"):
+    with pytest.raises(ValueError, match="is not a state dict"):
         TorchFidelityInception(str(path))
     assert not path.with_suffix(".ran").exists()

@@ -111,7 +111,7 @@ def test_another_image_processor_is_another_extractor(vit):
 
 
 def test_what_is_missing_is_named(tmp_path, vit):
-    with pytest.raises(ValueError, match="--extractor incption: it must be one of inception, cleanfid_clean"):
+    with pytest.raises(ValueError, match="extractor 'incption': it must be one of inception, cleanfid_clean"):
         build_extractor("incption")
     with pytest.raises(FileNotFoundError, match=r"cannot be loaded as an image classifier .*config.json"):
         build_extractor(str(empty_folder(tmp_path)))

@@ -4,8 +4,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import linalg
+from torch_fidelity.metric_kid import kid_features_to_metric
+from torch_fidelity.metric_prc import prc_features_to_metric
 
-from sdt_diffusion.metrics.frechet import GaussianStatistics, RunningStatistics, frechet_distance
+from sdt_diffusion.metrics.comparison import frechet_distance, kernel_distance, manifold_coverage
+from sdt_diffusion.metrics.features import FeatureFile, GaussianStatistics, RunningGaussian
 
 
 def gaussian(mean, covariance, count=None):
@@ -17,7 +20,7 @@ def features(n, dim, seed, scale=1.0):
 
 
 def statistics(features, batch=64):
-    running = RunningStatistics()
+    running = RunningGaussian()
     for part in torch.as_tensor(features).split(batch):
         running.update(part)
     return running.result()
@@ -113,3 +116,92 @@ def test_statistics_that_cannot_be_compared_are_refused():
         frechet_distance(gaussian([0, np.nan], np.eye(2)), gaussian([0, 0], np.eye(2)))
     with pytest.raises(ValueError, match="a negative eigenvalue, -1"):
         frechet_distance(gaussian([0, 0], np.diag([1.0, -1])), gaussian([0, 0], np.eye(2)))
+
+
+def images(n, seed=0, dim=16):
+    """Features of single precision, as networks give them."""
+    return torch.randn(n, dim, generator=torch.Generator().manual_seed(seed))
+
+
+class TestKernelDistance:
+    def test_torch_fidelitys_numbers(self):
+        first, second = images(300), 1.1 * images(250, 1)
+        peer = kid_features_to_metric(
+            first.double(), second.double(), kid_subsets=10, kid_subset_size=100, verbose=False
+        )
+        expected = (peer["kernel_inception_distance_mean"], peer["kernel_inception_distance_std"])
+        assert kernel_distance(first, second, 10, 100) == pytest.approx(expected, rel=1e-11)
+
+    def test_the_definition(self):
+        """By loops over all pairs, of different images within a set."""
+        x, y = images(5, dim=2).double().numpy(), images(5, 1, dim=2).double().numpy()
+
+        def kernel(a, b):
+            return (a @ b / 2 + 1) ** 3
+
+        within = [np.mean([kernel(s[i], s[j]) for i in range(5) for j in range(5) if i != j]) for s in (x, y)]
+        between = np.mean([kernel(a, b) for a in x for b in y])
+        assert kernel_distance(x, y, subsets=1, subset_size=5)[0] == pytest.approx(
+            sum(within) - 2 * between, rel=1e-12
+        )
+
+    def test_two_sets_of_one_distribution_have_none(self):
+        """It is unbiased: smaller than its own spread, and of either sign."""
+        distances = [kernel_distance(images(400, s), images(400, s + 1), 1, 400)[0] for s in range(0, 40, 2)]
+        assert abs(np.mean(distances)) < 2 * np.std(distances) / np.sqrt(len(distances))
+        assert min(distances) < 0 < max(distances)
+
+    def test_bad_features_are_refused(self):
+        with pytest.raises(ValueError, match="20 images are too few for KID's subsets of 1000"):
+            kernel_distance(images(2000), images(20))
+        with pytest.raises(ValueError, match="NaN or infinite"):
+            kernel_distance(images(10), images(10) * torch.nan, subset_size=10)
+
+
+def precision_recall(samples, real, **how):
+    return manifold_coverage(samples, real, **how), manifold_coverage(real, samples, **how)
+
+
+class TestPrecisionAndRecall:
+    def test_of_identical_sets_all_is_covered(self):
+        assert precision_recall(images(50), images(50)) == (1, 1)
+
+    def test_of_identical_copies_all_is_covered(self):
+        """Balls of radius zero around each of 40 points: only distances of exactly zero reach into them."""
+        points = images(40, dim=2048) * 100
+        assert precision_recall(points, points.repeat(5, 1))[0] == 1
+
+    def test_of_disjoint_sets_nothing_is_covered(self):
+        assert precision_recall(images(50), images(50) + 1000) == (0, 0)
+
+    def test_samples_of_which_half_are_real(self):
+        """Half of the samples are the real images, the rest far away: precision 1/2, and every real image is found."""
+        real = images(50)
+        assert precision_recall(torch.cat([real, images(50, 1) + 1000]), real) == (0.5, 1)
+
+    def test_samples_of_one_of_two_modes(self):
+        """All samples lie in one of two equal modes: precision 1, recall 1/2."""
+        mode = images(50)
+        assert precision_recall(mode, torch.cat([mode, mode + 1000])) == (1, 0.5)
+
+    def test_torch_fidelitys_numbers(self):
+        samples, real = images(300), 1.1 * images(250, 1) + 0.1
+        peer = prc_features_to_metric(samples, real, verbose=False)
+        found = precision_recall(samples, real)
+        assert found == pytest.approx((peer["precision"], peer["recall"]), rel=1e-6)
+        assert 0.1 < min(found) < max(found) < 0.9
+
+    def test_blocks_and_features_on_disk_change_nothing(self, tmp_path):
+        samples, real = images(101), images(77, 1)
+        expected = precision_recall(samples, real)
+        assert precision_recall(samples, real, block=10) == expected
+        on_disk = FeatureFile(tmp_path, 77, 16)
+        on_disk.append(real.numpy())
+        assert precision_recall(samples.numpy(), on_disk, block=10) == expected
+        assert list(tmp_path.iterdir()) == []
+
+    def test_bad_features_are_refused(self):
+        with pytest.raises(ValueError, match="3 images are too few for 3 nearest neighbors"):
+            precision_recall(images(10), images(3))
+        with pytest.raises(ValueError, match="NaN or infinite"):
+            precision_recall(images(10), np.full((10, 16), np.inf))

@@ -5,7 +5,7 @@ timm's parts, each of them off by default and named as in timm's training script
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
 from typing import Any, Literal
@@ -22,7 +22,8 @@ from torch import nn
 from ..sdt_h.image_processing_sdt_h import SDTHImageProcessor
 from ..utils.arguments import require_at_least
 from ..utils.seeding import Draws
-from .config import OptimizationArguments, RunArguments
+from .config import RunArguments
+from .optimizer import OptimizationArguments
 
 _COUNT, _WHOLE, _NUMBER, _BOOL = r"0*[1-9]\d*", r"\d+", r"\d+(\.\d*)?", r"[01]"
 _PROBABILITY = r"0(\.\d*)?|1(\.0*)?"
@@ -134,13 +135,15 @@ class RecipeArguments:
 
     def resolve_epochs(
         self, run: RunArguments, optimization: OptimizationArguments, num_images: int, num_processes: int
-    ) -> None:
-        """Writes lengths given in epochs into `run` and `optimization` as steps; an epoch is `num_images` samples."""
+    ) -> tuple[RunArguments, OptimizationArguments]:
+        """Return the arguments with lengths given in epochs turned into steps; an epoch is `num_images` samples."""
         per_step = run.train_batch_size * run.gradient_accumulation_steps * num_processes
         if self.num_train_epochs is not None:
-            run.max_train_steps = math.ceil(self.num_train_epochs * num_images / per_step)
+            run = replace(run, max_train_steps=math.ceil(self.num_train_epochs * num_images / per_step))
         if self.lr_warmup_epochs is not None:
-            optimization.lr_warmup_steps = math.ceil(self.lr_warmup_epochs * num_images / per_step)
+            warmup = math.ceil(self.lr_warmup_epochs * num_images / per_step)
+            optimization = replace(optimization, lr_warmup_steps=warmup)
+        return run, optimization
 
 
 def build_processor(
@@ -252,6 +255,10 @@ class ClassificationLoss:
         else:
             images, targets = self.mixup(images, labels)
         return self.cross_entropy(model(images).logits.float(), targets)
+
+    def pop_values(self) -> dict[str, float]:
+        """Return nothing to log besides the loss."""
+        return {}
 
 
 def layer_decay_groups(model: nn.Module, args: RecipeArguments, weight_decay: float) -> list[dict[str, Any]] | None:

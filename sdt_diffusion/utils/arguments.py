@@ -1,6 +1,7 @@
 """Command lines and YAML files to dataclasses."""
 
 import argparse
+import copy
 import dataclasses
 import json
 import sys
@@ -60,7 +61,7 @@ def parse_arguments(
     Returns:
         An instance of each dataclass.
     """
-    parser = HfArgumentParser(
+    parser = _Parser(
         dataclass_types,
         description=description,
         allow_abbrev=False,
@@ -105,6 +106,17 @@ def errors_in_a_line(*kinds: type[Exception]) -> Iterator[None]:
 def merged(*arguments: Any) -> dict[str, Any]:
     """The values of several argument dataclasses in one flat dictionary."""
     return {key: value for instance in arguments for key, value in dataclasses.asdict(instance).items()}
+
+
+class _Parser(HfArgumentParser):
+    """Keep `resumable`, which is for training, from `argparse`, which gets all other metadata of a field."""
+
+    @staticmethod
+    def _parse_dataclass_field(parser, field):
+        metadata = {key: value for key, value in field.metadata.items() if key != "resumable"}
+        field = copy.copy(field)
+        field.metadata = metadata
+        HfArgumentParser._parse_dataclass_field(parser, field)
 
 
 def _read_yaml(parser, path, lists):

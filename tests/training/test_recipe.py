@@ -12,7 +12,8 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.modeling_outputs import ImageClassifierOutputWithNoAttention
 
-from sdt_diffusion.training.config import OptimizationArguments, RunArguments
+from sdt_diffusion.training.config import RunArguments
+from sdt_diffusion.training.optimizer import OptimizationArguments
 from sdt_diffusion.training.recipe import (
     ClassificationLoss,
     RecipeArguments,
@@ -155,7 +156,8 @@ def test_mixed_images_have_mixed_labels(kind):
 
 def test_epochs_become_steps():
     run, optimization = RunArguments(train_batch_size=4, gradient_accumulation_steps=2), OptimizationArguments()
-    RecipeArguments(num_train_epochs=3, lr_warmup_epochs=0.5).resolve_epochs(run, optimization, 100, num_processes=2)
+    recipe = RecipeArguments(num_train_epochs=3, lr_warmup_epochs=0.5)
+    run, optimization = recipe.resolve_epochs(run, optimization, 100, num_processes=2)
     assert (run.max_train_steps, optimization.lr_warmup_steps) == (19, 4)
 
 

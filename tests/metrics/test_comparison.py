@@ -67,6 +67,23 @@ def test_small_eigenvalues_cost_no_digits():
     assert frechet_distance(statistics(first), statistics(second)) == pytest.approx(expected.item(), rel=1e-9)
 
 
+def test_few_real_images_cost_no_digits_as_they_cost_peers():
+    """Against the singular values of the pixels themselves, of fewer images than dimensions."""
+    from sklearn.datasets import load_digits
+    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+
+    pixels = torch.from_numpy(load_digits().data / 16)
+    first, second = pixels[:40], pixels[40:80]
+    centered = [(f - f.mean(0)) / np.sqrt(39) for f in (first, second)]
+    traces = sum(c.square().sum() for c in centered)
+    exact = (first.mean(0) - second.mean(0)).square().sum() + traces
+    exact = (exact - 2 * torch.linalg.svdvals(centered[0] @ centered[1].T).sum()).item()
+    assert frechet_distance(statistics(first), statistics(second)) == pytest.approx(exact, rel=1e-12)
+    of_peer = [fid_features_to_statistics(f) for f in (first, second)]
+    peer = fid_statistics_to_metric(*of_peer, verbose=False)["frechet_inception_distance"]
+    assert 1e-9 < abs(peer / exact - 1) < 1e-4
+
+
 class TestAgainstPeers:
     """The same features give the peers' numbers: to 1e-9 at full rank, to 1e-6 below it, where theirs are rounded."""
 

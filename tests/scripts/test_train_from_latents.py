@@ -52,5 +52,5 @@ def test_training_from_a_cache_is_training_that_encodes_online(tiny_vae, tmp_pat
     assert (pipe.vae.config.scaling_factor, pipe.vae.config.shift_factor) == (0.5, 0.25)
     assert pipe(["bee"], num_inference_steps=1).images[0].size == (16, 16)
 
-    with pytest.raises(SystemExit, match="--label_accuracy_samples needs the images' pixels"):
+    with pytest.raises(SystemExit, match="label_accuracy_samples needs the images' pixels"):
         train("cache", "other", "--label_accuracy_samples", "10")

@@ -189,7 +189,7 @@ def test_a_data_format_is_added_by_a_line(folder, tmp_path, monkeypatch):
         assert torch.equal(from_parquet[index][0], from_folder[index][0])
 
 
-def test_sixteen_bits_a_pixel_are_not_too_many(tmp_path):
+def test_images_of_sixteen_bits_per_pixel_are_read(tmp_path):
     """A bitmap of 5, 6 and 5 bits for red, green and blue, which Pillow reads but does not write."""
     header = struct.pack("<2sIII", b"BM", 70, 0, 66) + struct.pack("<IiiHHIIiiII", 40, 1, 1, 1, 16, 3, 4, 0, 0, 0, 0)
     header += struct.pack("<III", 0xF800, 0x7E0, 0x1F)
@@ -261,7 +261,7 @@ class TestBadInput:
             load_images(DataArguments(dataset=str(tmp_path / "x.parquet")), default_resolution=8)
 
     @pytest.mark.parametrize(("label", "dtype"), [(None, "int64"), (0.7, "float64")])
-    def test_labels_that_are_none(self, tmp_path, label, dtype):
+    def test_labels_that_are_not_integers(self, tmp_path, label, dtype):
         table([0, label], label=Value(dtype)).to_parquet(tmp_path / "x.parquet")
         with pytest.raises(ValueError, match=r"row \d: .* in column 'label' is not a label"):
             load_images(DataArguments(dataset=str(tmp_path / "x.parquet")), default_resolution=8)

@@ -69,7 +69,7 @@ def test_an_npz_is_written_in_adms_layout(folder, tmp_path):
         assert np.array_equal(archive["arr_0"], PIXELS[[2, 1, 0, 3]])
 
 
-def test_grey_images_are_written_in_three_channels(tmp_path):
+def test_gray_images_are_written_in_three_channels(tmp_path):
     Image.fromarray(PIXELS[0, ..., 0]).save(tmp_path / "gray.png")
     save_npz_images(tmp_path / "out.npz", FolderImages(tmp_path, "L"))
     assert np.array_equal(np.load(tmp_path / "out.npz")["arr_0"][0], np.repeat(PIXELS[0, ..., :1], 3, axis=2))

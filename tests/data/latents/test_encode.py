@@ -60,6 +60,15 @@ def test_cached_posteriors_give_what_encoding_online_gives(encode, tiny_vae, tmp
     assert mirrored_latents > 0.01  # mirrored latents are not those of the mirror: both have to be kept
 
 
+def test_the_names_of_a_file_are_recorded(tiny_vae, tmp_path):
+    table([0, 1, 2], label=CLASSES).to_parquet(tmp_path / "x.parquet")
+    (tmp_path / "names.txt").write_text("ant weaver ant\nbee bumblebee\ncat tabby\n")
+    images = ImageArguments(dataset=str(tmp_path / "x.parquet"), class_names=str(tmp_path / "names.txt"))
+    args = EncodingArguments(tmp_path / "cache", "a-vae")
+    encode_into(args.output_dir, open_rows(images, False, 8), tiny_vae, args, progress=False)
+    assert LatentCache(tmp_path / "cache").class_names == ["weaver ant", "bumblebee", "tabby"]
+
+
 def test_a_deep_compression_autoencoder_gives_means_without_deviation(encode, tiny_dc_vae, tmp_path):
     cache = LatentCache(encode(vae=tiny_dc_vae, dtype="float32"), mirrors=True)
     images = open_rows(ImageArguments(dataset=str(tmp_path / "x.parquet")), False, 8).images
@@ -321,7 +330,7 @@ class TestBadInput:
             encode(resolution=9)
         assert not (tmp_path / "cache").exists()
 
-    def test_grey_images_for_a_vae_of_colors(self, encode):
+    def test_gray_images_for_a_vae_of_colors(self, encode):
         with pytest.raises(ValueError, match=r"The VAE takes 3 channel\(s\), and images of image_mode L have 1"):
             encode(image_mode="L")
 

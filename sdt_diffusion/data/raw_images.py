@@ -271,7 +271,7 @@ def map_npz_array(path: Path, key: str) -> np.ndarray:
                 read_header = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
                 shape, fortran_order, dtype = read_header[version[0]](member)
                 header_size = member.tell()
-                order = "F" if fortran_order else "C"
+                order: Literal["F", "C"] = "F" if fortran_order else "C"
                 if 0 in shape:
                     return np.empty(shape, dtype)
                 if entry.compress_type != zipfile.ZIP_STORED:

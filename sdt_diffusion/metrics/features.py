@@ -195,7 +195,7 @@ def save_summary(path: Path, summary: FeatureSummary) -> None:
         ValueError: If the file exists or the ending is another.
     """
     check_summary_path(path)
-    arrays = {}
+    arrays: dict[str, Any] = {}
     for kind, statistics in summary.statistics.items():
         mean_key, covariance_key = STATISTICS_KEYS[kind]
         arrays |= {mean_key: statistics.mean, covariance_key: statistics.covariance}

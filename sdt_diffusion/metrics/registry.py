@@ -245,9 +245,9 @@ def warnings_about(samples: FeatureSummary, reference: FeatureSummary, names: Se
     formats = [summary.provenance.get("format", "") for summary in (samples, reference)]
     if all(formats) and formats[0] != formats[1] and any("JPEG" in some for some in formats):
         warnings.append(f"JPEG on one side ({' against '.join(formats)}): its compression changes features too.")
-    shapes = [summary.provenance.get("shape") for summary in (samples, reference)]
+    shapes = [tuple(summary.provenance.get("shape", ())) for summary in (samples, reference)]
     if all(shapes) and shapes[0] != shapes[1]:
-        warnings.append(f"Samples are of shape {tuple(shapes[0])}, the reference's images {tuple(shapes[1])}.")
+        warnings.append(f"Samples are of shape {shapes[0]}, the reference's images {shapes[1]}.")
     return warnings
 
 

@@ -248,9 +248,9 @@ def _open_shard(folder, record, manifest) -> tuple[int, np.ndarray]:
     """Return the position of the moments in the file, in bytes, and the labels."""
     path = folder / record["file"]
     if not has_size(folder, record):
-        found = f"{path.stat().st_size} bytes long" if path.is_file() else "missing"
+        state = f"{path.stat().st_size} bytes long" if path.is_file() else "missing"
         raise ValueError(
-            f"{path} is {found}, and should have {record['num_bytes']} bytes: run the command that made the cache, "
+            f"{path} is {state}, and should have {record['num_bytes']} bytes: run the command that made the cache, "
             "which encodes what is missing."
         )
     expected = [record["num_images"], *manifest["moments_shape"]], manifest["settings"]["dtype"]

@@ -114,12 +114,13 @@ class ShardEncoder:
         moments, labels = [torch.empty(0, 2, 2, *self.latent_shape, dtype=self.dtype)], []
         self._shown = []
         for batch in batches:
-            readable = [i for i, image in enumerate(batch.images) if isinstance(image, torch.Tensor)]
+            pairs = zip(batch.images, batch.labels, strict=True)
+            readable = [(image, label) for image, label in pairs if isinstance(image, torch.Tensor)]
             if not readable:
                 continue
-            pixels = torch.stack([batch.images[i] for i in readable])
+            pixels = torch.stack([image for image, _ in readable])  # (B, channels, resolution, resolution)
             self._shown += pixels[: NUM_SHOWN - len(self._shown)]
-            labels += [batch.labels[i] for i in readable]
+            labels += [label for _, label in readable]
             moments.append(self.moments(pixels))
         return torch.cat(moments), torch.tensor(labels, dtype=torch.int64)
 

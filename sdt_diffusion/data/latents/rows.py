@@ -129,6 +129,7 @@ def open_rows(args: ImageArguments, streaming: bool, default_resolution: int) ->
         FileNotFoundError: If a path does not exist.
         ValueError: If nothing can be read there, or the columns or classes cannot be told.
     """
+    rows: StoredRows | StreamedRows
     if streaming:
         args = args.resolved(default_resolution)
         dataset = read_dataset(args, streaming=True)
@@ -186,16 +187,12 @@ def _numbers_in(class_names):
 
 
 def _grouped(rows, shard_size, batch_size) -> Iterator[tuple[int, list[Any]]]:
-    batch, key = [], None
-    for row in rows:
+    def key(row):
         shard, place = divmod(row[0], shard_size)
-        if key not in (None, (shard, place // batch_size)):
-            yield key[0], batch
-            batch = []
-        key = (shard, place // batch_size)
-        batch.append(row)
-    if batch:
-        yield key[0], batch
+        return shard, place // batch_size
+
+    for (shard, _), batch in itertools.groupby(rows, key):
+        yield shard, list(batch)
 
 
 def _decoded(decode, row, name):

@@ -49,7 +49,7 @@ class TrainingData:
         """What identifies the latents, wherever VAE and cache are stored; a run is resumed with the same ones only."""
         if self.vae is None:
             return {}
-        if self.is_cached:  # the fingerprint covers the VAE
+        if isinstance(self.images, LatentCache):  # the fingerprint covers the VAE
             return {"cache of latents": self.images.fingerprint}
         return {**describe_vae(self.vae), **LatentNormalization.of(self.vae)._asdict()}
 
@@ -98,9 +98,9 @@ def open_training_data(data: DataArguments, vae_name: str | None, default_sample
     if is_latent_cache(folder):
         return _open_cache(folder, data, vae_name, seed)
     vae = _load_vae(vae_name)
-    images = load_images(data, default_resolution=default_sample_size * vae_spatial_scale(vae))
+    data = data.resolved(default_sample_size * vae_spatial_scale(vae))
+    images = load_images(data, data.resolution)
     augment = RandomFlip(seed) if data.random_flip else None
-    data = images.arguments
     if vae is None:
         shape = (images.num_channels, data.resolution, data.resolution)
         return TrainingData(data, images, None, None, augment, shape)

@@ -126,7 +126,7 @@ def channels_of(classifier: nn.Module) -> int:
     return getattr(classifier.config, "num_channels", 3)
 
 
-def load_pretrained(auto_class: type, name: str, what: str, **kwargs: Any) -> Any:
+def load_pretrained(auto_class: Any, name: str, what: str, **kwargs: Any) -> Any:
     """Call `auto_class.from_pretrained(name, **kwargs)`.
 
     Raises:
@@ -177,5 +177,5 @@ def undo_normalization(pixel_values: torch.Tensor, processor: Any) -> Image.Imag
     if getattr(processor, "do_normalize", False):
         mean, std = (torch.tensor(values)[:, None, None] for values in (processor.image_mean, processor.image_std))
         pixels = pixels * std + mean
-    pixels = (pixels.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
-    return Image.fromarray(pixels.squeeze())
+    values = (pixels.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+    return Image.fromarray(values.squeeze())

@@ -5,7 +5,7 @@ import re
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 
 #: Endings of image files.
 IMAGE_ENDINGS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"})
@@ -49,7 +49,7 @@ class ImageDecoder:
         except UnidentifiedImageError:
             problem = "Pillow does not know its format"
         except Exception as error:
-            problem = error if any(image.values()) else "the row has no image"
+            problem = str(error) if any(image.values()) else "the row has no image"
         path = f" ({image['path']})" if image.get("path") else ""
         raise CorruptImageError(f"Cannot read the image of row {row}{path} of {dataset}: {problem}")
 
@@ -57,14 +57,14 @@ class ImageDecoder:
         with Image.open(source) as opened:
             check_bit_depth(opened)
             picture = opened.convert(self.image_mode)
-        return picture if self.as_pictures else self._to_tensor(center_crop(picture, self.resolution))
+        if self.as_pictures or self.resolution is None:
+            return picture
+        pixels = torch.from_numpy(np.array(center_crop(picture, self.resolution)))  # (H, W) or (H, W, 3)
+        pixels = pixels.reshape(self.resolution, self.resolution, len(self.image_mode))  # (H, W, C)
+        return pixels.permute(2, 0, 1).float() / 127.5 - 1  # (C, H, W)
 
-    def _to_tensor(self, image: Image.Image) -> torch.Tensor:
-        pixels = torch.from_numpy(np.array(image)).reshape(self.resolution, self.resolution, len(self.image_mode))
-        return pixels.permute(2, 0, 1).float() / 127.5 - 1
 
-
-def check_bit_depth(image: Image.Image) -> None:
+def check_bit_depth(image: ImageFile.ImageFile) -> None:
     """Refuse an image of more than 8 bits per channel, of which Pillow would drop the lower bits.
 
     Args:

@@ -103,11 +103,12 @@ class EncodedImages(RawImages):
 
     def __getitem__(self, index: int) -> np.ndarray:
         try:
-            with Image.open(self._source(index)) as image:
-                self._check(image)
+            with Image.open(self._source(index)) as opened:
+                self._check(opened)
+                image: Image.Image = opened
                 if self.resolution:
-                    image = center_crop(image.convert(self.image_mode), self.resolution)
-                return np.array(image).reshape(image.height, image.width, len(self.image_mode))
+                    image = center_crop(opened.convert(self.image_mode), self.resolution)
+                return np.array(image).reshape(image.height, image.width, len(self.image_mode))  # (H, W, C)
         except Exception as error:
             raise CorruptImageError(f"Cannot use {self.name_of(index)}: {error}") from error
 

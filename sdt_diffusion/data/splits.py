@@ -50,7 +50,7 @@ class ImageSubset:
         indices: Which of them.
     """
 
-    def __init__(self, images: LabeledImages, indices: Sequence[int]):
+    def __init__(self, images: LabeledImages, indices: Sequence[int] | np.ndarray):
         self.images, self.indices = images, np.asarray(indices)
 
     @property
@@ -129,12 +129,12 @@ def load_splits(
 
 def stratified_split(labels: np.ndarray, fraction: float) -> tuple[np.ndarray, np.ndarray]:
     """Return the rows to train on and the rows to hold out: `fraction` of every class, always the same ones."""
-    held_out = []
+    of_classes = []
     for label in np.unique(labels):
         rows = np.flatnonzero(labels == label)
         chosen = numpy_generator(Stream.HELD_OUT, HELD_OUT_SEED, int(label)).permutation(rows)
-        held_out.append(chosen[: min(round(fraction * len(rows)), len(rows) - 1)])
-    held_out = np.sort(np.concatenate(held_out))
+        of_classes.append(chosen[: min(round(fraction * len(rows)), len(rows) - 1)])
+    held_out = np.sort(np.concatenate(of_classes))
     return np.setdiff1d(np.arange(len(labels)), held_out), held_out
 
 

@@ -26,7 +26,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from ..data import CorruptImageError, LabelledImages, load_images
+from ..data import CorruptImageError, LabeledImages, load_images
 from ..data.images import ImageArguments, check_class_folders
 from ..metrics.confusion import Confusion, RunningConfusion
 from ..metrics.extractors.transformers_models import channels_of, image_mode_for, load_classifier, prepare_picture
@@ -136,7 +136,7 @@ def evaluate_accuracy(args: AccuracyArguments) -> str | None:
     return f"{format_summary(record)}\n\n{format_classes(record['classes'])}"
 
 
-def open_labelled_images(args: AccuracyArguments, num_channels: int) -> LabelledImages:
+def open_labelled_images(args: AccuracyArguments, num_channels: int) -> LabeledImages:
     """The data set, with its images as they are but for the model's number of channels.
 
     Raises:
@@ -161,7 +161,7 @@ class PreparedImages(Dataset):
     Errors are items: a worker of a data loader would wrap them in its own traceback.
     """
 
-    def __init__(self, images: LabelledImages, processor: Any, num_channels: int):
+    def __init__(self, images: LabeledImages, processor: Any, num_channels: int):
         self.images, self.processor, self.num_channels = images, processor, num_channels
 
     def __len__(self) -> int:

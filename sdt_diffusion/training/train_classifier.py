@@ -47,7 +47,7 @@ class ProcessedImages(Dataset):
     """Pictures as the image processor hands them to the model.
 
     Args:
-        images: Pictures and labels, see `sdt_diffusion.data.LabelledImages`.
+        images: Pictures and labels, see `sdt_diffusion.data.LabeledImages`.
         processor: What is saved with the model.
         indices: Which of them.
     """
@@ -144,6 +144,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         run_args = replace(run_args, mixed_precision=resolve_precision(run_args.mixed_precision))
         data_args = replace(data_args, image_mode=data_args.image_mode or model_args.image_mode)
         images, train_images, test_images = load_splits(data_args, validation_args, model_args.default_resolution)
+        data_args = images.arguments
         run_args, optimization_args = recipe_args.resolve_epochs(
             run_args, optimization_args, len(train_images), process_state().num_processes
         )

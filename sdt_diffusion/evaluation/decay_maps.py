@@ -33,7 +33,7 @@ from ..sampling.arguments import PipelineArguments, default_device, load_pipelin
 from ..sampling.generate import generate
 from ..sdt.schedulers import noise_scales
 from ..sdt.vae import decode_latents
-from ..utils.arguments import errors_in_a_line, parse_arguments
+from ..utils.arguments import exit_on_error, parse_arguments
 from ..utils.files import check_new, check_writable, write_atomically
 from ..utils.fingerprint import fingerprint
 from ..utils.seeding import Stream, torch_generator
@@ -245,6 +245,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the script; `argv` is the command line's by default."""
     argv = sys.argv[1:] if argv is None else argv
     (args,) = parse_arguments((DecayArguments,), argv, description=__doc__)
-    with errors_in_a_line(ValueError, OSError):
+    with exit_on_error(ValueError, OSError):
         draw_decays(args, default_device())
     print(f"Written to {args.output}.")

@@ -52,7 +52,7 @@ from ..sampling.arguments import SamplingArguments, load_pipeline
 from ..sampling.folder import SampleFolder, is_sample_folder, sample_into
 from ..sampling.generate import class_labels_for, random_class_labels
 from ..sdt import SDTPipeline
-from ..utils.arguments import errors_in_a_line, parse_arguments, require_at_least
+from ..utils.arguments import exit_on_error, parse_arguments, require_at_least
 from ..utils.files import check_new, check_writable, write_atomically
 
 
@@ -366,7 +366,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     types = (FidArguments, FidSamplingArguments, ExtractorArguments, RawImageArguments)
     args, sampling_args, extractor_args, image_args = parse_arguments(types, argv, description=__doc__)
     state = PartialState(cpu=not torch.cuda.is_available())
-    with errors_in_a_line(ValueError, OSError):
+    with exit_on_error(ValueError, OSError):
         with state.local_main_process_first():  # one process downloads the weights
             extractor = build_extractor(extractor_args.extractor, extractor_args.extractor_weights, state.device)
         table = compare(args, sampling_args, extractor, image_args, extractor_args.dataloader_num_workers)

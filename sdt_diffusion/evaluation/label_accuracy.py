@@ -18,7 +18,7 @@ from ..data import DataArguments, LabelledImages, load_images
 from ..sampling.arguments import SamplingArguments, default_device, load_pipeline
 from ..sampling.generate import class_labels_for, describe_sampling, generate, stack_samples
 from ..sdt import SDTPipeline
-from ..utils.arguments import errors_in_a_line, parse_arguments, require_at_least
+from ..utils.arguments import exit_on_error, parse_arguments, require_at_least
 
 
 def label_accuracy(
@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     types = (LabelAccuracyArguments, SamplingArguments, DataArguments)
     args, sampling_args, data_args = parse_arguments(types, argv, description=__doc__)
-    with errors_in_a_line(ValueError, OSError):
+    with exit_on_error(ValueError, OSError):
         pipe = load_pipeline(sampling_args, default_device())
         sample_size = pipe.transformer.config.sample_size
         if not isinstance(sample_size, int):

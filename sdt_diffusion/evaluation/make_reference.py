@@ -18,7 +18,7 @@ from ..data.raw_images import RawImageArguments, open_images
 from ..metrics.extraction import summarise
 from ..metrics.extractors import ExtractorArguments, build_extractor
 from ..metrics.summary import STATISTICS_KEYS, check_summary_path, save_summary
-from ..utils.arguments import errors_in_a_line, parse_arguments, require_at_least
+from ..utils.arguments import exit_on_error, parse_arguments, require_at_least
 from ..utils.files import check_writable
 
 
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     types = (ReferenceArguments, ExtractorArguments, RawImageArguments)
     args, extractor_args, image_args = parse_arguments(types, argv, description=__doc__)
     state = PartialState(cpu=not torch.cuda.is_available())
-    with errors_in_a_line(ValueError, OSError):
+    with exit_on_error(ValueError, OSError):
         check_summary_path(args.output)
         check_writable(args.output.parent)
         images = open_images(args.images, image_args, "images")

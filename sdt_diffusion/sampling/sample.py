@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ..data.raw_images import FolderImages, save_npz_images
 from ..plots import image_grid
-from ..utils.arguments import errors_in_a_line, parse_arguments, require_at_least
+from ..utils.arguments import exit_on_error, parse_arguments, require_at_least
 from ..utils.files import check_new, check_writable, write_atomically
 from .arguments import SamplingArguments, default_device, load_pipeline, parse_classes
 from .generate import class_labels_for, describe_sampling, generate
@@ -97,6 +97,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the script; `argv` is the command line's by default."""
     argv = sys.argv[1:] if argv is None else argv
     args, sampling_args = parse_arguments((SampleArguments, SamplingArguments), argv, description=__doc__)
-    with errors_in_a_line(ValueError, OSError):
+    with exit_on_error(ValueError, OSError):
         sampler = sample(args, sampling_args)
     print(f"Saved {args.num_images} images and their grid.png to {args.output_dir} ({sampler}).")

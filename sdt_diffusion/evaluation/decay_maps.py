@@ -106,7 +106,7 @@ def draw_decays(args: DecayArguments, device: torch.device | str = "cpu") -> Non
     if repeated:
         raise ValueError(f"blocks must name each block once; {repeated[0]} is repeated.")
     check_writable(args.output.parent)
-    recording = record_image(args, device) if args.image is not None else record_samples(args, device)
+    recording = record_image(args, args.image, device) if args.image is not None else record_samples(args, device)
     inputs = recording.inputs
     grid_size = inputs[0].decays[0].grid_size
     patches = parse_patches(args.patches, grid_size, default=2 if len(inputs) == 1 else 1)
@@ -135,25 +135,25 @@ def describe_blocks(drawn: Sequence[int], model: nn.Module) -> str:
     return f"block{'s' * (len(drawn) > 1)} {', '.join(map(str, sorted(drawn)))} of {total} (0 to {total - 1})"
 
 
-def record_image(args: DecayArguments, device: torch.device | str) -> Recording:
+def record_image(args: DecayArguments, image: Path, device: torch.device | str) -> Recording:
     """Record the decays of a classifier for an image."""
     model, processor = load_classifier(args.model, args.dtype, device)
     num_channels = channels_of(model)
     image_mode = image_mode_for(num_channels)
     try:
-        with Image.open(args.image) as opened:
+        with Image.open(image) as opened:
             check_bit_depth(opened)
             picture = opened.convert(image_mode)
     except OSError as error:
-        raise FileNotFoundError(f"image {args.image} cannot be read: {error}") from error
+        raise FileNotFoundError(f"image {image} cannot be read: {error}") from error
     except ValueError as error:
-        raise ValueError(f"image {args.image}: {error}") from error
+        raise ValueError(f"image {image}: {error}") from error
     pixel_values = prepare_picture(picture, processor, num_channels)
     with record_decays(model, args.blocks, args.attention) as decays:
         inputs = pixel_values[None].to(device, model.dtype)
         probabilities = model(inputs).logits[0].float().softmax(dim=0)
     best = int(probabilities.argmax())
-    title = f"{args.image.name}, taken for {model.config.id2label[best]!r} ({float(probabilities[best]):.0%})"
+    title = f"{image.name}, taken for {model.config.id2label[best]!r} ({float(probabilities[best]):.0%})"
     return Recording(title, model, [RecordedInput("", undo_normalisation(pixel_values, processor), decays)])
 
 
@@ -216,10 +216,8 @@ def _rows(
     attention: bool,
 ) -> Iterator[DecayRow]:
     """Yield the rows of the picture for one input; patches of another grid are moved to this block's."""
-    patches = [
-        tuple(int((i + 0.5) / old * new) for i, old, new in zip(patch, patches_grid, decay.grid_size, strict=True))
-        for patch in patches
-    ]
+    (old_rows, old_columns), (rows, columns) = patches_grid, decay.grid_size
+    patches = [(int((y + 0.5) / old_rows * rows), int((x + 0.5) / old_columns * columns)) for y, x in patches]
     factors, halves = decay_maps(decay, patches).cpu().numpy(), half_distances(decay, patches)
     for i, patch in enumerate(patches):
         heads = [f"head {head}" for head in range(len(factors[i]))]

@@ -94,7 +94,9 @@ class FidArguments:
 class FidSamplingArguments(SamplingArguments):
     """How to sample, with --model."""
 
-    model: str | None = field(default=None, metadata={"help": "Folder or Hub name of a saved pipeline."})
+    model: str | None = field(  # type: ignore[assignment]  # here, samples may be given in its place
+        default=None, metadata={"help": "Folder or Hub name of a saved pipeline."}
+    )
     num_samples: int | None = field(
         default=None,
         metadata={
@@ -161,6 +163,8 @@ class Reference:
     ) -> FeatureSummary | None:
         """Return the statistics and features asked for, from the file if it has them; see `extraction.summarise`."""
         kwargs = {"desc": "Reference", **kwargs}
+        if self.images is None:
+            return self.statistics
         if self.statistics is None:
             return summarise(self.images, extractor, statistics, num_features, **kwargs)
         if num_features and self.statistics.features is None:
@@ -207,8 +211,9 @@ def compare(
     check_metrics(metrics, extractor)
     reference = Reference.open(args.reference, image_args)
     reference.check(metrics, extractor)
-    pipe = samples = None
-    if sampling_args.model is not None:
+    pipe: Any = None
+    samples: Any = None
+    if args.samples is None:
         pipe = load_pipeline(sampling_args, PartialState().device)
         num_samples = sampling_args.num_samples or FULL_COUNT
     else:
@@ -219,20 +224,20 @@ def compare(
 
     statistics = [METRICS[name].statistics for name in metrics if METRICS[name].statistics]
     with_features = any(METRICS[name].features for name in metrics)
-    options = {
+    options: dict[str, Any] = {
         "extractor": extractor,
         "statistics": statistics,
         "num_workers": num_workers,
         "feature_folder": args.output.parent,
     }
     expected = reference.summarize(num_features=args.num_features if with_features else 0, **options)
-    if samples is None:
+    if pipe is not None:
         samples = draw_samples(pipe, sampling_args, num_samples, args.output)
         notes += _notes_on_sampling(pipe, sampling_args)
     splits = args.inception_splits if "inception_score" in metrics else 0
     num_features = None if with_features else 0
     found = summarise(samples, num_features=num_features, inception_splits=splits, desc="Samples", **options)
-    if not PartialState().is_main_process:
+    if expected is None or found is None:  # not the main process
         return None
 
     _check_dimensions(args.reference, expected, found)
@@ -264,7 +269,7 @@ def compare(
 def open_samples(name: str, count: int | None, image_args: RawImageArguments) -> RawImages:
     """Open samples of another run, of a folder of images, or of an `.npz`; `count` of them at random, or all."""
     if is_sample_folder(Path(name)):
-        images = SampleFolder(Path(name))
+        images: RawImages = SampleFolder(Path(name))
     else:
         mode = None if Path(name).suffix.lower() == ".npz" else image_args.image_mode
         images = open_images(name, RawImageArguments(image_mode=mode), "samples")

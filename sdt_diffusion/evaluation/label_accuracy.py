@@ -65,7 +65,9 @@ def svm_label_accuracy(real: LabelledImages, samples: np.ndarray, labels: Sequen
     """
     from sklearn.svm import SVC  # training imports this module and may not need the SVM
 
-    pixels = np.stack([image.permute(1, 2, 0).numpy() for image, _ in real.__getitems__(range(len(real)))]) / 2 + 0.5
+    pixels = (
+        np.stack([np.asarray(image).transpose(1, 2, 0) for image, _ in real.__getitems__(range(len(real)))]) / 2 + 0.5
+    )
     if samples.shape[1:] != pixels.shape[1:] or len(samples) != len(labels):
         raise ValueError(
             f"{len(labels)} labels and samples of shape {samples.shape} do not fit real images {pixels.shape}."

@@ -56,6 +56,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             feature_folder=args.output.parent,
             num_workers=extractor_args.dataloader_num_workers,
         )
-        if state.is_main_process:
+        if summary is not None:  # on the main process
             save_summary(args.output, summary)
             print(f"Statistics of {len(images)} images written to {args.output}.")

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
 #: Columns of a grid whose caller names no number.
 MAX_COLUMNS = 10
 #: Smallest size of the labels' font, and its part of an image's width: the labels of large images are to be readable
@@ -86,14 +88,14 @@ def _where_labels_begin(labels: Sequence[str], rows: Sequence[range]) -> set[int
     return shown
 
 
-def _fit(labels: Sequence[str], font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+def _fit(labels: Sequence[str], font: Font, width: int) -> list[str]:
     """Shorten labels to a width: to the words before their first comma, all of them if one is too long, then cut."""
     if any(font.getlength(label) > width for label in labels):
         labels = [label.partition(",")[0] for label in labels]
     return [_cut(label, font, width) for label in labels]
 
 
-def _cut(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+def _cut(text: str, font: Font, width: int) -> str:
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(text + "…") > width:

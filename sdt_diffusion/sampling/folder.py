@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +124,7 @@ def sample_into(
         made.append((image * 255).round().astype(np.uint8))
         if len(made) == batch_size or index == len(labels) - 1:
             batch = np.stack(made)
-            write_atomically(_batch_file(folder, index // batch_size), lambda path, batch=batch: np.save(path, batch))
+            write_atomically(_batch_file(folder, index // batch_size), partial(np.save, arr=batch))
             made = []
     state.wait_for_everyone()
     return SampleFolder(folder)

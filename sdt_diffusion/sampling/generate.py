@@ -27,7 +27,7 @@ def class_labels_for(num_images: int, classes: Sequence[int]) -> list[int]:
 def random_class_labels(num_images: int, classes: Sequence[int], seed: int) -> list[int]:
     """Return the labels of samples 0 to num_images - 1, each drawn from the classes by its own seed."""
     draws = (numpy_generator(Stream.SAMPLE_LABEL, seed, index).integers(len(classes)) for index in range(num_images))
-    return [classes[draw] for draw in draws]
+    return [classes[int(draw)] for draw in draws]
 
 
 def stack_samples(samples: Iterable[tuple[int, np.ndarray]]) -> np.ndarray:

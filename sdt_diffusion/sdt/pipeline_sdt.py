@@ -80,7 +80,7 @@ class SDTPipeline(DiffusionPipeline):
 
     def sampling_settings(
         self, guidance_scale: float | None = None, num_inference_steps: int | None = None
-    ) -> dict[str, float | int]:
+    ) -> dict[str, Any]:
         """Return the settings of a call: those given, else those saved with the pipeline, else the defaults.
 
         Args:
@@ -234,28 +234,28 @@ class SDTPipeline(DiffusionPipeline):
         """
         label_ids = self.prepare_class_labels(class_labels)
         settings = self.sampling_settings(guidance_scale, num_inference_steps)
-        guidance_scale, num_inference_steps = settings["guidance_scale"], settings["num_inference_steps"]
+        num_steps = settings["num_inference_steps"]
         height, width = self._check_inputs(
             height,
             width,
-            num_inference_steps,
+            num_steps,
             num_images_per_prompt,
             output_type,
             callback_on_step_end_tensor_inputs,
         )
-        self._guidance_scale = guidance_scale
+        self._guidance_scale = settings["guidance_scale"]
         self._interrupt = False
         device = self._execution_device
         class_labels = torch.tensor(label_ids, device=device).repeat_interleave(num_images_per_prompt)
 
-        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        self.scheduler.set_timesteps(num_steps, device=device)
         timesteps = self.scheduler.timesteps
         self._num_timesteps = len(timesteps)
         latents = self.prepare_latents(len(class_labels), height, width, generator, latents)
         accepted = inspect.signature(self.scheduler.step).parameters
         step_kwargs = {k: v for k, v in {"eta": eta, "generator": generator}.items() if k in accepted}
 
-        with self.progress_bar(total=num_inference_steps) as progress_bar:
+        with self.progress_bar(total=num_steps) as progress_bar:
             for i, t in enumerate(timesteps):
                 if self.interrupt:
                     continue
@@ -267,7 +267,7 @@ class SDTPipeline(DiffusionPipeline):
                 if callback_on_step_end is not None:
                     tensors = dict.fromkeys(callback_on_step_end_tensor_inputs, latents)
                     latents = (callback_on_step_end(self, i, t, tensors) or {}).get("latents", latents)
-                if (i + 1) * num_inference_steps // len(timesteps) > progress_bar.n:
+                if (i + 1) * num_steps // len(timesteps) > progress_bar.n:
                     progress_bar.update()  # second-order schedulers have two timesteps a step
 
         images = latents

@@ -65,9 +65,8 @@ def svm_label_accuracy(real: LabelledImages, samples: np.ndarray, labels: Sequen
     """
     from sklearn.svm import SVC  # training imports this module and may not need the SVM
 
-    pixels = (
-        np.stack([np.asarray(image).transpose(1, 2, 0) for image, _ in real.__getitems__(range(len(real)))]) / 2 + 0.5
-    )
+    images = [np.asarray(image) for image, _ in real.__getitems__(range(len(real)))]  # (C, H, W), -1 to 1
+    pixels = np.stack(images).transpose(0, 2, 3, 1) / 2 + 0.5  # (n, H, W, C), 0 to 1
     if samples.shape[1:] != pixels.shape[1:] or len(samples) != len(labels):
         raise ValueError(
             f"{len(labels)} labels and samples of shape {samples.shape} do not fit real images {pixels.shape}."

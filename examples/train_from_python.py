@@ -1,6 +1,6 @@
 """Train a tiny model on the digits from Python, without the script, and sample from it.
 
-    python examples/train_from_python.py outputs/from_python
+python examples/train_from_python.py outputs/from_python
 """
 
 import sys

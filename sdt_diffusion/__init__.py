@@ -5,13 +5,14 @@ import diffusers.pipelines
 
 from . import sdt
 from .sdt import SDTPipeline, SDTTransformer2DModel
+from .sdt.schedulers import swap_scheduler
 
 __version__ = "0.1.0"
-__all__ = ["SDTPipeline", "SDTTransformer2DModel"]
+__all__ = ["SDTPipeline", "SDTTransformer2DModel", "swap_scheduler"]
 
 
 def _register_with_diffusers() -> None:
-    """Makes `DiffusionPipeline.from_pretrained` find the classes named in a saved `model_index.json`.
+    """Make `DiffusionPipeline.from_pretrained` find the classes named in a saved `model_index.json`.
 
     diffusers looks a pipeline class up as its own attribute, and a component as an attribute of a subpackage of
     `diffusers.pipelines`.

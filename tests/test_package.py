@@ -37,6 +37,14 @@ def test_import_registers_the_classes_with_diffusers():
     )
 
 
+def test_swap_scheduler_is_public():
+    import sdt_diffusion
+    from sdt_diffusion.sdt import schedulers
+
+    assert sdt_diffusion.swap_scheduler is schedulers.swap_scheduler
+    assert "swap_scheduler" in sdt_diffusion.__all__
+
+
 def test_import_brings_nothing_that_diffusers_pipelines_do_not():
     imported = "print('\\n'.join(sorted(m.split('.')[0] for m in set(sys.modules))))"
     before = set(run(f"import sys, torch\nfrom diffusers import DiffusionPipeline, ModelMixin\n{imported}").split())

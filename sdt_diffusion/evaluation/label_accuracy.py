@@ -1,8 +1,9 @@
-"""How many samples of a pipeline an RBF SVM, trained on the real images, takes for the class they were made for.
+"""Measure how many samples show their class, by an RBF SVM that is trained on the real images.
 
     python eval/label_accuracy.py --model outputs/digits --dataset digits
 
-For small images and data sets only; the same measure train/train_dit.py reports at the end of the digits run.
+For small images and data sets only; train/train_dit.py reports the same measure at the end of a run on the digits.
+Guidance and steps are those saved in the pipeline.
 """
 
 import json
@@ -12,21 +13,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
-from diffusers import DiffusionPipeline
-
-import sdt_diffusion  # noqa: F401  (lets diffusers find the pipeline's classes)
 
 from ..data import DataArguments, LabeledImages, load_images
+from ..sampling.arguments import SamplingArguments, default_device, load_pipeline
 from ..sampling.generate import class_labels_for, describe_sampling, generate, stack_samples
 from ..sdt import SDTPipeline
-from ..utils.arguments import parse_arguments, require_at_least
+from ..utils.arguments import exit_on_error, parse_arguments, require_at_least
 
 
 def label_accuracy(
-    pipe: SDTPipeline, real: LabeledImages, num_images: int, sampling: dict[str, Any], batch_size: int = 250
+    pipe: SDTPipeline, real: LabeledImages, num_images: int, sampling: dict[str, Any], batch_size: int = 64
 ) -> dict[str, Any]:
-    """How many samples an RBF SVM, trained on the real images, takes for the class they were made for.
+    """Return the fraction of samples that an RBF SVM, trained on the real images, gives their label.
 
     Args:
         pipe: The pipeline.
@@ -36,7 +34,10 @@ def label_accuracy(
         batch_size: Samples at a time.
 
     Returns:
-        `label_accuracy`, `num_images`, `num_real_images`, and the `sampler` in words.
+        `kind`, `label_accuracy`, `num_images`, `num_real_images`, and the `sampler` in words.
+
+    Raises:
+        ValueError: If the samples are not of the real images' size, or the pipeline has fewer classes.
     """
     labels = class_labels_for(num_images, range(real.num_classes))
     samples = stack_samples(generate(pipe, labels, batch_size=batch_size, output_type="np", **sampling))
@@ -50,9 +51,9 @@ def label_accuracy(
 
 
 def svm_label_accuracy(real: LabeledImages, samples: np.ndarray, labels: Sequence[int]) -> float:
-    """Fraction of samples that an RBF support vector machine, trained on the pixels of real images, gives their label.
+    """Return the fraction of samples to which an RBF support vector machine gives the label they were made for.
 
-    A measure for small images and data sets, such as the digits.
+    The machine is trained on the pixels of the real images: a measure for small images and data sets, such as digits.
 
     Args:
         real: The real images, all of which are read into memory.
@@ -62,9 +63,10 @@ def svm_label_accuracy(real: LabeledImages, samples: np.ndarray, labels: Sequenc
     Raises:
         ValueError: If the samples are not of the real images' size, or not as many as the labels.
     """
-    from sklearn.svm import SVC
+    from sklearn.svm import SVC  # training imports this module and may not need the SVM
 
-    pixels = np.stack([image.permute(1, 2, 0).numpy() for image, _ in real.__getitems__(range(len(real)))]) / 2 + 0.5
+    images = [np.asarray(image) for image, _ in real.__getitems__(range(len(real)))]  # (C, H, W), -1 to 1
+    pixels = np.stack(images).transpose(0, 2, 3, 1) / 2 + 0.5  # (n, H, W, C), 0 to 1
     if samples.shape[1:] != pixels.shape[1:] or len(samples) != len(labels):
         raise ValueError(
             f"{len(labels)} labels and samples of shape {samples.shape} do not fit real images {pixels.shape}."
@@ -75,31 +77,28 @@ def svm_label_accuracy(real: LabeledImages, samples: np.ndarray, labels: Sequenc
 
 
 @dataclass
-class EvaluationArguments:
-    """What to sample."""
+class LabelAccuracyArguments:
+    """How many samples to judge."""
 
-    model: str = field(metadata={"help": "Folder of a saved pipeline."})
-    num_images: int = field(default=1000, metadata={"help": "Samples, the classes in turn."})
-    seed: int = field(default=0, metadata={"help": "Seed of the samples."})
-    guidance_scale: float = field(default=1.5, metadata={"help": "Classifier-free guidance."})
-    num_inference_steps: int = field(default=25, metadata={"help": "Sampling steps."})
-    batch_size: int = field(default=250, metadata={"help": "Images at a time."})
+    num_images: int = field(
+        default=1000, metadata={"help": "Samples, the classes in turn.", "aliases": ["--num_samples"]}
+    )
 
     def __post_init__(self):
-        require_at_least(self, 0, "seed")
-        require_at_least(self, 1, "num_images", "num_inference_steps", "batch_size")
+        require_at_least(self, 1, "num_images")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the script; `argv` is the command line's by default."""
     argv = sys.argv[1:] if argv is None else argv
-    args, data_args = parse_arguments((EvaluationArguments, DataArguments), argv, description=__doc__)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    pipe = DiffusionPipeline.from_pretrained(args.model).to(device)
-    images = load_images(data_args, pipe.transformer.config.sample_size * pipe.vae_scale_factor)
-    sampling = {
-        "seed": args.seed,
-        "guidance_scale": args.guidance_scale,
-        "num_inference_steps": args.num_inference_steps,
-    }
-    print(json.dumps(label_accuracy(pipe, images, args.num_images, sampling, args.batch_size)))
+    types = (LabelAccuracyArguments, SamplingArguments, DataArguments)
+    args, sampling_args, data_args = parse_arguments(types, argv, description=__doc__)
+    with exit_on_error(ValueError, OSError):
+        pipe = load_pipeline(sampling_args, default_device())
+        sample_size = pipe.transformer.config.sample_size
+        if not isinstance(sample_size, int):
+            raise ValueError(f"model: {sampling_args.model} does not make square images, but {sample_size}.")
+        images = load_images(data_args, sample_size * pipe.vae_scale_factor)
+        settings = sampling_args.settings(pipe)
+        results = label_accuracy(pipe, images, args.num_images, settings, sampling_args.batch_size)
+    print(json.dumps(results))

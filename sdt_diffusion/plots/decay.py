@@ -1,4 +1,4 @@
-"""What attention's decay lets each head look at."""
+"""Draw maps of the decay of attention, head by head."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-#: Kind of row -> colours, and what they mean.
+#: Kind of row -> colormap, and what its colors mean.
 KINDS = {
     "decay": ("magma", "exp(M): factor of the decay on attention"),
     "attention": ("viridis", "attention, relative to the map's highest"),
@@ -15,11 +15,12 @@ KINDS = {
 MARK = "#00e5ff"
 #: Maps in a line; more go to the next.
 COLUMNS = 8
-#: In inches: a map, space between maps, at the left for labels, beneath a map, above a section, above and below all.
+#: Sizes in inches: a map; the space between maps, at the left for labels, below a map, above a section, above all and
+#: below all.
 CELL, GAP, LEFT, NOTE, SECTION, TOP, BOTTOM = 1.1, 0.08, 0.85, 0.2, 0.3, 0.72, 0.75
 #: Characters of a title that fit into the narrowest picture.
 MAX_TITLE = 75
-#: The mark is at least such a part of a picture, around patches that are smaller.
+#: Smallest side of the mark around a patch, as a part of the picture.
 MIN_MARK = 1 / 14
 
 
@@ -28,12 +29,12 @@ class DecayRow:
     """One patch, and a map for each head.
 
     Args:
-        kind: Of `KINDS`.
-        label: At the left.
-        picture: What the network sees; `None` for the same as above.
+        kind: A key of `KINDS`.
+        label: Text at the left.
+        picture: What the network sees; `None` for the same as in the row above.
         patch: Row and column of the patch.
-        maps: 0 to 1, shape (heads, rows, columns).
-        notes: Beneath each map.
+        maps: Values from 0 to 1, shape (heads, rows, columns).
+        notes: Text below each map.
     """
 
     kind: str
@@ -45,12 +46,12 @@ class DecayRow:
 
     @property
     def num_lines(self) -> int:
-        """Lines of at most `COLUMNS` maps."""
+        """Number of lines of at most `COLUMNS` maps."""
         return -(-len(self.maps) // COLUMNS)
 
     @property
     def height(self) -> float:
-        """Of a line of maps, in inches; they are `CELL` wide."""
+        """Height of a line of maps in inches; a map is `CELL` wide."""
         return CELL * self.maps.shape[1] / self.maps.shape[2]
 
 
@@ -63,13 +64,15 @@ class DecaySection:
 
 
 def plot_decays(sections: Sequence[DecaySection], title: str, caption: str, path: Path) -> None:
-    """A section a block, a row a patch, a map a head; all maps of a kind have one scale of colours, 0 to 1.
+    """Draw a section for each block, in it a row for each patch, and in that a map for each head.
+
+    All maps of a kind share one color scale, 0 to 1.
 
     Args:
         sections: The blocks.
-        title: Above all.
-        caption: Beneath the title, two lines.
-        path: PNG to write.
+        title: Title of the picture; one that is too long is cut.
+        caption: Two lines below the title.
+        path: PNG file to write.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.cm import ScalarMappable
@@ -108,25 +111,25 @@ def plot_decays(sections: Sequence[DecaySection], title: str, caption: str, path
 
     kinds = [kind for kind in KINDS if any(row.kind == kind for row in rows)]
     for i, kind in enumerate(kinds):
-        colours, meaning = KINDS[kind]
+        colormap, meaning = KINDS[kind]
         bar = axes_at(LEFT + i * (width - LEFT) / 2, height - BOTTOM + 0.15, 2.7, 0.12)
-        figure.colorbar(ScalarMappable(cmap=colours), cax=bar, orientation="horizontal")
+        figure.colorbar(ScalarMappable(cmap=colormap), cax=bar, orientation="horizontal")
         bar.tick_params(labelsize=8)
         bar.set_xlabel(meaning, fontsize=9)
     figure.savefig(path, dpi=150)
 
 
-def _left_of(column):
-    """Where a map begins; the picture of what the network sees stands before the first."""
+def _left_of(column: int) -> float:
+    """Return where a map begins in inches; the picture of what the network sees is to the left of the first."""
     return LEFT + (column + 1) * (CELL + GAP) + GAP
 
 
-def _show(axes, picture, row, **colours):
-    """An image or a map, in the grid's coordinates, with the patch marked."""
+def _show(axes, picture: Image.Image | np.ndarray, row: DecayRow, **colors) -> None:
+    """Draw an image or a map in the grid's coordinates, with the patch marked."""
     from matplotlib.patches import Rectangle
 
     rows, columns = row.maps.shape[1:]
-    axes.imshow(picture, extent=(0, columns, rows, 0), aspect="auto", interpolation="nearest", **colours)
+    axes.imshow(picture, extent=(0, columns, rows, 0), aspect="auto", interpolation="nearest", **colors)
     side = max(1, MIN_MARK * columns)
     y, x = (i + 0.5 - side / 2 for i in row.patch)
     axes.add_patch(Rectangle((x, y), side, side, fill=False, edgecolor=MARK, linewidth=1.5, clip_on=False))

@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline
 from safetensors import SafetensorError
 
 from ..attention import BACKENDS
-from ..blocks import SDTAttnProcessor
+from ..blocks import set_decay_backend
 from ..sdt import SDTPipeline, SDTTransformer2DModel
 from ..sdt.pipeline_sdt import DEFAULT_GUIDANCE_SCALE, DEFAULT_NUM_INFERENCE_STEPS
 from ..sdt.schedulers import swap_scheduler
@@ -146,7 +146,7 @@ def set_attention_backend(model: SDTTransformer2DModel, name: str | None) -> Non
     if name is None:
         return
     if name in BACKENDS:
-        model.set_attn_processor(SDTAttnProcessor(name))
+        set_decay_backend(model, name)
         return
     try:
         model.set_attention_backend(name)

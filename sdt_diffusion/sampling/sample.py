@@ -1,93 +1,102 @@
-"""Samples images of given classes from a saved pipeline: PNG files, a labelled grid, and ADM's .npz if wanted.
+"""Sample images of given classes from a saved pipeline: PNG files, a labeled grid, and ADM's .npz if wanted.
 
     python sample/sample.py --model outputs/digits --classes 3 7 --num_images 64 --output_dir outputs/threes_and_sevens
 
-Sample i has its own seed, so that it is the same picture whatever the batch size and the number of images.
+Guidance and steps are those saved in the pipeline. Each sample has its own seed, so that it is the same picture
+whatever the batch size and the number of images.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-
-import torch
-from diffusers import DiffusionPipeline
-
-import sdt_diffusion  # noqa: F401  (lets diffusers find the pipeline's classes)
 
 from ..data.raw_images import FolderImages, save_npz_images
 from ..plots import image_grid
-from ..sdt.schedulers import swap_scheduler
-from ..utils.files import write_atomically
+from ..utils.arguments import exit_on_error, parse_arguments, require_at_least
+from ..utils.files import check_new, check_writable, write_atomically
+from .arguments import SamplingArguments, default_device, load_pipeline, parse_classes
 from .generate import class_labels_for, describe_sampling, generate
 
 GRID_IMAGES = 100
 
 
-def parse(argv):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+@dataclass(kw_only=True)
+class SampleArguments:
+    """Which images to sample, and where to write them."""
+
+    output_dir: Path = field(metadata={"help": "New or empty folder for the images."})
+    classes: list[str] = field(
+        default_factory=list, metadata={"help": "Class ids or names, taken in turn; all by default."}
     )
-    parser.add_argument("--model", required=True, help="Folder or Hub name of a saved pipeline.")
-    parser.add_argument("--classes", nargs="+", help="Class ids or names, taken in turn; all by default.")
-    parser.add_argument("--num_images", type=int, default=64, help="Images in all.")
-    parser.add_argument("--output_dir", type=Path, required=True, help="New or empty folder for the images.")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--guidance_scale", type=float, default=4.0)
-    parser.add_argument("--num_inference_steps", type=int, default=50)
-    parser.add_argument("--scheduler", help="Class name of another diffusers scheduler than the saved one.")
-    parser.add_argument("--npz", action="store_true", help="Also write samples.npz in the layout of ADM's evaluation.")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
-    args = parser.parse_args(argv)
-    if min(args.num_images, args.batch_size, args.num_inference_steps) < 1 or args.seed < 0:
-        parser.error("--num_images, --batch_size and --num_inference_steps must be at least 1, --seed at least 0.")
+    num_images: int = field(default=64, metadata={"help": "Images in all.", "aliases": ["--num_samples"]})
+    samples_npz: Path | None = field(
+        default=None, metadata={"help": "Also write the samples to this .npz, for ADM's evaluation."}
+    )
+    npz: bool = field(
+        default=False, metadata={"help": "Older form of --samples_npz with samples.npz in --output_dir."}
+    )
+    device: str | None = field(default=None, metadata={"help": "Torch device; a GPU if there is one by default."})
+
+    def __post_init__(self):
+        require_at_least(self, 1, "num_images")
+        if self.npz and self.samples_npz is None:
+            self.samples_npz = self.output_dir / "samples.npz"
+
+
+def sample(args: SampleArguments, sampling_args: SamplingArguments) -> str:
+    """Sample what the arguments ask for into `output_dir`.
+
+    Returns:
+        The sampler in words.
+
+    Raises:
+        FileNotFoundError: If the model is not there.
+        OSError: If no file can be written.
+        ValueError: If the arguments do not fit together or to the model, or the output folder is not empty.
+    """
     if args.output_dir.exists() and (not args.output_dir.is_dir() or any(args.output_dir.iterdir())):
-        parser.error(f"--output_dir {args.output_dir} is not an empty folder: choose another.")
-    return parser, args
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the script; `argv` is the command line's by default."""
-    argv = sys.argv[1:] if argv is None else argv
-    parser, args = parse(argv)
-    pipe = DiffusionPipeline.from_pretrained(args.model, dtype=getattr(torch, args.dtype)).to(args.device)
-    num_classes = pipe.transformer.config.num_classes
-    given = args.classes or range(num_classes)
-    try:
-        if args.scheduler:
-            pipe.scheduler = swap_scheduler(pipe.scheduler, args.scheduler)
-        # A word that names a class is that class, else a number is an id: the digits' names are numbers themselves.
-        classes = pipe.prepare_class_labels(
-            [int(c) if isinstance(c, str) and c not in pipe.labels and c.lstrip("-").isdigit() else c for c in given]
-        )
-    except ValueError as error:
-        parser.error(str(error))
-
-    sampling = {
-        "seed": args.seed,
-        "guidance_scale": args.guidance_scale,
-        "num_inference_steps": args.num_inference_steps,
-    }
+        raise ValueError(f"output_dir {args.output_dir} is not an empty folder: choose another.")
+    if args.samples_npz is not None:
+        check_new(args.samples_npz, ".npz")
+    pipe = load_pipeline(sampling_args, args.device or default_device())
+    classes = parse_classes(pipe, args.classes) if args.classes else list(range(pipe.transformer.config.num_classes))
+    settings = sampling_args.settings(pipe)
     labels = class_labels_for(args.num_images, classes)
+
     folder = args.output_dir / "images"
-    folder.mkdir(parents=True)
+    check_writable(folder)
+    if args.samples_npz is not None:
+        check_writable(args.samples_npz.parent)
     shown = []
-    mode = "L" if pipe.transformer.config.in_channels == 1 else "RGB"
-    for index, image in generate(pipe, labels, batch_size=args.batch_size, **sampling):
+    for index, image in generate(pipe, labels, batch_size=sampling_args.batch_size, **settings):
         image.save(folder / f"{index:06d}-class{labels[index]}.png")
         if index < GRID_IMAGES:
             shown.append((classes.index(labels[index]), image))
     shown.sort(key=lambda pair: pair[0])
     texts = [pipe.id2label.get(classes[rank], str(classes[rank])) for rank, _ in shown]
-    columns = min(10, -int(-(len(shown) ** 0.5) // 1))
-    image_grid([image for _, image in shown], texts, columns).save(args.output_dir / "grid.png")
-    if args.npz:
-        images = FolderImages(folder, mode)
-        write_atomically(args.output_dir / "samples.npz", lambda path: save_npz_images(path, images))
-    description = describe_sampling(pipe, sampling)
-    record = {"model": args.model, "sampler": description, "dtype": args.dtype, **sampling, "labels": labels}
+    image_grid([image for _, image in shown], texts).save(args.output_dir / "grid.png")
+    if args.samples_npz is not None:
+        images = FolderImages(folder, "L" if pipe.transformer.config.in_channels == 1 else "RGB")
+        write_atomically(args.samples_npz, lambda path: save_npz_images(path, images))
+    sampler = describe_sampling(pipe, settings)
+    record = {
+        "kind": "samples",
+        "model": sampling_args.model,
+        "sampler": sampler,
+        "dtype": sampling_args.dtype,
+        **settings,
+        "labels": labels,
+    }
     (args.output_dir / "samples.json").write_text(json.dumps(record, indent=2))
-    print(f"Saved {args.num_images} images and their grid.png to {args.output_dir} ({description}).")
+    return sampler
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the script; `argv` is the command line's by default."""
+    argv = sys.argv[1:] if argv is None else argv
+    args, sampling_args = parse_arguments((SampleArguments, SamplingArguments), argv, description=__doc__)
+    with exit_on_error(ValueError, OSError):
+        sampler = sample(args, sampling_args)
+    print(f"Saved {args.num_images} images and their grid.png to {args.output_dir} ({sampler}).")

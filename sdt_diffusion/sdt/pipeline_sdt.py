@@ -1,4 +1,4 @@
-"""SDTPipeline: from class labels to images, under any of diffusers' DDPM-family or flow-matching schedulers."""
+"""Generate images from class labels, with any of diffusers' DDPM-family or flow-matching schedulers."""
 
 import inspect
 from collections.abc import Callable, Sequence
@@ -21,7 +21,7 @@ class SDTPipeline(DiffusionPipeline):
     """Class-conditional image generation with an `SDTTransformer2DModel`.
 
     Args:
-        transformer: Predicts what the scheduler's `prediction_type` names: noise, v, or flow.
+        transformer: The model; it predicts noise, v or flow, as the scheduler's `prediction_type` says.
         scheduler: Any DDPM-family scheduler for `epsilon` or `v_prediction` models, any flow-matching one for flows.
         vae: Decodes latents to pixels; without one the transformer works in pixels, -1 to 1.
         id2label: Label to class name; a name may hold several words for the class, separated by commas.
@@ -44,7 +44,7 @@ class SDTPipeline(DiffusionPipeline):
     ):
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
-        self.id2label = {int(label): name for label, name in (id2label or {}).items()}  # JSON has made them strings
+        self.id2label = {int(label): name for label, name in (id2label or {}).items()}  # in JSON, keys are strings
         self.register_to_config(
             id2label=self.id2label, guidance_scale=guidance_scale, num_inference_steps=num_inference_steps
         )
@@ -55,7 +55,7 @@ class SDTPipeline(DiffusionPipeline):
 
     @property
     def labels(self) -> dict[str, int]:
-        """Class name to label id, for the names that mean one class only."""
+        """Label id of each class name that means one class only."""
         return {name: ids[0] for name, ids in self._labels_of_name.items() if len(ids) == 1}
 
     @property
@@ -65,12 +65,12 @@ class SDTPipeline(DiffusionPipeline):
 
     @property
     def guidance_scale(self) -> float:
-        """The guidance scale of the running call; a step callback may change `_guidance_scale`."""
+        """Guidance scale of the running call, or of the last one; a step callback may change `_guidance_scale`."""
         return self._guidance_scale
 
     @property
     def do_classifier_free_guidance(self) -> bool:
-        """Whether the running call guides: diffusers' convention, `guidance_scale > 1`."""
+        """Whether the running call uses guidance: `guidance_scale > 1`, diffusers' convention."""
         return self._guidance_scale > 1
 
     @property
@@ -80,7 +80,7 @@ class SDTPipeline(DiffusionPipeline):
 
     def sampling_settings(
         self, guidance_scale: float | None = None, num_inference_steps: int | None = None
-    ) -> dict[str, float | int]:
+    ) -> dict[str, Any]:
         """Return the settings of a call: those given, else those saved with the pipeline, else the defaults.
 
         Args:
@@ -102,7 +102,7 @@ class SDTPipeline(DiffusionPipeline):
         }
 
     def get_label_ids(self, label: str | Sequence[str]) -> list[int]:
-        """Maps class names to label ids.
+        """Return the label ids of class names.
 
         Raises:
             ValueError: If a name is unknown, or means several classes.
@@ -121,7 +121,7 @@ class SDTPipeline(DiffusionPipeline):
         return [self._labels_of_name[name][0] for name in names]
 
     def prepare_class_labels(self, class_labels: Any) -> list[int]:
-        """Turns ids, names, or a sequence or tensor of them into a list of label ids.
+        """Turn ids, names, or a sequence or tensor of them into a list of label ids.
 
         Raises:
             ValueError: If a label is out of range, of a wrong type, or an unknown name.
@@ -151,7 +151,7 @@ class SDTPipeline(DiffusionPipeline):
         generator: torch.Generator | list[torch.Generator] | None,
         latents: torch.Tensor | None,
     ) -> torch.Tensor:
-        """The start of the sampling: noise (or the given latents) times the scheduler's initial sigma, in fp32."""
+        """Return the start of sampling: noise, or the given latents, times the scheduler's initial sigma, in fp32."""
         shape = (
             batch_size,
             self.transformer.config.in_channels,
@@ -165,27 +165,27 @@ class SDTPipeline(DiffusionPipeline):
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         elif tuple(latents.shape) != shape:
             raise ValueError(f"`latents` has shape {tuple(latents.shape)}; {shape} is needed.")
-        # Flow-matching schedulers start at sigma 1 and have no such attribute.
+        # Flow-matching schedulers start at sigma 1 and lack this attribute.
         return latents.to(device, torch.float32) * getattr(self.scheduler, "init_noise_sigma", 1.0)
 
     def predict(self, latents: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor) -> torch.Tensor:
-        """The model's prediction at a timestep, guided over all channels: uncond + scale (cond - uncond).
+        """Predict at a timestep with guidance on all channels: uncond + scale (cond - uncond).
 
-        A learned variance, the second half of twice as many channels, is taken from the conditional branch.
+        A learned variance, which is the second half of twice as many channels, comes from the conditional prediction.
         """
         channels = latents.shape[1]
         if self.do_classifier_free_guidance:
             null_class = torch.full_like(class_labels, self.transformer.config.num_classes)
-            latents, class_labels = torch.cat([latents, latents]), torch.cat([class_labels, null_class])
-        # One timestep per sample: a scalar from the scheduler would make compiled models specialise on it.
+            latents, class_labels = torch.cat([latents, latents]), torch.cat([class_labels, null_class])  # (2B, ...)
+        # One timestep per sample: a scalar from the scheduler would make compiled models specialize on it.
         timestep = timestep.to(latents.device).expand(latents.shape[0])
         with self.transformer.cache_context("cond_uncond"):
             inputs = (latents.to(self.transformer.dtype), timestep, class_labels)
-            prediction = self.transformer(*inputs, return_dict=False)[0].float()
+            prediction = self.transformer(*inputs, return_dict=False)[0].float()  # (2B, C or 2C, H, W)
         if self.do_classifier_free_guidance:
             cond, uncond = prediction.chunk(2)
             guided = uncond[:, :channels] + self.guidance_scale * (cond - uncond)[:, :channels]
-            prediction = torch.cat([guided, cond[:, channels:]], dim=1)
+            prediction = torch.cat([guided, cond[:, channels:]], dim=1)  # (B, C or 2C, H, W)
         takes_variance = isinstance(self.scheduler, DDPMScheduler) and learns_variance(self.scheduler)
         return prediction if takes_variance else prediction[:, :channels]
 
@@ -206,7 +206,7 @@ class SDTPipeline(DiffusionPipeline):
         callback_on_step_end: Callable[["SDTPipeline", int, torch.Tensor, dict], dict] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> ImagePipelineOutput | tuple:
-        """Generates images of the given classes.
+        """Generate images of the given classes.
 
         Args:
             class_labels: A label id or class name, or a sequence of them: one image for each.
@@ -224,7 +224,7 @@ class SDTPipeline(DiffusionPipeline):
             return_dict: Whether to return an `ImagePipelineOutput` instead of a tuple.
             callback_on_step_end: Called as `callback(pipe, step, timestep, {"latents": ...})` after each step; it
                 may return a dictionary with replaced latents.
-            callback_on_step_end_tensor_inputs: What the callback gets; only "latents" exists.
+            callback_on_step_end_tensor_inputs: Tensors that the callback gets; only "latents" exists.
 
         Returns:
             The images.
@@ -234,28 +234,28 @@ class SDTPipeline(DiffusionPipeline):
         """
         label_ids = self.prepare_class_labels(class_labels)
         settings = self.sampling_settings(guidance_scale, num_inference_steps)
-        guidance_scale, num_inference_steps = settings["guidance_scale"], settings["num_inference_steps"]
+        num_steps = settings["num_inference_steps"]
         height, width = self._check_inputs(
             height,
             width,
-            num_inference_steps,
+            num_steps,
             num_images_per_prompt,
             output_type,
             callback_on_step_end_tensor_inputs,
         )
-        self._guidance_scale = guidance_scale
+        self._guidance_scale = settings["guidance_scale"]
         self._interrupt = False
         device = self._execution_device
         class_labels = torch.tensor(label_ids, device=device).repeat_interleave(num_images_per_prompt)
 
-        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        self.scheduler.set_timesteps(num_steps, device=device)
         timesteps = self.scheduler.timesteps
         self._num_timesteps = len(timesteps)
         latents = self.prepare_latents(len(class_labels), height, width, generator, latents)
         accepted = inspect.signature(self.scheduler.step).parameters
         step_kwargs = {k: v for k, v in {"eta": eta, "generator": generator}.items() if k in accepted}
 
-        with self.progress_bar(total=num_inference_steps) as progress_bar:
+        with self.progress_bar(total=num_steps) as progress_bar:
             for i, t in enumerate(timesteps):
                 if self.interrupt:
                     continue
@@ -267,7 +267,7 @@ class SDTPipeline(DiffusionPipeline):
                 if callback_on_step_end is not None:
                     tensors = dict.fromkeys(callback_on_step_end_tensor_inputs, latents)
                     latents = (callback_on_step_end(self, i, t, tensors) or {}).get("latents", latents)
-                if (i + 1) * num_inference_steps // len(timesteps) > progress_bar.n:
+                if (i + 1) * num_steps // len(timesteps) > progress_bar.n:
                     progress_bar.update()  # second-order schedulers have two timesteps a step
 
         images = latents
@@ -297,7 +297,7 @@ class SDTPipeline(DiffusionPipeline):
         if learns_variance(self.scheduler) and not isinstance(self.scheduler, DDPMScheduler):
             raise ValueError(
                 f"{type(self.scheduler).__name__} with variance_type {self.scheduler.config.variance_type!r} cuts "
-                "predictions to three channels. Make it with sdt_diffusion.sdt.schedulers.swap_scheduler."
+                "predictions to three channels. Make it with sdt_diffusion.swap_scheduler."
             )
         if num_images_per_prompt < 1:
             raise ValueError(f"num_images_per_prompt must be at least 1, not {num_images_per_prompt}.")
@@ -312,9 +312,9 @@ class SDTPipeline(DiffusionPipeline):
 
 
 def labels_of_names(id2label: dict[int, str]) -> dict[str, list[int]]:
-    """Class names, and the words of those that are lists separated by commas, to the labels that bear them.
+    """Map class names, and the words of names that are lists separated by commas, to their labels.
 
-    The full name of a class is that class, even where it is one of several words for another.
+    The full name of a class means that class, even if it is also one of several words for another.
     """
     full, words = {}, {}
     for label, name in sorted(id2label.items()):
@@ -325,5 +325,5 @@ def labels_of_names(id2label: dict[int, str]) -> dict[str, list[int]]:
 
 
 def learns_variance(scheduler: SchedulerMixin) -> bool:
-    """Whether a scheduler's config expects the model to predict the variance too."""
+    """Return whether a scheduler's config expects the model to predict the variance too."""
     return scheduler.config.get("variance_type") in ("learned", "learned_range")

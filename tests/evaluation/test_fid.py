@@ -44,7 +44,8 @@ def model(make_pipe, tmp_path):
 
 def test_images_against_themselves(real, tmp_path):
     record, table = evaluate(tmp_path / "out" / "fid.json", samples=str(real), reference=str(real))
-    assert metrics_of(record)["fid"] == 0
+    assert record["kind"] == "fid"
+    assert record["fid"] == 0
     assert (record["precision"], record["recall"]) == (1, 1)
     assert record["samples"]["count"] == record["reference"]["count"] == 25
     assert record["labels"]["fid"] == "FD(pixels)-25"
@@ -99,7 +100,7 @@ def test_a_reference_of_another_size_is_named(model, real, tmp_path):
         evaluate(tmp_path / "a.json", samples=str(real), reference=str(tmp_path / "r.npz"), metrics=["fid"])
 
 
-def test_flags_that_would_do_nothing_are_refused(real, tmp_path):
+def test_arguments_without_effect_are_refused(real, tmp_path):
     np.savez(tmp_path / "r.npz", mu=np.zeros(7), sigma=np.eye(7))
     np.savez(tmp_path / "i.npz", arr_0=np.zeros((9, 8, 8, 3), np.uint8))
     for name in ("r.npz", "i.npz"):
@@ -128,20 +129,56 @@ def test_some_of_the_samples_may_be_taken(real, tmp_path):
     assert record["samples"]["drawn_from"] == 25
 
 
+def test_metrics_that_nobody_asked_for_and_need_more_images_are_left_out_with_a_note(real, tmp_path):
+    record, table = evaluate(tmp_path / "a.json", samples=str(real), reference=str(real), kid_subset_size=1000)
+    assert sorted(record["labels"]) == ["fid", "precision", "recall"]
+    assert "kid takes at least 1000 samples" in record["warnings"][0]
+    assert "note" in table
+    assert "Left out:" in table
+    three = {"samples": str(real), "reference": str(real), "sampling": {"num_samples": 3}}
+    record, _ = evaluate(tmp_path / "b.json", **three)
+    assert list(record["labels"]) == ["fid"]
+    assert [warning.split(" takes")[0].split()[-1] for warning in record["warnings"][:3]] == [
+        "precision",
+        "recall",
+        "kid",
+    ]
+    with pytest.raises(ValueError, match="precision takes at least 4 samples"):
+        evaluate(tmp_path / "c.json", **three, metrics=["fid", "precision"])
+    with pytest.raises(ValueError, match="fid takes at least 2 samples"):
+        evaluate(tmp_path / "c.json", **{**three, "sampling": {"num_samples": 1}})
+
+
+def test_settings_of_the_pipeline_apply_and_missing_ones_are_noted(make_pipe, real, tmp_path):
+    arguments = {"reference": str(real), "metrics": ["fid"]}
+    for name, saved in (("saved", {"guidance_scale": 1.25, "num_inference_steps": 2}), ("bare", {})):
+        make_pipe(**saved).save_pretrained(tmp_path / name)
+    sampling = {"model": str(tmp_path / "saved"), "num_samples": 5, "attention_backend": "dense"}
+    record, _ = evaluate(tmp_path / "a.json", sampling, **arguments)
+    assert "2 steps, 4 network evaluations, guidance 1.25" in record["samples"]["sampler"]
+    assert record["samples"]["attention_backend"] == "dense"
+    assert not any("guidance_scale" in warning for warning in record["warnings"])
+    sampling = {"model": str(tmp_path / "bare"), "num_samples": 5, "num_inference_steps": 2}
+    record, _ = evaluate(tmp_path / "b.json", sampling, **arguments)
+    assert "The pipeline has no guidance_scale saved: 4 was used; FIDs are best at about 1.5." in record["warnings"]
+    record, _ = evaluate(tmp_path / "c.json", {**sampling, "guidance_scale": 1.0}, **arguments)
+    assert not any("guidance_scale" in warning for warning in record["warnings"])
+
+
 def test_bad_requests_are_refused_before_anything_is_written(model, real, tmp_path):
     output = tmp_path / "out.json"
     sampling = {"model": str(model), **SAMPLING}
     for arguments, message in [
-        ({"reference": str(real)}, "Give either --model, to sample from, or --samples"),
+        ({"reference": str(real)}, "Give either model, to sample from, or samples"),
+        ({"reference": str(real), "samples": str(real), "metrics": ["sfid"]}, "metrics: sfid needs spatial features"),
         (
-            {"reference": str(real), "samples": str(real), "metrics": ["sfid"]},
-            "metrics: sfid needs spatial features",
+            {"reference": str(real), "samples": str(real), "kid_subset_size": 26, "metrics": ["fid", "kid"]},
+            "kid takes at least 26 samples",
         ),
-        ({"reference": str(real), "samples": str(real), "kid_subset_size": 26}, "kid takes at least 26 samples"),
         ({"reference": str(tmp_path / "no"), "samples": str(real)}, "There is no file or folder"),
         ({"reference": str(real), "samples": str(real), "samples_npz": tmp_path / "a.zip"}, r"must end in .npz"),
-        ({"reference": str(real), "samples": str(real), "sampling": sampling}, "Give either --model"),
-        ({"reference": str(real), "samples": str(real), "sampling": {"seed": 3}}, "--seed is for sampling by --model"),
+        ({"reference": str(real), "samples": str(real), "sampling": sampling}, "Give either model"),
+        ({"reference": str(real), "samples": str(real), "sampling": {"seed": 3}}, "seed is for sampling from a model"),
         ({"reference": str(real), "sampling": {"model": "./no"}}, "model: ./no holds no pipeline"),
         (
             {"reference": str(real), "samples": str(real), "output": real / "0.png" / "a.json"},

@@ -1,8 +1,10 @@
+import json
+
 import numpy as np
 import pytest
 
 from sdt_diffusion.data import DataArguments, load_images
-from sdt_diffusion.evaluation.label_accuracy import svm_label_accuracy
+from sdt_diffusion.evaluation.label_accuracy import label_accuracy, main, svm_label_accuracy
 
 
 @pytest.fixture(scope="module")
@@ -24,3 +26,52 @@ def test_samples_of_another_size_are_refused(digits):
         svm_label_accuracy(digits[0], np.zeros((3, 8, 8, 1)), [0, 1])
     with pytest.raises(ValueError, match=r"do not fit real images \(1797, 8, 8, 1\)"):
         svm_label_accuracy(digits[0], np.zeros((2, 16, 16, 1)), [0, 1])
+
+
+def test_results_carry_their_kind_and_the_settings_of_the_pipeline(make_pipe, make_model, digits, tmp_path, capsys):
+    pipe = make_pipe(
+        transformer=make_model(in_channels=1, num_classes=10), guidance_scale=1.5, num_inference_steps=2, id2label={}
+    )
+    pipe.save_pretrained(tmp_path / "model")
+    main(["--model", str(tmp_path / "model"), "--num_images", "20", "--seed", "3"])
+    results = json.loads(capsys.readouterr().out)
+    assert results["kind"] == "label_accuracy"
+    assert results["sampler"].startswith(
+        "FlowMatchEulerDiscreteScheduler, 2 steps, 4 network evaluations, guidance 1.5"
+    )
+    settings = {"seed": 3, "guidance_scale": 1.5, "num_inference_steps": 2}
+    assert results == label_accuracy(pipe, digits[0], 20, settings)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--model", "./no"], "model: ./no holds no pipeline"),
+        (["--dataset", "/no"], "There is no file or folder /no"),
+        (["--scheduler", "DDIMScheduler"], "'DDIMScheduler' is no scheduler for this flow-matching model"),
+        (["--attention_backend", "fast"], "attention_backend must be one of"),
+        (["--num_images", "6"], "Class label 5 is out of range"),
+    ],
+)
+def test_errors_are_one_line(  # the digits have ten classes, the model five
+    make_pipe, make_model, tmp_path, flags, message
+):
+    make_pipe(transformer=make_model(in_channels=1), num_inference_steps=1).save_pretrained(tmp_path / "model")
+    with pytest.raises(SystemExit) as error:
+        main(["--model", str(tmp_path / "model"), *flags])
+    assert str(error.value).startswith("Error: ")
+    assert message in str(error.value)
+
+
+def test_a_damaged_model_is_named_in_one_line(make_pipe, tmp_path):
+    make_pipe().save_pretrained(tmp_path / "model")
+    weights = next((tmp_path / "model" / "transformer").glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(SystemExit, match=r"^Error: .*model"):
+        main(["--model", str(tmp_path / "model")])
+
+
+def test_wrong_values_are_refused_in_one_line(capsys):
+    with pytest.raises(SystemExit):
+        main(["--model", "m", "--num_images", "0"])
+    assert "num_images must be at least 1, not 0" in capsys.readouterr().err

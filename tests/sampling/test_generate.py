@@ -1,3 +1,7 @@
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -7,9 +11,11 @@ from sdt_diffusion.sampling.generate import (
     class_labels_for,
     describe_sampling,
     generate,
+    generate_on_all_processes,
     sample_generator,
     stack_samples,
 )
+from tests.scripts.process import ROOT
 
 LABELS = class_labels_for(10, [0, 2, 4])
 
@@ -69,5 +75,40 @@ def test_description_counts_network_evaluations(make_pipe):
     sampling = {"num_inference_steps": 10, "guidance_scale": 1.5, "seed": 3}
     text = describe_sampling(make_pipe(), sampling)
     assert text == "FlowMatchEulerDiscreteScheduler, 10 steps, 20 network evaluations, guidance 1.5, seed 3"
+    saved = make_pipe(guidance_scale=1.5, num_inference_steps=10)
+    assert describe_sampling(saved, {"seed": 3}) == text
     heun = make_pipe(diffusers.HeunDiscreteScheduler())
     assert "19 network evaluations" in describe_sampling(heun, {**sampling, "guidance_scale": 1.0})
+
+
+def test_several_processes_make_the_pictures_of_one_and_show_a_bar(make_pipe, tmp_path, capsys):
+    """Of several batches on each process, and of one batch that leaves a process without."""
+    pipe = make_pipe()
+    pipe.save_pretrained(tmp_path / "pipe")
+    settings = {"seed": 7, "batch_size": 3, "num_inference_steps": 2}
+    (tmp_path / "run.py").write_text(f"""
+import numpy as np
+from accelerate import PartialState
+from sdt_diffusion import SDTPipeline
+from sdt_diffusion.sampling.generate import generate_on_all_processes
+
+state = PartialState(cpu=True)
+pipe = SDTPipeline.from_pretrained({str(tmp_path / "pipe")!r})
+for name, labels in (("many", {LABELS}), ("few", [0, 1])):
+    images = generate_on_all_processes(pipe, labels, **{settings})
+    assert (images is None) == (state.process_index > 0)
+    if images is not None:
+        np.save({str(tmp_path)!r} + f"/{{name}}.npy", np.stack([np.array(image) for image in images]))
+state.destroy_process_group()
+""")
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, *launch, str(tmp_path / "run.py")]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "Sampling: 100%" in result.stderr
+    for name, labels in (("many", LABELS), ("few", [0, 1])):
+        one = generate_on_all_processes(pipe, labels, **settings)
+        assert "Sampling: 100%" in capsys.readouterr().err
+        assert one == [image for _, image in generate(pipe, labels, progress=False, **settings)]
+        assert np.array_equal(np.load(tmp_path / f"{name}.npy"), np.stack([np.array(image) for image in one]))

@@ -282,6 +282,7 @@ def test_sampling_settings_are_saved_and_used(make_pipe, tmp_path):
         generator = torch.Generator().manual_seed(0)
         return pipe([1], generator=generator, output_type="np", callback_on_step_end=record, **kwargs).images
 
+    assert pipe.guidance_scale == 1.5  # before the first call
     own = images()
     assert settings == [(1.5, 3)] * 3
     assert np.array_equal(own, images(guidance_scale=1.5, num_inference_steps=3))

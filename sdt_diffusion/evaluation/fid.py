@@ -48,9 +48,9 @@ from ..metrics.registry import (
     warnings_about,
 )
 from ..plots import image_grid
-from ..sampling.arguments import SamplingArguments, load_pipeline
 from ..sampling.folder import SampleFolder, is_sample_folder, sample_into
 from ..sampling.generate import class_labels_for, random_class_labels
+from ..sampling.settings import SamplingArguments, load_pipeline
 from ..sdt import SDTPipeline
 from ..utils.arguments import exit_on_error, parse_arguments, require_at_least
 from ..utils.files import check_new, check_writable, write_atomically

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from ..data import DataArguments, LabeledImages, load_images
-from ..sampling.arguments import SamplingArguments, default_device, load_pipeline
 from ..sampling.generate import class_labels_for, describe_sampling, generate, stack_samples
+from ..sampling.settings import SamplingArguments, default_device, load_pipeline
 from ..sdt import SDTPipeline
 from ..utils.arguments import exit_on_error, parse_arguments, require_at_least
 

@@ -16,8 +16,8 @@ from ..data.raw_images import FolderImages, save_npz_images
 from ..plots import image_grid
 from ..utils.arguments import exit_on_error, parse_arguments, require_at_least
 from ..utils.files import check_new, check_writable, write_atomically
-from .arguments import SamplingArguments, default_device, load_pipeline, parse_classes
 from .generate import class_labels_for, describe_sampling, generate
+from .settings import SamplingArguments, default_device, load_pipeline, parse_classes
 
 GRID_IMAGES = 100
 

@@ -65,7 +65,10 @@ def power_exponent(sigma_rel: float) -> float:
 
 
 def inner_products(
-    steps: Sequence[float], gammas: Sequence[float], other_steps: Sequence[float], other_gammas: Sequence[float]
+    steps: Sequence[float] | np.ndarray,
+    gammas: Sequence[float],
+    other_steps: Sequence[float] | np.ndarray,
+    other_gammas: Sequence[float],
 ) -> np.ndarray:
     """Integrate the products of two profiles, shape (first, second).
 
@@ -95,9 +98,9 @@ def combination(
         A coefficient for each average, and the distance of the fit from the wanted profile, relative to its norm.
     """
     scale = wanted_step  # so that the solver's threshold for rank does not depend on the length of the run
-    steps = np.asarray(steps, float) / scale
-    gram = inner_products(steps, gammas, steps, gammas)
-    target = inner_products(steps, gammas, [1.0], [wanted_gamma])[:, 0]
+    times = np.asarray(steps, float) / scale
+    gram = inner_products(times, gammas, times, gammas)
+    target = inner_products(times, gammas, [1.0], [wanted_gamma])[:, 0]
     coefficients = np.linalg.lstsq(gram, target, rcond=1e-14)[0]
     norm = inner_products([1.0], [wanted_gamma], [1.0], [wanted_gamma])[0, 0]
     error = norm - 2 * coefficients @ target + coefficients @ gram @ coefficients

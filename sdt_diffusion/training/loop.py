@@ -67,9 +67,9 @@ def train(run: TrainingRun, loss: Loss, validate: Validation | None = None) -> N
                     accelerator.backward(batch_loss)
                 losses.append(batch_loss.detach().float())
 
-            norm = full_tensor(accelerator.clip_grad_norm_(model.parameters(), max_norm))
-            loss_value, norm, stop = run.mean_over_processes(losses, norm, stop_request.received)
-            finite = run.guard.admits(run.step + 1, loss_value, norm)
+            gradient_norm = full_tensor(accelerator.clip_grad_norm_(model.parameters(), max_norm))
+            mean_loss, norm, stop = run.mean_over_processes(losses, gradient_norm, stop_request.received)
+            finite = run.guard.admits(run.step + 1, mean_loss, norm)
 
             run.set_learning_rates(run.step)
             if finite or accelerator.scaler is not None:  # fp16's scaler skips such a step itself and lowers its scale
@@ -87,7 +87,7 @@ def train(run: TrainingRun, loss: Loss, validate: Validation | None = None) -> N
             for average in run.averages.values():
                 average.update(run.step)
 
-            window.add(loss_value, norm)
+            window.add(mean_loss, norm)
             progress_bar.update()
             if run.is_due(config.run.logging_steps):
                 values = run.record_window(window) | loss.pop_values()

@@ -62,6 +62,8 @@ class Objective(Protocol):
     #: Timesteps lie between 0 and this number.
     num_train_timesteps: int
 
+    def __init__(self, args: ObjectiveArguments): ...
+
     def sampling_scheduler(self, pixels: bool) -> SchedulerMixin:
         """Return the scheduler that is saved with the pipeline; `pixels` if the model works in pixels."""
 

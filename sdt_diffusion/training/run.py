@@ -107,7 +107,7 @@ class TrainingRun:
         run, parameters = self.config.run, list(self.unwrapped_model.parameters())
         device = self.accelerator.device
         where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} thread(s)"
-        precision = {"no": "fp32"}.get(run.mixed_precision, run.mixed_precision)
+        precision = "fp32" if run.mixed_precision == "no" else run.mixed_precision
         trained = sum(p.numel() for p in parameters if p.requires_grad)
         return (
             f"{self.accelerator.num_processes} process(es) on {device.type} ({where}), {precision}; {trained:,} "
@@ -155,8 +155,8 @@ class TrainingRun:
         """Return the mean loss and gradient norm, and whether any process was told to stop: the same everywhere."""
         loss = torch.stack(losses).mean()
         values = torch.stack([loss, norm.to(loss), torch.full_like(loss, stop)])
-        loss, norm, stop = self.accelerator.reduce(values, "mean").tolist()
-        return loss, norm, bool(stop)
+        mean_loss, mean_norm, stopping = self.accelerator.reduce(values, "mean").tolist()
+        return mean_loss, mean_norm, bool(stopping)
 
     def is_due(self, interval: int) -> bool:
         """Return whether something done every `interval` steps (0 for never) and at the end is to be done now."""
@@ -256,7 +256,7 @@ class TrainingRun:
                 raise ValueError(f"change_on_resume {key} needs {need}.")
         may_differ = {*self.config.resumable(), *self.data.relocatable}
         check_output_dir(self.output_dir, known, resume, may_differ, run.change_on_resume)
-        checkpoint = find_checkpoint(self.output_dir, run.resume_from_checkpoint) if resume else None
+        checkpoint = find_checkpoint(self.output_dir, run.resume_from_checkpoint or "latest") if resume else None
         seen = gather_object([str(checkpoint)])
         if len(set(seen)) > 1:
             raise ValueError(
@@ -301,7 +301,9 @@ class TrainingRun:
             suffix: WeightAverage(tensors, profile) for suffix, profile in ema_profiles(config.ema).items()
         }
         self.state = TrainingState(name, skeleton, self.unwrapped_model, optimizer, self.averages)
-        if self.averages and not accelerator.is_fsdp2:  # the first average shares the memory of `trained_model`
+        if (
+            separate is not None and self.averages and not accelerator.is_fsdp2
+        ):  # the first average shares the memory of `trained_model`
             separate.load_state_dict(next(iter(self.averages.values())).tensors, assign=True)
             separate.requires_grad_(False)
         self.trained_model = self.unwrapped_model if separate is None else separate

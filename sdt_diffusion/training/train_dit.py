@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import torch
 from accelerate.utils import reduce
+from PIL import Image
 from torch.utils.data import DataLoader, Subset
 
 from ..data import CorruptImageError, DataArguments
@@ -28,8 +29,8 @@ from ..evaluation.cost import count_cost
 from ..evaluation.label_accuracy import label_accuracy
 from ..hub import HubArguments, command_of, create_hub_repo, describe_run, share_run
 from ..plots import image_grid, plot_loss_curve
-from ..sampling.arguments import SamplerArguments, set_attention_backend
-from ..sampling.generate import class_labels_for, generate
+from ..sampling.generate import class_labels_for, generate_on_all_processes
+from ..sampling.settings import SamplerArguments, set_attention_backend
 from ..sdt import SDTPipeline, SDTTransformer2DModel
 from ..utils.arguments import exit_on_error, json_object, parse_arguments, require_at_least
 from ..utils.files import move_into, write_atomically
@@ -176,9 +177,9 @@ class DiffusionValidation:
 
     def __call__(self, run: TrainingRun) -> dict[str, float]:
         """Validate `run.trained_model`; all processes call it."""
-        values = {} if self.held_out is None else {"validation_loss": self.held_out_loss(run)}
-        grid = self.sample_grid(run)
-        if run.accelerator.is_main_process:
+        values = {} if self.held_out is None else {"validation_loss": self.held_out_loss(run, self.held_out)}
+        grid = self.sample_grid()
+        if grid is not None:
             steps = run.config.validation_steps
             if steps and run.step % steps == 0:
                 run.save_picture(f"samples/step-{run.step:07d}.png", grid)
@@ -188,23 +189,23 @@ class DiffusionValidation:
             write_atomically(run.output_dir / "loss_curve.png", lambda path: plot_loss_curve(records, path))
         return values
 
-    def sample_grid(self, run: TrainingRun):
-        """Sample up to 10 classes, evenly chosen, in turn; return the grid."""
+    def sample_grid(self) -> Image.Image | None:
+        """Sample up to 10 classes, evenly chosen, in turn, on all processes; the main one returns the grid."""
         names = self.data.images.class_names
         classes = torch.linspace(0, len(names) - 1, min(10, len(names))).long().tolist()
         labels = class_labels_for(self.num_images, classes)
-        samples = [image for _, image in generate(self.pipe, labels, progress=False, **self.sampling)]
-        return image_grid(samples, [names[label] for label in labels], columns=len(classes))
+        samples = generate_on_all_processes(self.pipe, labels, **self.sampling)
+        return None if samples is None else image_grid(samples, [names[label] for label in labels])
 
     @torch.no_grad()
-    def held_out_loss(self, run: TrainingRun) -> float:
-        """Return the mean squared error on the held-out images, each with its own fixed noise and timestep."""
+    def held_out_loss(self, run: TrainingRun, images: ImageSubset) -> float:
+        """Return the mean squared error on held-out images, each with its own fixed noise and timestep."""
         accelerator, size = run.accelerator, run.config.run.train_batch_size
-        starts = range(0, len(self.held_out), size)[accelerator.process_index :: accelerator.num_processes]
+        starts = range(0, len(images), size)[accelerator.process_index :: accelerator.num_processes]
         sums = torch.zeros(2, device=accelerator.device, dtype=torch.float64)
         for start in starts:
-            rows = range(start, min(start + size, len(self.held_out)))
-            batch, labels = next(iter(DataLoader(Subset(self.held_out, rows), batch_size=len(rows))))  # (B, ...), (B,)
+            rows = range(start, min(start + size, len(images)))
+            batch, labels = next(iter(DataLoader(Subset(images, rows), batch_size=len(rows))))  # (B, ...), (B,)
             draws = Draws(0, start, slice(0, len(rows)), len(rows), accelerator.device, Stream.VALIDATION)
             with accelerator.autocast():
                 inputs = (batch.to(accelerator.device), labels.to(accelerator.device), draws)

@@ -39,8 +39,8 @@ def test_every_flag_has_help(capsys):
     from sdt_diffusion.evaluation.decay_maps import DecayArguments
     from sdt_diffusion.evaluation.fid import FidArguments, FidSamplingArguments
     from sdt_diffusion.evaluation.label_accuracy import LabelAccuracyArguments
-    from sdt_diffusion.sampling.arguments import SamplingArguments
     from sdt_diffusion.sampling.sample import SampleArguments
+    from sdt_diffusion.sampling.settings import SamplingArguments
 
     for types in (
         (SampleArguments, SamplingArguments),

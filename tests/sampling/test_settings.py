@@ -4,7 +4,7 @@ from dataclasses import dataclass
 import pytest
 from diffusers import DiffusionPipeline, FlowMatchHeunDiscreteScheduler
 
-from sdt_diffusion.sampling.arguments import (
+from sdt_diffusion.sampling.settings import (
     PipelineArguments,
     SamplerArguments,
     SamplingArguments,

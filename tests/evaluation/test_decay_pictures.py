@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sdt_diffusion.plots import DecayRow, DecaySection, plot_decays
+from sdt_diffusion.evaluation.decay_maps import DecayRow, DecaySection, plot_decays
 
 INCH = 150  # pixels
 

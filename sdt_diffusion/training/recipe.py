@@ -147,7 +147,7 @@ def build_processor(
     num_channels: int,
     resolution: int,
     crop_pct: float | None = None,
-    imagenet_normalisation: bool = True,
+    imagenet_normalization: bool = True,
     base: SDTHImageProcessor | None = None,
 ) -> SDTHImageProcessor:
     """The image processor that is saved with the classifier, and that evaluation uses too.
@@ -156,7 +156,7 @@ def build_processor(
         num_channels: 3, or 1 for grey images.
         resolution: Side of the square that the model sees.
         crop_pct: That side in units of the image's shorter one; that of `base`, or 1, by default.
-        imagenet_normalisation: ImageNet's mean and deviation for colour images; otherwise, and for grey ones, pixels
+        imagenet_normalization: ImageNet's mean and deviation for colour images; otherwise, and for grey ones, pixels
             lie in -1 to 1.
         base: The processor of the model that training starts from, whose mean, deviation and interpolation are kept.
 
@@ -177,7 +177,7 @@ def build_processor(
         values = {**base.to_dict(), "size": {"shortest_edge": side}}
         return SDTHImageProcessor(**{**values, "crop_size": {"height": resolution, "width": resolution}})
     crop_pct = 1.0 if crop_pct is None else crop_pct
-    imagenet = imagenet_normalisation and num_channels == 3
+    imagenet = imagenet_normalization and num_channels == 3
     return SDTHImageProcessor(
         size={"shortest_edge": round(resolution / crop_pct)},
         crop_size={"height": resolution, "width": resolution},

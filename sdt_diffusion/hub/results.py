@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..metrics.confusion import from_log
 from .run_record import shorten
 
 
@@ -98,10 +99,12 @@ def _of_training(content: dict[str, Any], file: str) -> Iterator[Result]:
         judge = f"an RBF SVM trained on the {content['num_real_images']} real images"
         value = content["label_accuracy"]
         yield Result("label accuracy", value, f"{value:.1%}", judge, content["num_images"], content["sampler"], file)
-    for key, metric in (("test_accuracy", "top-1 accuracy"), ("test_accuracy_top5", "top-5 accuracy")):
-        if key in content:
-            value = content[key]
-            yield Result(metric, value, f"{value:.2%}", "held-out images", content["test_images"], "", file)
+    of_classifier = content.get("kind") == "classifier_training" or "test_accuracy" in content  # now, and before
+    tested = from_log(content) if of_classifier else {}
+    for key, metric in (("top1", "top-1 accuracy"), ("top5", "top-5 accuracy")):
+        value = tested.get(key)
+        if value is not None:
+            yield Result(metric, value, f"{value:.2%}", "held-out images", tested["count"], "", file)
 
 
 def _weights_of(content):

@@ -41,6 +41,9 @@ def test_what_training_found(read):
     assert (result.metric, result.shown, result.how) == ("label accuracy", "99.9%", SAMPLER)
     top1, top5 = read(results={"test_accuracy": 0.9, "test_accuracy_top5": 1.0, "test_images": 360})
     assert (top1.shown, top1.images, top5.shown) == ("90.00%", 360, "100.00%")
+    numbers = {"kind": "classifier_training", "top1": 0.8, "top5": None, "loss": 0.4, "count": 36}
+    (top1,) = read(results=numbers)
+    assert (top1.shown, top1.images, top1.data) == ("80.00%", 36, "held-out images")
 
 
 def test_a_classifiers_accuracy(read):

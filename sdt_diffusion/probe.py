@@ -149,7 +149,7 @@ class SDTPreTrainedModel(ImagePreTrainedModel):
 
     def __init__(self, config: SDTClassifierConfig):
         super().__init__(config)
-        self.vae = None
+        self.vae: nn.Module | None = None
         if config.vae is not None:
             self.vae = getattr(diffusers, config.vae["_class_name"]).from_config(config.vae)
         self.transformer = SDTTransformer2DModel.from_config({**config.transformer, "num_layers": config.block + 1})
@@ -299,7 +299,7 @@ class SDTForImageClassification(SDTPreTrainedModel):
         )
         trained = transformer.state_dict()
         model.transformer.load_state_dict({name: trained[name] for name in model.transformer.state_dict()})
-        if vae is not None:
+        if vae is not None and model.vae is not None:
             model.vae.load_state_dict(vae.state_dict())
         return model
 

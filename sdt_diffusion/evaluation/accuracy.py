@@ -213,7 +213,7 @@ def format_classes(classes: Sequence[dict[str, Any]]) -> str:
     rows = [("class", "images", "top-1", "top-5", "mostly taken for")]
     for described in shown:
         wrong = {label: count for label, count in described["predicted"].items() if label != described["label"]}
-        most = max(wrong, key=wrong.get, default=None)
+        most = max(wrong, key=lambda label: wrong[label], default=None)
         taken = "" if most is None else f"{names.get(most, f'label {most}')} ({wrong[most]})"
         percents = [_percent(described[key]) for key in ("top1", "top5")]
         rows.append((described["name"], str(described["count"]), *percents, taken))

@@ -47,9 +47,9 @@ def match_labels(
         )
     for name in class_names:
         if len(labels_of_name[name]) > 1:
-            labels = ", ".join(map(str, labels_of_name[name]))
+            listed = ", ".join(map(str, labels_of_name[name]))
             raise ValueError(
-                f"{name!r} is a name of the model's labels {labels}. If the labels have the order of the data set's "
+                f"{name!r} is a name of the model's labels {listed}. If the labels have the order of the data set's "
                 "classes, set match_labels to index."
             )
     labels = [labels_of_name[name][0] for name in class_names]

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from ..data import CorruptImageError, LabelledImages
+from ..data import CorruptImageError
 from .extractors.transformers_models import prepare_picture
 
 #: A label among so many of the highest logits counts for `top5`.
@@ -139,12 +139,12 @@ class PreparedImages(Dataset):
     Errors are items: a worker of a data loader would wrap them in its own traceback.
 
     Args:
-        images: Pictures and their classes.
+        images: Pictures and their classes, as `load_images(..., as_pictures=True)` opens them, or a part of them.
         processor: The image processor that is saved with the model.
         num_channels: Channels of the model's images.
     """
 
-    def __init__(self, images: LabelledImages, processor: Any, num_channels: int):
+    def __init__(self, images: Any, processor: Any, num_channels: int):
         self.images, self.processor, self.num_channels = images, processor, num_channels
 
     def __len__(self) -> int:
@@ -225,16 +225,18 @@ def classify(
 def _stack(
     items: Sequence[tuple[torch.Tensor, int] | CorruptImageError], name: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    prepared = []
     for item in items:
         if isinstance(item, CorruptImageError):
             raise item
-    shapes = sorted({tuple(pixels.shape) for pixels, _ in items})
+        prepared.append(item)
+    shapes = sorted({tuple(pixels.shape) for pixels, _ in prepared})
     if len(shapes) > 1:
         raise ValueError(
             f"The image processor makes tensors of several shapes of {name}, {shapes[0]} and {shapes[-1]} among them: "
             "set batch_size to 1, or let it crop."
         )
-    pixels, classes = zip(*items, strict=True)
+    pixels, classes = zip(*prepared, strict=True)
     return torch.stack(pixels), torch.tensor(classes)
 
 

@@ -63,7 +63,7 @@ class SDTHForTimm(SDTHNetwork):
     ):
         with nullcontext() if device is None else torch.device(device):
             super().__init__(num_channels=in_chans, num_labels=num_classes, dropout=drop_rate, **kwargs)
-        self.in_chans, self.num_features = in_chans, self.proj.in_features
+        self.in_chans, self.num_features, self.global_pool = in_chans, self.proj.in_features, global_pool
         self.feature_info = [
             {"num_chs": stage.dim, "reduction": self.reduction * 2**i, "module": f"stages.{i}"}
             for i, stage in enumerate(self.stages)

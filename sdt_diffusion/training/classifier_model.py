@@ -142,12 +142,13 @@ class ClassifierModelArguments:
             "id2label": dict(enumerate(class_names)),
             "label2id": {name: label for label, name in enumerate(class_names)},
         }
-        if self.kind == "backbone":
-            if num_channels != self.backbone.num_channels:
-                mode = self.backbone.image_mode
+        backbone = self.backbone
+        if backbone is not None:
+            if num_channels != backbone.num_channels:
+                mode = backbone.image_mode
                 raise ValueError(f"The transformer of {self.model} takes {mode} images: set image_mode to {mode}.")
             model = SDTForImageClassification.from_backbone(
-                self.backbone,
+                backbone,
                 block=self.probe_block,
                 timestep=200 if self.probe_timestep is None else self.probe_timestep,
                 freeze_backbone=not self.finetune,

@@ -200,7 +200,7 @@ def check_auto_augment(args: RecipeArguments) -> None:
         ValueError: Names the value, what is wrong with it, and examples.
     """
     wrong = None
-    for word in args.aa.split("-")[1:]:
+    for word in (args.aa or "").split("-")[1:]:
         # timm passes over words without a number, except for names of sets of transforms.
         if word != "tweights" and not any(letter.isdigit() for letter in word):
             wrong = f"timm would ignore {word!r}"

@@ -8,7 +8,7 @@ DIGITS = [str(i) for i in range(10)]
 ANIMALS = {0: "dog", 1: "cat, house cat", 2: "cat"}
 
 
-def test_names_match_whatever_their_order():
+def test_names_match_in_any_order():
     assert match_labels(["cat", "dog"], {0: "dog", 1: "cat", 2: "elk"}) == ([1, 0], "name")
     assert match_labels(["house cat", "dog"], ANIMALS) == ([1, 0], "name")
     assert match_labels(["cat"], ANIMALS) == ([2], "name")  # the full name of a class is that class

@@ -8,7 +8,7 @@ from sdt_diffusion.attention import dispatch
 from sdt_diffusion.classification import SDTHForImageClassification, load_rmt
 from sdt_diffusion.sdt_h import network
 from sdt_diffusion.sdt_h.convert_rmt import read_checkpoint, rmt_config
-from tests.sdt_h.rmt_reference import RMT, RMTReference, randomise_rmt, smooth_images
+from tests.sdt_h.rmt_reference import RMT, RMTReference, randomize_rmt, smooth_images
 
 EQUAL, NOTICED = 1e-4, 5e-4
 SMALL_RMT = ((16, 32, 32), (1, 2, 1), (2, 2, 4), (2, 3, 3), (4, 4, 6), 3, (2,), 7)
@@ -18,7 +18,7 @@ SMALL_RMT = ((16, 32, 32), (1, 2, 1), (2, 2, 4), (2, 3, 3), (4, 4, 6), 3, (2,), 
 def tiny(tmp_path_factory):
     """RMT-T with random weights, and its checkpoint."""
     path = tmp_path_factory.mktemp("rmt") / "rmt_t.pth"
-    reference = randomise_rmt(RMTReference(*RMT["T"]))
+    reference = randomize_rmt(RMTReference(*RMT["T"]))
     torch.save({"model": reference.state_dict()}, path)
     return reference, path
 
@@ -43,7 +43,7 @@ def test_tiny_gives_rmts_logits(tiny):
 
 @pytest.mark.parametrize("size", ["S", "B"])
 def test_larger_ones_give_rmts_logits(size, tmp_path):
-    reference = randomise_rmt(RMTReference(*RMT[size]))
+    reference = randomize_rmt(RMTReference(*RMT[size]))
     save_file(reference.state_dict(), tmp_path / "rmt.safetensors")
     error, spread = difference(reference, load_rmt(tmp_path / "rmt.safetensors"))
     assert error < EQUAL
@@ -112,7 +112,7 @@ class TestTheComparisonNotices:
 
 
 def small_rmt(path):
-    reference = randomise_rmt(RMTReference(*SMALL_RMT))
+    reference = randomize_rmt(RMTReference(*SMALL_RMT))
     torch.save(reference.state_dict(), path)
     return reference
 
@@ -153,7 +153,7 @@ def test_training_checkpoints_load_and_code_does_not_run(tmp_path):
 @pytest.mark.parametrize("key", [None, "model", "state_dict"])
 @pytest.mark.parametrize("prefix", ["", "module."])
 def test_state_dicts_of_training_scripts_load(tmp_path, key, prefix):
-    reference = randomise_rmt(RMTReference(*SMALL_RMT))
+    reference = randomize_rmt(RMTReference(*SMALL_RMT))
     state_dict = {f"{prefix}{name}": tensor for name, tensor in reference.state_dict().items()}
     torch.save({key: state_dict, "epoch": 3} if key else state_dict, tmp_path / "rmt.pth")
     assert difference(reference, load_rmt(tmp_path / "rmt.pth"))[0] < EQUAL

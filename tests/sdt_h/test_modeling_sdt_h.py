@@ -90,7 +90,7 @@ def test_pipeline_gives_the_models_probabilities(saved):
         assert result["score"] == pytest.approx(expected[model.config.label2id[result["label"]]].item(), abs=1e-5)
 
 
-def test_processor_normalises_the_central_square():
+def test_processor_normalizes_the_central_square():
     image = Image.new("RGB", (512, 256), (255, 0, 0))
     pixel_values = SDTHImageProcessor()(image, return_tensors="pt").pixel_values
     expected = (torch.tensor([1.0, 0.0, 0.0]) - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor(

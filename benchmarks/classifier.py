@@ -1,7 +1,7 @@
 """Speed of the classifier: `context` (SDT-H) against `fixed` (RMT), and what both cost in arithmetic.
 
-All contestants take turns in one process, so that noise of the machine hits them alike; medians and ratios are what
-counts. Multiply-adds are counted over convolutions and matrix products, attention among them, and given in 2^30, as
+All models take turns in one process, so that noise of the machine affects them alike; compare medians and ratios.
+Multiply-adds are counted over convolutions and matrix products, attention among them, and given in 2^30, as
 RMT's published figures are, and as GFLOPs, 10^9 operations, two a multiply-add.
 
     python benchmarks/classifier.py                                 # SDT-H-T, 224x224, batch 1
@@ -23,12 +23,14 @@ BASELINE = "fixed"
 
 
 def build_network(preset, spatial_decay, decomposed=None):
+    """Build a classifier; `decomposed` is the preset's by default."""
     torch.manual_seed(0)
     options = {} if decomposed is None else {"decomposed": decomposed}
     return SDTHNetwork(**preset_config(preset, spatial_decay=spatial_decay, **options)).eval()
 
 
 def print_cost(preset, size):
+    """Print parameters and arithmetic of a preset with each kind of decay."""
     print("| | parameters | multiply-adds / 2^30 | GFLOPs |\n|---|---|---|---|")
     for label, spatial_decay, decomposed in (
         ("context", "context", None),
@@ -40,6 +42,7 @@ def print_cost(preset, size):
 
 
 def main():
+    """Run the benchmark and print two tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="SDT-H-T")
     parser.add_argument("--size", type=int, default=224)

@@ -1,8 +1,8 @@
 """Speed and peak memory of the model: `context` against `none`, and against diffusers' DiT of the same size.
 
-All contestants take turns in one process, so that noise of the machine hits them alike; medians and ratios are what
-counts. Peak memory is taken in a fresh process for each, on CUDA from the allocator, on CPU from the resident set
-(which, compiled, includes the compiler). A graph break in our models or a recompilation of any is an error.
+All models take turns in one process, so that noise of the machine affects them alike; compare medians and ratios.
+Peak memory is taken in a fresh process for each, on CUDA from the allocator, on CPU from the resident set (which,
+compiled, includes the compiler). A graph break in our models or a recompilation of any is an error.
 
     python benchmarks/model.py                            # SDT-S/2, batch 8, 256 tokens
     python benchmarks/model.py --preset SDT-B/2 --rounds 5
@@ -25,6 +25,7 @@ BASELINE = "none"
 
 
 def build_model(name, preset, device):
+    """Build our model with the spatial decay `name`, or diffusers' DiT of the same size."""
     torch.manual_seed(0)
     if name != "diffusers DiT":
         model = SDTTransformer2DModel.from_preset(preset, spatial_decay=name)
@@ -36,7 +37,7 @@ def build_model(name, preset, device):
 
 
 def build_step(name, compiled, mode, args):
-    """A function that runs one forward pass or one training step (forward, backward, AdamW)."""
+    """Return a function that runs one forward pass or one training step (forward, backward, AdamW)."""
     model = build_model(name, args.preset, args.device).train(mode == "training")
     config = model.config
     generator = torch.Generator().manual_seed(0)
@@ -64,6 +65,7 @@ def build_step(name, compiled, mode, args):
 
 
 def timed(step, device):
+    """Return the seconds that a step takes."""
     start = time.perf_counter()
     step()
     if torch.device(device).type == "cuda":
@@ -72,7 +74,7 @@ def timed(step, device):
 
 
 def _resident_kib(field):
-    """VmRSS, the resident set, or VmHWM, its peak (getrusage's peak would include the parent's)."""
+    """Return VmRSS, the resident set, or VmHWM, its peak (the peak of getrusage would include the parent process)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field))
 
@@ -90,7 +92,7 @@ def _measure_peak(queue, name, compiled, mode, args):
 
 
 def peak_memory(*measurement):
-    """Peak bytes of two steps, model and optimizer included, in a process of its own."""
+    """Measure the peak bytes of two steps, model and optimizer included, in a process of its own."""
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
     process = context.Process(target=_measure_peak, args=(queue, *measurement))
@@ -102,20 +104,21 @@ def peak_memory(*measurement):
 
 
 def keep_freed_memory():
-    """Tells glibc not to hand freed memory back to the system.
+    """Tell glibc not to return freed memory to the system.
 
-    It does so when the top of the heap is free, and the next step faults it all in again: up to a fifth of a training
-    step, for whichever contestant happens to lie at the top.
+    It does so when the top of the heap is free, and the next step then pages all of it in again. That takes up to a
+    fifth of a training step, and affects only the model that happens to lie at the top.
     """
     try:
         libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-1, 2**30)  # M_TRIM_THRESHOLD; setting it ends the tuning of the other, so:
-        libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, at what glibc tunes it to at most
+        libc.mallopt(-1, 2**30)  # M_TRIM_THRESHOLD; setting it stops glibc from tuning the other, so set that too
+        libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, the most that glibc would tune it to
     except (OSError, AttributeError):
-        print("Not glibc: freed memory may go back to the system, and some of the noise with it.")
+        print("Not glibc: freed memory may return to the system, which adds noise.")
 
 
 def main():
+    """Run the benchmark and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="SDT-S/2")
     parser.add_argument("--batch_size", type=int, default=8)

@@ -3,37 +3,49 @@
 from functools import partial
 
 import torch
-from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
+from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry  # has no public name
 from diffusers.models.attention import AttentionModuleMixin, FeedForward
-from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.attention_dispatch import (
+    AttentionBackendName,
+    _AttentionBackendRegistry,  # no public function tells which backend `attention_backend(...)` made active
+    dispatch_attention_fn,
+)
 from diffusers.models.embeddings import apply_rotary_emb
 from torch import nn
 
-from .attention import BACKENDS, build_gate, check_variant, spatial_decay, spatial_decay_attention
+from .attention import build_gate, check_backend, check_variant, spatial_decay_attention
 
 #: What diffusers' `FeedForward` knows.
 ACTIVATIONS = ("gelu", "gelu-approximate", "geglu", "geglu-approximate", "swiglu", "linear-silu")
+
+#: diffusers' backends that add a mask of any values. The others refuse a mask or keep only where it is not zero.
+MASK_BACKENDS = ("native", "_native_math", "_native_efficient", "_native_cudnn", "flex", "xformers")
 
 
 class SDTAttnProcessor:
     """Computes `SDTAttention` through `spatial_decay_attention`.
 
-    `model.set_attention_backend(name)` of diffusers hands the decay to that backend as an additive mask: `native`,
-    `_native_math`, `_native_efficient`, `_native_cudnn`, `flex` and `xformers` take one, the flash family refuses it.
-    The mask has the query's dtype: in bf16, decays of 16 to 32 are rounded to steps of 1/8. Our backends keep fp32.
+    Which backend computes it, the first of these that is set:
+
+    1. `model.set_attention_backend(name)` of diffusers;
+    2. `backend` of this processor, which `set_decay_backend(model, name)` sets;
+    3. diffusers' active backend (`with attention_backend(name):`, the environment variable DIFFUSERS_ATTN_BACKEND)
+       if it is another than diffusers' own default, `native`;
+    4. the best of our backends for the device.
+
+    A backend of diffusers receives the decay as an additive mask; those outside `MASK_BACKENDS`, such as the flash
+    family, are refused. The mask has the query's dtype: in bf16, decays of 16 to 32 are rounded to steps of 1/8. Our
+    backends keep fp32.
 
     Args:
-        backend: A name in `sdt_diffusion.attention.BACKENDS`, used while no diffusers backend is set; the best for the
-            device by default.
+        backend: A name in `sdt_diffusion.attention.BACKENDS`; `None` for no choice.
     """
 
     _attention_backend = None
     _parallel_config = None
 
     def __init__(self, backend: str | None = None):
-        if backend is not None and backend not in BACKENDS:
-            raise ValueError(f"Unknown attention backend {backend!r}: choose one of {', '.join(BACKENDS)}.")
-        self.backend = backend
+        self.backend = check_backend(backend)
 
     def __call__(
         self,
@@ -43,21 +55,21 @@ class SDTAttnProcessor:
         conditioning: torch.Tensor | None = None,
         image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
+        """Attend as `SDTAttention.forward` describes."""
         if attn.fused_projections:
-            query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
+            query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)  # each (B, N, h*d)
         else:
             query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
-        position = None if attn.local_position is None else attn.local_position(value, grid_size)
-        query, key, value = (x.unflatten(-1, (-1, attn.head_dim)).transpose(1, 2) for x in (query, key, value))
+        position = None if attn.local_position is None else attn.local_position(value, grid_size)  # (B, N, h*d)
+        query, key, value = (
+            x.unflatten(-1, (-1, attn.head_dim)).transpose(1, 2)  # (B, h, N, d)
+            for x in (query, key, value)
+        )
         if attn.norm_q is not None:
             query, key = attn.norm_q(query), attn.norm_k(key)
         if image_rotary_emb is not None:
             query, key = (apply_rotary_emb(x, image_rotary_emb) for x in (query, key))
-        gate, alpha = (None, None) if attn.gate is None else attn.gate(hidden_states, conditioning)
-
-        backend = self.backend
-        if self._attention_backend is not None:
-            backend = partial(_diffusers_attention, self._attention_backend, self._parallel_config)
+        gate, alpha = (None, None) if attn.gate is None else attn.gate(hidden_states, conditioning)  # (B, h, N), (h,)
         hidden_states = spatial_decay_attention(
             query,
             key,
@@ -67,21 +79,58 @@ class SDTAttnProcessor:
             grid_size,
             variant=attn.spatial_decay,
             decomposed=attn.decomposed,
-            backend=backend,
-        )
-        hidden_states = hidden_states.transpose(1, 2).flatten(2)
+            backend=self._resolve_backend(),
+        )  # (B, h, N, d)
+        hidden_states = hidden_states.transpose(1, 2).flatten(2)  # (B, N, h*d)
         if position is not None:
             hidden_states = hidden_states + position
-        return attn.to_out[1](attn.to_out[0](hidden_states))
+        return attn.to_out[1](attn.to_out[0](hidden_states))  # (B, N, D)
+
+    def _resolve_backend(self):
+        name = self._attention_backend
+        if name is None:
+            if self.backend is not None:
+                return self.backend
+            name, _ = _AttentionBackendRegistry.get_active_backend()
+            if name == AttentionBackendName.NATIVE:
+                return None
+        return partial(_diffusers_attention, name, self._parallel_config)
 
 
-def _diffusers_attention(name, parallel_config, query, key, value, gate, alpha, grid_size, variant, scale):
-    mask = None if gate is None else spatial_decay(gate, alpha, grid_size, variant).to(query.dtype)
-    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+def _diffusers_attention(name, parallel_config, query, key, value, decay, scale):
+    mask = None
+    if decay is not None:
+        if name not in MASK_BACKENDS:
+            raise ValueError(
+                f"diffusers' attention backend {getattr(name, 'value', name)!r} cannot add the spatial decay to the "
+                f"logits: choose one of {', '.join(MASK_BACKENDS)}, or one of ours by set_decay_backend(model, name)."
+            )
+        mask = decay.bias().to(query.dtype)  # (B, h, N, N)
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # (B, N, h, d), diffusers' layout
     output = dispatch_attention_fn(
         query, key, value, attn_mask=mask, scale=scale, backend=name, parallel_config=parallel_config
     )
-    return output.transpose(1, 2)
+    return output.transpose(1, 2)  # (B, h, N, d)
+
+
+def set_decay_backend(model: nn.Module, backend: str | None) -> None:
+    """Choose which of our backends computes the spatial decay attention of a whole model.
+
+    This replaces what `model.set_attention_backend` of diffusers may have set on the model.
+
+    Args:
+        model: Any module with `SDTAttention` inside: a transformer or a classifier.
+        backend: A name in `sdt_diffusion.attention.BACKENDS`; `None` for the default (see `SDTAttnProcessor`).
+
+    Raises:
+        ValueError: If the name is unknown (the message lists the known ones) or the model has no such attention.
+    """
+    check_backend(backend)
+    modules = [module for module in model.modules() if isinstance(module, SDTAttention)]
+    if not modules:
+        raise ValueError(f"{type(model).__name__} has no spatial decay attention.")
+    for module in modules:
+        module.set_processor(SDTAttnProcessor(backend))
 
 
 class DepthwiseConv(nn.Module):
@@ -92,12 +141,13 @@ class DepthwiseConv(nn.Module):
         self.conv = nn.Conv2d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim)
 
     def forward(self, hidden_states: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
-        """Maps (batch, tokens, dim) to the same shape."""
-        return self.conv(hidden_states.transpose(1, 2).unflatten(2, grid_size)).flatten(2).transpose(1, 2)
+        """Map (batch, tokens, dim) to the same shape."""
+        feature_map = hidden_states.transpose(1, 2).unflatten(2, grid_size)  # (B, D, H, W)
+        return self.conv(feature_map).flatten(2).transpose(1, 2)  # (B, N, D)
 
 
 def _depthwise_conv(dim, **kernel_size):
-    """`DepthwiseConv` for the option `name=size`, `None` for size 0."""
+    """Build the `DepthwiseConv` of the option `name=size`; `None` for size 0."""
     ((name, size),) = kernel_size.items()
     if size and size % 2 == 0:
         raise ValueError(f"{name} must be odd or 0, not {size}.")
@@ -118,14 +168,14 @@ class SDTAttention(nn.Module, AttentionModuleMixin):
         conditioning_dim: Width of the vector that conditions the gate, or `None`.
         decay_initial_value: See `ContextAwareGate`.
         decay_heads_range: See `ContextAwareGate`.
-        qk_norm: `None` or "rms_norm": normalise queries and keys per head.
+        qk_norm: `None` or "rms_norm": normalize queries and keys per head.
         local_position_kernel_size: Kernel size of the local position encoding, a depth-wise convolution of the values
             that is added to the output of attention (RMT's LPE); 0 for none.
         eps: Epsilon of the query and key norms.
     """
 
     _default_processor_cls = SDTAttnProcessor
-    _available_processors = [SDTAttnProcessor]  # noqa: RUF012 (the name and form that diffusers looks for)
+    _available_processors = [SDTAttnProcessor]  # noqa: RUF012 (the name and type that diffusers looks for)
     is_cross_attention = False
 
     def __init__(
@@ -171,7 +221,7 @@ class SDTAttention(nn.Module, AttentionModuleMixin):
         conditioning: torch.Tensor | None = None,
         image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """Maps tokens (batch, tokens, dim) to the same shape; see `SDTBlock.forward`."""
+        """Map tokens (batch, tokens, dim) to the same shape; see `SDTBlock.forward`."""
         return self.processor(self, hidden_states, grid_size, conditioning, image_rotary_emb)
 
 
@@ -187,15 +237,15 @@ class AdaLayerNormZero(nn.Module):
         self.linear = nn.Linear(conditioning_dim, 6 * dim)
 
     def forward(self, hidden_states: torch.Tensor, conditioning: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Returns the modulated tokens, then gate_msa, shift_mlp, scale_mlp and gate_mlp of shape (batch, 1, dim)."""
-        modulation = self.linear(conditioning).unsqueeze(1)
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=-1)
+        """Return the modulated tokens, then gate_msa, shift_mlp, scale_mlp and gate_mlp of shape (batch, 1, dim)."""
+        modulation = self.linear(conditioning).unsqueeze(1)  # (B, 1, 6*D)
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=-1)  # each (B, 1, D)
         hidden_states = modulate(self.norm(hidden_states), shift_msa, scale_msa)
         return hidden_states, gate_msa, shift_mlp, scale_mlp, gate_mlp
 
 
 def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """x (1 + scale) + shift."""
+    """Compute x (1 + scale) + shift."""
     return x * (1 + scale) + shift
 
 
@@ -207,51 +257,16 @@ class SDTFeedForward(FeedForward):
         self.local = _depthwise_conv(inner_dim, mlp_kernel_size=kernel_size)
 
     def forward(self, hidden_states: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
-        """Maps (batch, tokens, dim) to the same shape."""
+        """Map (batch, tokens, dim) to the same shape."""
         activation, dropout, projection = self.net
-        hidden_states = activation(hidden_states)
+        hidden_states = activation(hidden_states)  # (B, N, inner_dim)
         if self.local is not None:
             hidden_states = hidden_states + self.local(hidden_states, grid_size)
-        return projection(dropout(hidden_states))
-
-
-class LayerScale(nn.Module):
-    """A learned factor per channel on a residual branch, small at the start."""
-
-    def __init__(self, dim: int, init_value: float):
-        super().__init__()
-        self.init_value = init_value
-        self.gamma = nn.Parameter(torch.empty(dim))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Sets every factor to `init_value`."""
-        nn.init.constant_(self.gamma, self.init_value)
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Maps (batch, tokens, dim) to the same shape."""
-        return hidden_states * self.gamma
-
-
-class DropPath(nn.Module):
-    """Stochastic depth: training drops a branch of whole samples, and scales the others up to keep the mean."""
-
-    def __init__(self, probability: float):
-        super().__init__()
-        if not 0 <= probability < 1:
-            raise ValueError(f"drop_path must be at least 0 and less than 1, not {probability}.")
-        self.probability = probability
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Maps (batch, tokens, dim) to the same shape."""
-        if not self.training or self.probability == 0:
-            return hidden_states
-        keep = torch.rand(hidden_states.shape[0], 1, 1, device=hidden_states.device) >= self.probability
-        return hidden_states * keep / (1 - self.probability)
+        return projection(dropout(hidden_states))  # (B, N, D)
 
 
 class SDTBlock(nn.Module):
-    """Spatial decay attention and an MLP, each pre-normalised and residual.
+    """Spatial decay attention and an MLP, each pre-normalized and residual.
 
     With a conditioning width, adaLN-Zero modulates both branches (DiT's block, in facebookresearch/DiT's numerics) and
     the vector conditions the gate too; without one the norms have their own affine parameters.
@@ -292,6 +307,8 @@ class SDTBlock(nn.Module):
         **attention_kwargs,
     ):
         super().__init__()
+        if not 0 <= drop_path < 1:
+            raise ValueError(f"drop_path must be at least 0 and less than 1, not {drop_path}.")
         if activation_fn not in ACTIVATIONS:
             raise ValueError(f"Unknown activation_fn {activation_fn!r}: choose one of {', '.join(ACTIVATIONS)}.")
         self.conditioned = conditioning_dim is not None
@@ -311,10 +328,14 @@ class SDTBlock(nn.Module):
         )
         self.norm2 = nn.LayerNorm(dim, elementwise_affine=not self.conditioned, eps=norm_eps)
         self.ff = SDTFeedForward(dim, int(dim * mlp_ratio), activation_fn, dropout, mlp_kernel_size)
-        scaled = layer_scale_init_value is not None
-        self.layer_scale1 = LayerScale(dim, layer_scale_init_value) if scaled else nn.Identity()
-        self.layer_scale2 = LayerScale(dim, layer_scale_init_value) if scaled else nn.Identity()
-        self.drop_path = DropPath(drop_path)
+        self.layer_scale1, self.layer_scale2, self.drop_path = nn.Identity(), nn.Identity(), nn.Identity()
+        if layer_scale_init_value is not None or drop_path:
+            from timm.layers import DropPath, LayerScale  # only where needed: the diffusion models do without timm
+
+            if layer_scale_init_value is not None:
+                self.layer_scale1 = LayerScale(dim, layer_scale_init_value)
+                self.layer_scale2 = LayerScale(dim, layer_scale_init_value)
+            self.drop_path = DropPath(drop_path)
 
     def forward(
         self,
@@ -323,7 +344,7 @@ class SDTBlock(nn.Module):
         conditioning: torch.Tensor | None = None,
         image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """Runs the block.
+        """Run the block.
 
         Args:
             hidden_states: Tokens in raster order, shape (batch, tokens, dim).
@@ -359,5 +380,5 @@ class SDTBlock(nn.Module):
         return hidden_states + self.drop_path(self.layer_scale2(branch))
 
 
-# What diffusers' caching hooks (FirstBlockCache, MagCache ...) need to know of a block.
+# Tell diffusers' caching hooks (FirstBlockCache, MagCache ...) which output of a block holds the tokens.
 TransformerBlockRegistry.register(SDTBlock, TransformerBlockMetadata(return_hidden_states_index=0))

@@ -205,7 +205,7 @@ class SDTPreTrainedModel(ImagePreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         # The backbone is loaded or has initialized itself, except for its fixed embedding, which no file holds.
         if isinstance(module, SDTPatchEmbed):
-            embedding = position_embedding(module.proj.out_channels, module.grid_size, module.grid_size)
+            embedding = position_embedding(module.proj.out_channels, module.grid_size, module.grid_size, "cpu")
             module.pos_embed = embedding.to(module.pos_embed)
         elif module is self.norm and not getattr(module.running_mean, "_is_hf_initialized", False):
             module.reset_running_stats()

@@ -52,7 +52,8 @@ def make_pipe(make_model):
     def make(scheduler=None, **kwargs):
         names = {0: "ant", 1: "bee, honey bee", 2: "cat", 3: "dog", 4: "elk"}
         scheduler = scheduler or diffusers.FlowMatchEulerDiscreteScheduler()
-        pipe = SDTPipeline(kwargs.pop("transformer", None) or make_model(), scheduler, id2label=names, **kwargs)
+        kwargs = {"id2label": names, **kwargs}
+        pipe = SDTPipeline(kwargs.pop("transformer", None) or make_model(), scheduler, **kwargs)
         pipe.set_progress_bar_config(disable=True)
         return pipe
 

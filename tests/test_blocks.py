@@ -1,8 +1,9 @@
 import pytest
+import timm.layers
 import torch
 
-from sdt_diffusion.attention import SPATIAL_DECAY_VARIANTS
-from sdt_diffusion.blocks import SDTAttention, SDTAttnProcessor, SDTBlock
+from sdt_diffusion.attention import BACKENDS, SPATIAL_DECAY_VARIANTS
+from sdt_diffusion.blocks import SDTAttention, SDTAttnProcessor, SDTBlock, set_decay_backend
 from tests.conftest import randomise
 
 GRID = (3, 4)
@@ -110,6 +111,46 @@ def test_drop_path_drops_branches_of_whole_samples_and_keeps_the_mean():
     assert dropped == pytest.approx(0.25**2, abs=0.015)  # both branches
     branch = expected - x[:1]
     assert (output.mean(dim=0, keepdim=True) - expected).norm() < 0.1 * branch.norm()
+
+
+def test_layer_scale_and_drop_path_are_timms_with_names_and_starts_of_before():
+    block = SDTBlock(16, 2, layer_scale_init_value=0.5, drop_path=0.25)
+    assert isinstance(block.layer_scale1, timm.layers.LayerScale)
+    assert isinstance(block.drop_path, timm.layers.DropPath)
+    scales = {name: value for name, value in block.state_dict().items() if "layer_scale" in name}
+    assert list(scales) == ["layer_scale1.gamma", "layer_scale2.gamma"]
+    assert all(torch.equal(value, torch.full((16,), 0.5)) for value in scales.values())
+    with torch.device("meta"):
+        block = SDTBlock(16, 2, layer_scale_init_value=0.5)
+    block.to_empty(device="cpu").layer_scale1.reset_parameters()
+    assert torch.equal(block.layer_scale1.gamma, torch.full((16,), 0.5))
+
+
+def test_one_call_chooses_the_backend_of_a_whole_model(monkeypatch):
+    calls = []
+
+    def attend(query, key, value, decay, scale):
+        calls.append(decay.grid_size)
+        return BACKENDS["reference"](query, key, value, decay, scale)
+
+    monkeypatch.setitem(BACKENDS, "counted", attend)
+    model = torch.nn.ModuleList(SDTBlock(16, 2) for _ in range(2))
+    x = torch.randn(1, 12, 16)
+    expected = [block(x, GRID) for block in model]
+    set_decay_backend(model, "counted")
+    for block, output in zip(model, expected, strict=True):
+        torch.testing.assert_close(block(x, GRID), output)
+    assert calls == [GRID, GRID]
+    set_decay_backend(model, None)
+    model[0](x, GRID)
+    assert len(calls) == 2
+
+
+def test_backends_of_models_are_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match=r"Unknown attention backend 'flash'.*reference, dense, blockwise"):
+        set_decay_backend(SDTBlock(16, 2), "flash")
+    with pytest.raises(ValueError, match="Linear has no spatial decay attention"):
+        set_decay_backend(torch.nn.Linear(2, 2), "dense")
 
 
 def test_fused_projections_change_nothing():

@@ -1,15 +1,17 @@
-"""Spatial decay attention: tensors in, tensors out. Knows nothing of timesteps, classes, models or files."""
+"""Spatial decay attention, from tensors to tensors, on torch alone: no timesteps, classes, models or files here."""
 
-from .dispatch import BACKENDS, spatial_decay_attention
-from .formula import SPATIAL_DECAY_VARIANTS, check_variant, manhattan_distance, spatial_decay
+from .dispatch import BACKENDS, check_backend, spatial_decay_attention
+from .formula import SPATIAL_DECAY_VARIANTS, Decay, check_variant, manhattan_distance, spatial_decay
 from .gate import ContextAwareGate, FixedGate, build_gate
 
 __all__ = [
     "BACKENDS",
     "SPATIAL_DECAY_VARIANTS",
     "ContextAwareGate",
+    "Decay",
     "FixedGate",
     "build_gate",
+    "check_backend",
     "check_variant",
     "manhattan_distance",
     "spatial_decay",

@@ -1,14 +1,13 @@
-"""Blockwise backend for CPUs: a few heads at a time, in logits that stay in the cache and are never kept."""
+"""Blockwise backend for CPUs: computes a few heads at a time, so that their logits stay in the cache."""
 
 import torch
 
-from .dense import half_decay_and_distance
-from .formula import reference_attention
+from .formula import Decay
 
-#: Bytes of logits at a time, unless that leaves threads without a head of their own.
+#: Bytes of logits to compute at a time; more if otherwise there were fewer heads than threads.
 SCRATCH_BYTES = 2**21
 
-# Operators, so that compiled models call them as they are: a compiler would unroll the loops.
+# Register as operators, which compiled models call as they are: a compiler would unroll the loops.
 
 
 @torch.library.custom_op("sdt_diffusion::blockwise_attention", mutates_args=())
@@ -20,11 +19,11 @@ def _forward(
     distance: torch.Tensor,
     scale: float,
 ) -> torch.Tensor:
-    """As the dense backend, a block of samples or heads after the other."""
+    """Compute what the dense backend does, one block of samples or heads after the other."""
     output = torch.empty_like(value)
     for block in _blocks(half_decay, distance):
-        attention = _attention(query[block], key[block], half_decay[block], distance, scale)
-        output[block] = attention.to(value.dtype) @ value[block]
+        attention = _attention(query[block], key[block], half_decay[block], distance, scale)  # (b, h', N, N)
+        output[block] = attention.to(value.dtype) @ value[block]  # (b, h', N, d)
     return output
 
 
@@ -39,20 +38,20 @@ def _backward(
     output: torch.Tensor,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Computes the attention again: cheaper than to write it to memory and read it back, and nothing is kept."""
+    """Compute the gradients from attention that is computed again, which is cheaper than to store and load it."""
     grad_query, grad_key, grad_value = (torch.empty_like(x) for x in (query, key, value))
     grad_half_decay = torch.empty_like(half_decay)
     for block in _blocks(half_decay, distance):
         attention = _attention(query[block], key[block], half_decay[block], distance, scale)
         grad = grad_output[block]
         grad_value[block] = attention.to(value.dtype).transpose(-1, -2) @ grad
-        row_sum = (grad.to(distance.dtype) * output[block]).sum(dim=-1, keepdim=True)
+        row_sum = (grad.to(distance.dtype) * output[block]).sum(dim=-1, keepdim=True)  # (b, h', N, 1)
         grad_logits = (grad @ value[block].transpose(-1, -2)).to(distance.dtype).sub_(row_sum).mul_(attention)
         grad_scores = grad_logits.to(query.dtype)
         grad_query[block] = (grad_scores @ key[block]).mul_(scale)
         grad_key[block] = (grad_scores.transpose(-1, -2) @ query[block]).mul_(scale)
         weighted = grad_logits.mul_(distance)
-        grad_half_decay[block] = weighted.sum(dim=-1) + weighted.sum(dim=-2)
+        grad_half_decay[block] = weighted.sum(dim=-1) + weighted.sum(dim=-2)  # (b, h', N)
     return grad_query, grad_key, grad_value, grad_half_decay
 
 
@@ -81,7 +80,7 @@ _forward.register_autograd(_autograd, setup_context=_setup_context)
 
 
 def _blocks(half_decay, distance):
-    """Slices of (batch, heads): several samples while their logits fit, else some heads of one sample."""
+    """Yield slices of (batch, heads): several samples if their logits fit, otherwise some heads of one sample."""
     batch, heads, _ = half_decay.shape
     size = max(torch.get_num_threads(), SCRATCH_BYTES // (distance.numel() * distance.element_size()))
     samples, heads_at_once = max(1, size // heads), min(size, heads)
@@ -91,7 +90,7 @@ def _blocks(half_decay, distance):
 
 
 def _attention(query, key, half_decay, distance, scale):
-    logits = (half_decay[..., :, None] + half_decay[..., None, :]).mul_(distance)
+    logits = (half_decay[..., :, None] + half_decay[..., None, :]).mul_(distance)  # (b, h', N, N)
     if query.dtype == logits.dtype:
         logits.flatten(0, 1).baddbmm_(query.flatten(0, 1), key.flatten(0, 1).transpose(1, 2), alpha=scale)
     else:
@@ -99,13 +98,10 @@ def _attention(query, key, half_decay, distance, scale):
     return torch.softmax(logits, dim=-1, out=logits)
 
 
-def blockwise_attention(query, key, value, gate, alpha, grid_size, variant, scale):
-    """Spatial decay attention block by block; `raster`, whose decay is no product with a distance, by formula.
-
-    Needs gate <= 0 and alpha > 0, which the gate's log sigmoid and exp guarantee.
-    """
-    if variant == "raster":
-        return reference_attention(query, key, value, gate, alpha, grid_size, variant, scale)
-    half_decay, distance = half_decay_and_distance(gate, alpha, grid_size, variant)
-    with torch.autocast(query.device.type, enabled=False):  # the operands have their dtypes
+def blockwise_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, decay: Decay, scale: float
+) -> torch.Tensor:
+    """Compute spatial decay attention block by block, without keeping any logits."""
+    half_decay, distance = decay.half_decay_and_distance()
+    with torch.autocast(query.device.type, enabled=False):  # the operands already have the dtypes they need
         return _forward(query, key, value, half_decay, distance, scale)

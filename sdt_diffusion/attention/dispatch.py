@@ -1,4 +1,4 @@
-"""`spatial_decay_attention`: the one call through which models attend, and the table of its backends."""
+"""The one call through which models attend, `spatial_decay_attention`, and the table of its backends."""
 
 import math
 from collections.abc import Callable
@@ -8,10 +8,13 @@ import torch.nn.functional as F
 
 from .blockwise import blockwise_attention
 from .dense import dense_attention
-from .formula import check_variant, reference_attention
+from .formula import Decay, check_variant, reference_attention
 
-#: Name -> function(query, key, value, gate, alpha, grid_size, variant, scale). A new backend: a file and a line here.
-BACKENDS: dict[str, Callable[..., torch.Tensor]] = {
+#: attend(query, key, value, decay, scale): the tensors as in `spatial_decay_attention`, `None` for no decay.
+Backend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Decay | None, float], torch.Tensor]
+
+#: Backends by name; a new one is a file and a line here. Only `reference` is called for `none` and `raster`.
+BACKENDS: dict[str, Backend] = {
     "reference": reference_attention,
     "dense": dense_attention,
     "blockwise": blockwise_attention,
@@ -19,7 +22,7 @@ BACKENDS: dict[str, Callable[..., torch.Tensor]] = {
 
 
 def default_backend(query: torch.Tensor) -> str:
-    """`blockwise` on a CPU, `dense` on accelerators, `reference` for exports.
+    """Choose `blockwise` on a CPU, `dense` on accelerators, `reference` for exports.
 
     An exported program (torch.export, ONNX) then consists of torch's own operators and runs without this package.
     """
@@ -39,9 +42,9 @@ def spatial_decay_attention(
     variant: str = "context",
     decomposed: bool = False,
     scale: float | None = None,
-    backend: str | Callable[..., torch.Tensor] | None = None,
+    backend: str | Backend | None = None,
 ) -> torch.Tensor:
-    """Attention that decays with distance on the patch grid: softmax(Q K^T / sqrt(d) + M) V.
+    """Compute attention that decays with distance on the patch grid: softmax(Q K^T / sqrt(d) + M) V.
 
     Args:
         query: Shape (batch, heads, tokens, head_dim), tokens in raster order.
@@ -56,9 +59,10 @@ def spatial_decay_attention(
             each with its own one-dimensional decay, by the same queries and keys. Costs O(HW(H+W)) instead of
             O((HW)^2).
         scale: Factor of Q K^T; 1 / sqrt(head_dim) by default.
-        backend: A name in `BACKENDS`, or a function of the same signature; `default_backend` chooses by default. For
-            `none`, all but `reference` are `torch.nn.functional.scaled_dot_product_attention`. `torch.func` and second
-            derivatives need `reference`.
+        backend: A name in `BACKENDS`, or a function attend(query, key, value, decay, scale), which then has to handle
+            every variant; `default_backend` chooses by default. By name, `raster` is always computed by `reference`,
+            and `none` by `torch.nn.functional.scaled_dot_product_attention` unless the name is `reference`.
+            `torch.func` and second derivatives need `reference`.
 
     Returns:
         Tensor of shape (batch, heads, tokens, value_dim), in the value's dtype or autocast's.
@@ -74,36 +78,49 @@ def spatial_decay_attention(
             f"grid_size {height}x{width} means {height * width} tokens, but query and key have "
             f"{query.shape[-2]} and {key.shape[-2]}."
         )
-    if variant == "none":
-        gate = alpha = None
-    else:
-        gate = _check_gate(gate, alpha, query)
+    decay = None if variant == "none" else Decay(_check_gate(gate, alpha, query), alpha, grid_size, variant)
     attend = _resolve_backend(default_backend(query) if backend is None else backend, variant)
-    query, key = query.to(value.dtype), key.to(value.dtype)  # normalised queries are fp32 under autocast
+    query, key = query.to(value.dtype), key.to(value.dtype)  # normalized queries are fp32 under autocast
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     if not decomposed:
-        return attend(query, key, value, gate, alpha, grid_size, variant, scale)
+        return attend(query, key, value, decay, scale)  # (B, h, N, d)
 
     # A row is a 1 x W grid and a column an H x 1 grid: the same formula serves both passes.
-    rows = [_rows(x, grid_size) for x in (query, key, value)]
-    value = attend(*rows, _rows(gate, grid_size), alpha, (1, width), variant, scale)
-    columns = [_columns(x, grid_size) for x in (query, key)]
-    value = _columns(_from_rows(value, grid_size), grid_size)
-    output = attend(*columns, value, _columns(gate, grid_size), alpha, (height, 1), variant, scale)
-    return _from_columns(output, grid_size)
+    along_rows = along_columns = None
+    if decay is not None:
+        along_rows = decay._replace(gate=_rows(decay.gate, grid_size), grid_size=(1, width))
+        along_columns = decay._replace(gate=_columns(decay.gate, grid_size), grid_size=(height, 1))
+    value = attend(*(_rows(x, grid_size) for x in (query, key, value)), along_rows, scale)  # (B*H, h, W, d)
+    value = _from_rows(value, grid_size)  # (B, h, N, d)
+    output = attend(*(_columns(x, grid_size) for x in (query, key, value)), along_columns, scale)  # (B*W, h, H, d)
+    return _from_columns(output, grid_size)  # (B, h, N, d)
 
 
-def sdpa_attention(query, key, value, gate, alpha, grid_size, variant, scale):
-    """Plain attention by torch's fused kernels: all that `none` needs."""
+def sdpa_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, decay: None, scale: float
+) -> torch.Tensor:
+    """Compute plain attention by torch's fused kernels, which is all that `none` needs."""
     return F.scaled_dot_product_attention(query, key, value, scale=scale)
+
+
+def check_backend(backend: str | None) -> str | None:
+    """Return `backend` if it is `None` or a name in `BACKENDS`.
+
+    Raises:
+        ValueError: If it is not; the message lists the known ones.
+    """
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(f"Unknown attention backend {backend!r}: choose one of {', '.join(BACKENDS)}.")
+    return backend
 
 
 def _resolve_backend(backend, variant):
     if callable(backend):
         return backend
-    if backend not in BACKENDS:
-        raise ValueError(f"Unknown attention backend {backend!r}: choose one of {', '.join(BACKENDS)}.")
-    return sdpa_attention if variant == "none" and backend != "reference" else BACKENDS[backend]
+    attend = BACKENDS[check_backend(backend)]
+    if variant == "raster":  # no product with a distance, which all the other backends are built on
+        return reference_attention
+    return sdpa_attention if variant == "none" and attend is not reference_attention else attend
 
 
 def _check_gate(gate, alpha, query):
@@ -114,7 +131,7 @@ def _check_gate(gate, alpha, query):
         raise ValueError(f"`gate` has shape {tuple(gate.shape)}; ({batch}, {heads}, {tokens}) is needed.")
     if alpha.shape != (heads,):
         raise ValueError(f"`alpha` has shape {tuple(alpha.shape)}; ({heads},) is needed.")
-    # Half precision would round decays of 16 to 32 to steps of 1/8 (bf16).
+    # Keep at least fp32: bf16 would round decays of 16 to 32 to steps of 1/8.
     return gate.to(torch.promote_types(gate.dtype, torch.float32)).expand(batch, heads, tokens)
 
 
@@ -122,11 +139,11 @@ def _check_gate(gate, alpha, query):
 
 
 def _rows(x, grid_size):
-    return None if x is None else x.unflatten(2, grid_size).transpose(1, 2).flatten(0, 1)
+    return x.unflatten(2, grid_size).transpose(1, 2).flatten(0, 1)
 
 
 def _columns(x, grid_size):
-    return None if x is None else x.unflatten(2, grid_size).movedim(3, 1).flatten(0, 1)
+    return x.unflatten(2, grid_size).movedim(3, 1).flatten(0, 1)
 
 
 def _from_rows(x, grid_size):

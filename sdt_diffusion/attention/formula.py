@@ -4,13 +4,15 @@ Source: "Learning Spatial Decay for Vision Transformers" (SDT, arXiv 2508.09525)
 "RMT: Retentive Networks Meet Vision Transformers" (CVPR 2024).
 """
 
+from typing import NamedTuple
+
 import torch
 
 
 def manhattan_distance(
     grid_size: tuple[int, int], device: torch.device | None = None, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
-    """Manhattan distance between all pairs of tokens of a grid.
+    """Return the Manhattan distance between all pairs of tokens of a grid.
 
     d_ij = |y_i - y_j| + |x_i - x_j| with token n at row y = n // W and column x = n % W (raster order).
 
@@ -25,9 +27,10 @@ def manhattan_distance(
     height, width = grid_size
     y = torch.arange(height, device=device, dtype=dtype)
     x = torch.arange(width, device=device, dtype=dtype)
-    rows = (y[:, None] - y[None, :]).abs()
-    columns = (x[:, None] - x[None, :]).abs()
-    return (rows[:, None, :, None] + columns[None, :, None, :]).reshape(height * width, height * width)
+    rows = (y[:, None] - y[None, :]).abs()  # (H, H)
+    columns = (x[:, None] - x[None, :]).abs()  # (W, W)
+    distance = rows[:, None, :, None] + columns[None, :, None, :]  # (H, W, H, W)
+    return distance.reshape(height * width, height * width)  # (N, N)
 
 
 #: Values of the config key `spatial_decay`: how attention decays between two tokens.
@@ -41,7 +44,7 @@ SPATIAL_DECAY_VARIANTS = {
 
 
 def check_variant(variant: str) -> str:
-    """Returns `variant` if it is a known spatial decay.
+    """Return `variant` if it is a known spatial decay.
 
     Raises:
         ValueError: If it is not; the message lists the known ones.
@@ -54,7 +57,7 @@ def check_variant(variant: str) -> str:
 def spatial_decay(
     gate: torch.Tensor, alpha: torch.Tensor, grid_size: tuple[int, int], variant: str = "context"
 ) -> torch.Tensor:
-    """The decay M that is added to the attention logits.
+    """Compute the decay M that is added to the attention logits.
 
         context, fixed:  M_ij = -| 1/2 (G_i + G_j) * d_ij * alpha |
         content:         the same with d_ij = 1 for i != j
@@ -69,24 +72,65 @@ def spatial_decay(
     Returns:
         M of shape (batch, heads, tokens, tokens): <= 0, symmetric, zero on the diagonal, in the gate's dtype.
     """
-    alpha = alpha[:, None, None]
+    alpha = alpha[:, None, None]  # (h, 1, 1)
     if variant == "raster":
-        position = gate.cumsum(dim=-1)
-        return -((position[..., :, None] - position[..., None, :]) * alpha).abs()
-    distance = manhattan_distance(grid_size, gate.device, gate.dtype)
+        position = gate.cumsum(dim=-1)  # (B, h, N)
+        return -((position[..., :, None] - position[..., None, :]) * alpha).abs()  # (B, h, N, N)
+    distance = manhattan_distance(grid_size, gate.device, gate.dtype)  # (N, N)
     if variant == "content":
         distance = distance.clamp(max=1)
-    pair = (gate[..., :, None] + gate[..., None, :]) / 2
+    pair = (gate[..., :, None] + gate[..., None, :]) / 2  # (B, h, N, N)
     return -(pair * distance * alpha).abs()
 
 
-def reference_attention(query, key, value, gate, alpha, grid_size, variant, scale):
-    """softmax(Q K^T * scale + M) V by plain differentiable operations.
+class Decay(NamedTuple):
+    """What a spatial decay is made of, as backends receive it.
 
-    The backend every other one is tested against. It differentiates any number of times and in forward mode, and holds
-    several (tokens, tokens) tensors per head for the backward pass.
+    Args:
+        gate: G = log sigmoid(decay logits) <= 0 in fp32 or fp64, shape (batch, heads, tokens).
+        alpha: Strength of the decay, > 0, shape (heads,).
+        grid_size: Rows and columns of the patch grid; their product is the number of tokens.
+        variant: One of `SPATIAL_DECAY_VARIANTS` except `none`.
     """
-    logits = (query @ key.transpose(-1, -2)) * scale
-    if variant != "none":
-        logits = logits + spatial_decay(gate, alpha, grid_size, variant)
-    return logits.softmax(dim=-1).to(value.dtype) @ value
+
+    gate: torch.Tensor
+    alpha: torch.Tensor
+    grid_size: tuple[int, int]
+    variant: str = "context"
+
+    def bias(self) -> torch.Tensor:
+        """Return M, the additive mask of shape (batch, heads, tokens, tokens), for any variant."""
+        return spatial_decay(self.gate, self.alpha, self.grid_size, self.variant)
+
+    def half_decay_and_distance(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Factor M_ij = (u_i + u_j) d_ij, which fast backends compute without writing M to memory.
+
+        Needs gate <= 0 and alpha > 0, which the gate's log sigmoid and exp guarantee: M is then negative without abs.
+
+        Returns:
+            u = 1/2 alpha G of shape (batch, heads, tokens), and d of shape (tokens, tokens).
+
+        Raises:
+            ValueError: If the variant is `raster`, which is no product with a distance.
+        """
+        if self.variant == "raster":
+            raise ValueError("The variant 'raster' has no distance to factor out: use `bias()`.")
+        distance = manhattan_distance(self.grid_size, self.gate.device, self.gate.dtype)  # (N, N)
+        if self.variant == "content":
+            distance = distance.clamp(max=1)
+        half_decay = self.gate * (self.alpha[:, None] / 2)  # (B, h, N)
+        return half_decay.contiguous(), distance  # otherwise the logits would inherit the gate's strides
+
+
+def reference_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, decay: Decay | None, scale: float
+) -> torch.Tensor:
+    """Compute softmax(Q K^T * scale + M) V by plain differentiable operations.
+
+    All other backends are tested against this one. It differentiates any number of times and in forward mode, and
+    holds several (tokens, tokens) tensors per head for the backward pass.
+    """
+    logits = (query @ key.transpose(-1, -2)) * scale  # (B, h, N, N)
+    if decay is not None:
+        logits = logits + decay.bias()
+    return logits.softmax(dim=-1).to(value.dtype) @ value  # (B, h, N, d)

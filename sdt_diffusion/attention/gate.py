@@ -1,4 +1,4 @@
-"""Context-aware gating (CAG): from tokens, and a conditioning vector, to decays."""
+"""Context-aware gating (CAG): gates of the decay from tokens and a conditioning vector."""
 
 import math
 from contextlib import nullcontext
@@ -9,7 +9,9 @@ from torch import nn
 
 
 def multi_scale_exponents(num_heads: int, initial_value: float, heads_range: float) -> list[float]:
-    """RMT's exponents a_h = initial_value + heads_range * h / num_heads: head h decays by log(1 - 2^-a_h) a patch.
+    """Return RMT's exponents a_h = initial_value + heads_range * h / num_heads.
+
+    Head h decays by log(1 - 2^-a_h) a patch.
 
     Raises:
         ValueError: If an exponent is not positive: 2^-a has to be less than 1.
@@ -24,7 +26,7 @@ class ContextAwareGate(nn.Module):
 
     W_g and W_c start at zero and b_h at log(2^a_h - 1), at which log sigmoid(b_h) = log(1 - 2^-a_h): the gate starts
     as RMT's fixed decay, with its range of near- and far-sighted heads. alpha = exp(log_alpha) starts at 1 and stays
-    positive (at 0, -|M| would have no gradient and alpha would never move).
+    positive (at 0, -|M| would have no gradient and alpha would never change).
 
     Args:
         dim: Width of the tokens.
@@ -53,7 +55,7 @@ class ContextAwareGate(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Sets the start described above."""
+        """Set the start described above."""
         nn.init.zeros_(self.proj.weight)
         self.proj.bias.copy_(torch.tensor([math.log(2**a - 1) for a in self.exponents]))
         if self.conditioning_proj is not None:
@@ -63,7 +65,7 @@ class ContextAwareGate(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, conditioning: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Computes the gate.
+        """Compute the gate.
 
         Args:
             hidden_states: The tokens that queries, keys and values see, shape (batch, tokens, dim).
@@ -73,16 +75,17 @@ class ContextAwareGate(nn.Module):
             The gate G, shape (batch, heads, tokens), and alpha, shape (heads,).
         """
         with _without_autocast(hidden_states.device.type):
-            logits = _project(self.proj, hidden_states)
+            logits = _project(self.proj, hidden_states)  # (B, N, h)
             if self.conditioning_proj is not None:
                 logits = logits + _project(self.conditioning_proj, conditioning).unsqueeze(1)
-            return F.logsigmoid(logits).transpose(1, 2), self.log_alpha.to(logits.dtype).exp()
+            gate = F.logsigmoid(logits).transpose(1, 2)  # (B, h, N)
+            return gate, self.log_alpha.to(logits.dtype).exp()
 
 
 class FixedGate(nn.Module):
     """RMT's constant decay: G = log(1 - 2^-a_h) for every token, alpha = 1, nothing learned.
 
-    Holds no tensors, so that no cast of the model can round the decay.
+    It holds no tensors, so that no cast of the model can round the decay.
     """
 
     def __init__(self, num_heads: int, initial_value: float = 2.0, heads_range: float = 6.0):
@@ -92,10 +95,10 @@ class FixedGate(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, conditioning: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns the gate of shape (1, heads, 1) and alpha of shape (heads,), both constant."""
+        """Return the gate of shape (1, heads, 1) and alpha of shape (heads,), both constant."""
         dtype = torch.promote_types(hidden_states.dtype, torch.float32)
         decay = [math.log1p(-(2**-a)) for a in self.exponents]
-        gate = torch.tensor(decay, dtype=dtype, device=hidden_states.device)
+        gate = torch.tensor(decay, dtype=dtype, device=hidden_states.device)  # (h,)
         return gate[None, :, None], torch.ones_like(gate)
 
 
@@ -107,7 +110,7 @@ def build_gate(
     initial_value: float = 2.0,
     heads_range: float = 6.0,
 ) -> nn.Module | None:
-    """The gate that a spatial decay variant needs; `None` for `none`."""
+    """Build the gate that a spatial decay variant needs; `None` for `none`."""
     if variant == "none":
         return None
     if variant == "fixed":
@@ -116,11 +119,11 @@ def build_gate(
 
 
 def _project(linear: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """Calls the module (offloading and LoRA hook into that) in its weight's dtype, fp32 unless somebody cast it."""
+    """Call the module, which offloading and LoRA hook into, in the dtype of its weight: fp32 unless it was cast."""
     logits = linear(x.to(linear.weight.dtype))
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def _without_autocast(device_type):
-    # The meta device, on which costs are counted, has no autocast to switch off.
+    # The meta device, on which costs are counted, has no autocast to disable.
     return nullcontext() if device_type == "meta" else torch.autocast(device_type, enabled=False)

@@ -27,7 +27,7 @@ from ..data.images import ImageArguments, check_class_folders
 from ..metrics.confusion import Confusion, PreparedImages, classify
 from ..metrics.extractors.transformers_models import channels_of, image_mode_for, load_classifier
 from ..plots import plot_confusion
-from ..utils.arguments import errors_in_a_line, parse_arguments, require_at_least
+from ..utils.arguments import exit_on_error, parse_arguments, require_at_least
 from ..utils.files import check_new, check_writable, write_atomically
 from ..utils.fingerprint import fingerprint
 from .cost import count_cost
@@ -234,7 +234,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     (args,) = parse_arguments((AccuracyArguments,), argv, description=__doc__)
     PartialState(cpu=not torch.cuda.is_available())
-    with errors_in_a_line(ValueError, OSError):
+    with exit_on_error(ValueError, OSError):
         table = evaluate_accuracy(args)
     if table is not None:
         print(f"\n{table}\n\nWritten to {args.output}.")

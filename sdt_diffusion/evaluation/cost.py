@@ -1,4 +1,4 @@
-"""What a network costs: parameters and arithmetic."""
+"""The cost of a network: parameters and arithmetic."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..blocks import SDTAttention, SDTAttnProcessor
+from ..blocks import SDTAttention, set_decay_backend
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Cost:
 
     @property
     def gibi_multiply_adds(self) -> float:
-        """Multiply-adds / 2^30, as RMT publishes."""
+        """Multiply-adds / 2^30, the unit that RMT publishes."""
         return self.multiply_adds / 2**30
 
     @property
@@ -35,19 +35,19 @@ class Cost:
         return 2 * self.multiply_adds / 1e9
 
     def as_dict(self) -> dict[str, float]:
-        """All of it, for records."""
+        """Return all of it, for records."""
         return {**asdict(self), "multiply_adds_2_30": self.gibi_multiply_adds, "gflops": self.gflops}
 
 
 @torch.no_grad()
 def count_cost(model: nn.Module, *inputs: Any) -> Cost:
-    """Counts the parameters of a model, and the multiply-adds of `model(*inputs)`.
+    """Count the parameters of a model, and the multiply-adds of `model(*inputs)`.
 
-    Element-wise work, norms and the softmax are not counted, as is the custom.
+    Element-wise work, norms and the softmax are not counted, as is usual.
 
     Args:
         model: The model; its mode and processors are left as they are.
-        *inputs: For one image, if the count is to be that of one.
+        *inputs: Inputs of the model; a batch of one image for the cost of one.
     """
     with _reference_attention_in(model), FlopCounterMode(display=False) as counter:
         model(*inputs)
@@ -56,12 +56,12 @@ def count_cost(model: nn.Module, *inputs: Any) -> Cost:
 
 @contextmanager
 def _reference_attention_in(model: nn.Module) -> Iterator[None]:
-    """Lets spatial decay attention consist of torch's operators, which the counter knows, while it counts."""
+    """Let spatial decay attention consist of torch's own operators, which the counter knows."""
     modules = [module for module in model.modules() if isinstance(module, SDTAttention)]
     processors = [module.processor for module in modules]
     try:
-        for module in modules:
-            module.set_processor(SDTAttnProcessor("reference"))
+        if modules:
+            set_decay_backend(model, "reference")
         yield
     finally:
         for module, processor in zip(modules, processors, strict=True):

@@ -1,4 +1,4 @@
-"""What a network's spatial decay lets it look at."""
+"""Record the spatial decay of a network, and map what it lets each patch look at."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -14,7 +14,7 @@ from ..blocks import SDTAttention, SDTAttnProcessor
 
 @dataclass
 class BlockDecay:
-    """What the decay of a block was made of when an image went through it.
+    """The decay of a block for one image that went through it.
 
     Args:
         block: Its number, counted through all stages.
@@ -36,17 +36,17 @@ class BlockDecay:
     attention: torch.Tensor | None
 
     def describe(self) -> str:
-        """The block in words."""
+        """Describe the block in words."""
         passes = ", along rows, then columns" if self.decomposed else ""
         return f"block {self.block}: {self.grid_size[0]} x {self.grid_size[1]} patches, {self.variant}{passes}"
 
 
 @contextmanager
 def record_decays(model: nn.Module, blocks: Sequence[int] = (), attention: bool = False) -> Iterator[list[BlockDecay]]:
-    """Records the decay of blocks while one image goes through a model.
+    """Record the decay of blocks while one image goes through a model.
 
     Args:
-        model: With spatial decay attention.
+        model: A model with spatial decay attention.
         blocks: Numbers of the blocks; the first, the middle and the last by default.
         attention: Whether to record the attention too, which takes memory for each pair of tokens.
 
@@ -77,7 +77,7 @@ def record_decays(model: nn.Module, blocks: Sequence[int] = (), attention: bool 
 
 
 def decay_maps(decay: BlockDecay, patches: Sequence[tuple[int, int]]) -> torch.Tensor:
-    """exp(M), the factor by which the decay multiplies attention between patches before it is normalised.
+    """Compute exp(M), the factor by which decay multiplies attention between patches before it is normalized.
 
     Decomposed attention reaches (y', x') from (y, x) along the column x to the row y', and along that row to x'. The
     factor is the product of the two passes'.
@@ -92,7 +92,7 @@ def decay_maps(decay: BlockDecay, patches: Sequence[tuple[int, int]]) -> torch.T
     rows, columns = decay.grid_size
     if not decay.decomposed:
         tokens = [y * columns + x for y, x in patches]
-        heads = [  # one by one: M has an entry for each pair of tokens
+        heads = [  # one by one, because M has an entry for each pair of tokens
             spatial_decay(decay.gate[None, None, head], decay.alpha[head, None], decay.grid_size, decay.variant)
             for head in range(len(decay.alpha))
         ]
@@ -105,13 +105,13 @@ def decay_maps(decay: BlockDecay, patches: Sequence[tuple[int, int]]) -> torch.T
 
 
 def attention_maps(decay: BlockDecay, patches: Sequence[tuple[int, int]]) -> torch.Tensor:
-    """The attention from patches, shape (patches, heads, rows, columns); what it gives to all adds up to 1."""
+    """Return the attention from patches, shape (patches, heads, rows, columns); it sums to 1 over the grid."""
     tokens = [y * decay.grid_size[1] + x for y, x in patches]
     return decay.attention[:, tokens].transpose(0, 1).unflatten(2, decay.grid_size)
 
 
 def half_distances(decay: BlockDecay, patches: Sequence[tuple[int, int]]) -> torch.Tensor | None:
-    """At how many patches' distance the factor falls to a half, for partners with the grid's mean gate.
+    """Compute the distance in patches at which the factor falls to a half, for partners with the grid's mean gate.
 
     Returns:
         Shape (patches, heads); in steps along the raster for `raster`, `None` for `content`, which knows no distance.
@@ -128,8 +128,8 @@ def half_distances(decay: BlockDecay, patches: Sequence[tuple[int, int]]) -> tor
 class _RecordingProcessor(SDTAttnProcessor):
     """Attends as usual, and records gates and, if asked to, attention.
 
-    The attention is what comes out for values that tell the tokens apart: as further channels of the values they go
-    through whatever passes there are.
+    To obtain the attention, one-hot marks of the tokens are appended to the values as further channels: what comes
+    out in those channels, after one pass or two, is how much of each token is in the output.
     """
 
     def __init__(self, block: int, with_attention: bool, records: list[BlockDecay]):
@@ -150,13 +150,13 @@ class _RecordingProcessor(SDTAttnProcessor):
         self.records.append(record)
         return output
 
-    def _attend(self, query, key, value, gate, alpha, grid_size, variant, scale):
+    def _attend(self, query, key, value, decay, scale):
         if self.passes == 0:
             lines, heads = value.shape[:2]
             marks = torch.eye(self.tokens, dtype=value.dtype, device=value.device).view(lines, 1, -1, self.tokens)
             value = torch.cat([value, marks.expand(-1, heads, -1, -1)], dim=-1)
         self.passes += 1
-        output = BACKENDS["reference"](query, key, value, gate, alpha, grid_size, variant, scale)
+        output = BACKENDS["reference"](query, key, value, decay, scale)
         if self.attn.decomposed and self.passes == 1:
             return output
         output, attention = output.split([self.attn.head_dim, self.tokens], dim=-1)

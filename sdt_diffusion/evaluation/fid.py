@@ -14,14 +14,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 from accelerate import PartialState
-from diffusers import DiffusionPipeline
 from PIL import Image
-
-import sdt_diffusion  # noqa: F401  (lets diffusers find the pipeline's classes)
 
 from ..data.raw_images import RawImageArguments, RawImages, SubsetImages, open_images, save_npz_images
 from ..metrics.extraction import summarise
@@ -37,11 +35,10 @@ from ..metrics.registry import (
     warnings_about,
 )
 from ..plots import image_grid
-from ..sampling.arguments import SamplingArguments
+from ..sampling.arguments import SamplingArguments, load_pipeline
 from ..sampling.folder import SampleFolder, is_sample_folder, sample_into
 from ..sampling.generate import class_labels_for, random_class_labels
 from ..sdt import SDTPipeline
-from ..sdt.schedulers import swap_scheduler
 from ..utils.arguments import errors_in_a_line, parse_arguments, require_at_least
 from ..utils.files import check_new, check_writable, write_atomically
 from .make_reference import Reference
@@ -79,9 +76,33 @@ class FidArguments:
         require_at_least(self, 2, "kid_subset_size")
 
 
+@dataclass(kw_only=True)
+class FidSamplingArguments(SamplingArguments):
+    """How to sample, with --model."""
+
+    model: str | None = field(default=None, metadata={"help": "Folder or Hub name of a saved pipeline."})
+    num_samples: int | None = field(
+        default=None,
+        metadata={
+            "help": f"Samples; {FULL_COUNT} with --model, all there are with --samples by default.",
+            "aliases": ["--num_images"],
+        },
+    )
+    class_labels: Literal["balanced", "random"] = field(
+        default="balanced", metadata={"help": "The classes in turn, or each sample's drawn by its seed."}
+    )
+    samples_dir: str | None = field(
+        default=None, metadata={"help": "Where samples are kept; a folder beside --output by default."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        require_at_least(self, 1, "num_samples")
+
+
 def compare(
     args: FidArguments,
-    sampling_args: SamplingArguments,
+    sampling_args: FidSamplingArguments,
     extractor: FeatureExtractor,
     image_args: RawImageArguments,
     num_workers: int = 0,
@@ -166,35 +187,15 @@ def open_samples(name: str, count: int | None, image_args: RawImageArguments) ->
     return images if count in (None, len(images)) else SubsetImages(images, count)
 
 
-def load_pipeline(args: SamplingArguments, device: torch.device) -> SDTPipeline:
-    """The pipeline to sample from, with the scheduler asked for.
-
-    Raises:
-        FileNotFoundError: If there is no such folder.
-        ValueError: If the scheduler does not fit.
-    """
-    if args.model.startswith((".", "/", "~")) and not Path(args.model, "model_index.json").is_file():
-        raise FileNotFoundError(f"--model: {args.model} holds no pipeline (no model_index.json).")
-    pipe = DiffusionPipeline.from_pretrained(args.model, dtype=getattr(torch, args.dtype)).to(device)
-    if args.scheduler:
-        pipe.scheduler = swap_scheduler(pipe.scheduler, args.scheduler)
-    return pipe
-
-
-def draw_samples(pipe: SDTPipeline, args: SamplingArguments, num_samples: int, output: Path) -> SampleFolder:
+def draw_samples(pipe: SDTPipeline, args: FidSamplingArguments, num_samples: int, output: Path) -> SampleFolder:
     """Samples of the pipeline in `--samples_dir`, or in a folder beside the output."""
     classes = range(pipe.transformer.config.num_classes)
     if args.class_labels == "balanced":
         labels = class_labels_for(num_samples, classes)
     else:
         labels = random_class_labels(num_samples, classes, args.seed)
-    sampling = {
-        "seed": args.seed,
-        "guidance_scale": args.guidance_scale,
-        "num_inference_steps": args.num_inference_steps,
-    }
     folder = Path(args.samples_dir) if args.samples_dir else output.with_suffix(".samples")
-    return sample_into(folder, pipe, labels, sampling, args.batch_size)
+    return sample_into(folder, pipe, labels, args.settings(pipe), args.batch_size)
 
 
 def side_by_side(samples: RawImages, reference: RawImages | None, columns: int = 12, rows: int = 3) -> Image.Image:
@@ -243,7 +244,7 @@ def _check_dimensions(path, expected, found):
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the script; `argv` is the command line's by default."""
     argv = sys.argv[1:] if argv is None else argv
-    types = (FidArguments, SamplingArguments, ExtractorArguments, RawImageArguments)
+    types = (FidArguments, FidSamplingArguments, ExtractorArguments, RawImageArguments)
     args, sampling_args, extractor_args, image_args = parse_arguments(types, argv, description=__doc__)
     state = PartialState(cpu=not torch.cuda.is_available())
     with errors_in_a_line(ValueError, OSError):

@@ -41,6 +41,7 @@ def label_accuracy(
     labels = class_labels_for(num_images, range(real.num_classes))
     samples = stack_samples(generate(pipe, labels, batch_size=batch_size, output_type="np", **sampling))
     return {
+        "kind": "label_accuracy",
         "label_accuracy": svm_label_accuracy(real, samples, labels),
         "num_images": num_images,
         "num_real_images": len(real),

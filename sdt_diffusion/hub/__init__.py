@@ -1,13 +1,14 @@
-"""Giving a trained model to others: what its run was, a model card, the Hub."""
+"""Give a trained model to others: the record of its run, a model card, the Hub."""
 
 from .model_card import write_model_card
 from .push import HubArguments, create_hub_repo, push_folder, share_folder, share_run
-from .run_record import command_of, describe_run
+from .run_record import command_of, derive_record, describe_run
 
 __all__ = [
     "HubArguments",
     "command_of",
     "create_hub_repo",
+    "derive_record",
     "describe_run",
     "push_folder",
     "share_folder",

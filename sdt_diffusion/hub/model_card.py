@@ -1,28 +1,44 @@
-"""The model card, README.md, from what the model's folder holds."""
+"""Write the model card, README.md, from what the model's folder holds."""
 
 import json
 import warnings
+from collections.abc import Mapping, Sequence
+from importlib.metadata import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ..utils.files import write_atomically
+from ..sdt.pipeline_sdt import labels_of_names
+from ..utils.files import shorten_path, write_atomically
 from .results import Result, read_results
 from .run_record import as_yaml, read_record
 
 CARD_FILE = "README.md"
 
-#: What is written below it stays when the card is written again.
+#: Text below this line stays when the card is written again.
 KEEP_MARK = "<!-- What stands below this line is yours: it stays when the card is written again. -->"
+
+USE = """\
+Install the package (this model was made with version {version}):
+
+```bash
+{install}
+```
+
+```python
+{code}
+```
+
+`import {module}` must come first: without it, {library} does not know the classes and says `{error}`."""
 
 PIPELINE_SNIPPET = """\
 import sdt_diffusion  # registers the classes with diffusers
 from diffusers import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained({name})
-images = pipe({labels}, guidance_scale={guidance_scale}, num_inference_steps={num_inference_steps}).images
+images = pipe({arguments}).images
 images[0].save("sample.png")"""
 
 CLASSIFIER_SNIPPET = """\
@@ -34,28 +50,28 @@ print(classify("image.png"))"""
 
 
 def write_model_card(folder: Path, name: str | None = None, license: str | None = None) -> Path:
-    """Writes `README.md` into the folder of a pipeline or classifier that a training script made.
+    """Write `README.md` into the folder of a pipeline or classifier that a training script made.
 
     Written again, when there are new numbers, it keeps a license, other metadata, and the text below its last line. A
-    README.md that is not of this function's making is left as it is.
+    README.md that this function has not written is left as it is.
 
     Args:
         folder: The folder.
-        name: What `from_pretrained` is to be given; the folder by default.
+        name: What `from_pretrained` is to be given; the folder by default, from the working directory if it is in it.
         license: The model's license, in the Hub's names.
 
     Raises:
         ValueError: If the folder holds no finished run, or a file of it is damaged.
     """
-    record = read_record(folder)
+    record = _with_short_paths(read_record(folder))
     path = folder / CARD_FILE
     previous = _read_card(path) if path.is_file() else None
     if previous is not None and KEEP_MARK not in previous.text:
         warnings.warn(f"{path} was not written by this program: left as it is.", stacklevel=2)
         return path
-    name = name or str(folder).replace(f"{Path.cwd()}/", "")
+    name = name or _name_of(folder)
     results = read_results(folder, record["weights"])
-    data = previous.data if previous else ModelCardData()
+    data = cast(ModelCardData, previous.data) if previous else ModelCardData()
     data.license = license or data.license
     _fill_metadata(data, folder, record, name, results)
     kept = previous.text.partition(KEEP_MARK)[2].strip() if previous else ""
@@ -76,7 +92,19 @@ def write_model_card(folder: Path, name: str | None = None, license: str | None 
     return path
 
 
-def _read_card(path):
+def _with_short_paths(record: dict[str, Any]) -> dict[str, Any]:
+    """Shorten the paths of a record; new ones have none that are long."""
+    data = {**record["data"], "name": shorten_path(record["data"]["name"])}
+    return {**record, "data": data, "config": {key: shorten_path(value) for key, value in record["config"].items()}}
+
+
+def _name_of(folder: Path) -> str:
+    """Return the folder's path from the working directory; of one elsewhere its name alone, which is not private."""
+    folder = folder.resolve()
+    return str(folder.relative_to(Path.cwd())) if Path.cwd() in folder.parents else folder.name
+
+
+def _read_card(path: Path) -> ModelCard:
     try:
         return ModelCard.load(path)
     except (ValueError, yaml.YAMLError) as error:
@@ -87,9 +115,11 @@ def _is_pipeline(folder: Path) -> bool:
     return (folder / "model_index.json").is_file()
 
 
-def _fill_metadata(data: ModelCardData, folder: Path, record: dict[str, Any], name: str, results: list[Result]):
+def _fill_metadata(
+    data: ModelCardData, folder: Path, record: Mapping[str, Any], name: str, results: Sequence[Result]
+) -> None:
     pipeline = _is_pipeline(folder)
-    # The Hub has no tag of its own for images by class.
+    # The Hub has no tag for class-conditional images.
     data.pipeline_tag = task = "unconditional-image-generation" if pipeline else "image-classification"
     data.library_name = "diffusers" if pipeline else "transformers"
     own = ["sdt_diffusion", "spatial-decay-transformer", *(["class-conditional"] if pipeline else [])]
@@ -111,7 +141,7 @@ def _fill_metadata(data: ModelCardData, folder: Path, record: dict[str, Any], na
     ] or None
 
 
-def _introduction(folder, record):
+def _introduction(folder: Path, record: Mapping[str, Any]) -> str:
     model, data = record["config"]["model"], record["data"]
     classes = f"{data['num_images']:,} images of {data['num_classes']:,} classes ({data['name']})"
     if not _is_pipeline(folder):
@@ -122,23 +152,56 @@ def _introduction(folder, record):
     )
 
 
-def _pictures(folder):
-    return [f"![{path.stem}]({path.name})" for path in (folder / "samples.png",) if path.is_file()]
+def _pictures(folder: Path) -> list[str]:
+    return ["![samples](samples.png)"] if (folder / "samples.png").is_file() else []
 
 
-def _use(folder, record, name):
-    config = record["config"]
-    snippet = PIPELINE_SNIPPET if _is_pipeline(folder) else CLASSIFIER_SNIPPET
-    code = snippet.format(
-        name=json.dumps(name),
-        labels=list(range(min(4, record["data"]["num_classes"]))),
-        guidance_scale=config.get("guidance_scale"),
-        num_inference_steps=config.get("num_inference_steps"),
+def _use(folder: Path, record: Mapping[str, Any], name: str) -> str:
+    settings = {"version": record["versions"]["sdt_diffusion"], "install": _install_command()}
+    if not _is_pipeline(folder):
+        return USE.format(
+            **settings,
+            code=CLASSIFIER_SNIPPET.format(name=json.dumps(name)),
+            module="sdt_diffusion.classification",
+            library="transformers",
+            error="Transformers does not recognize this architecture",
+        )
+    return USE.format(
+        **settings,
+        code=PIPELINE_SNIPPET.format(name=json.dumps(name), arguments=_call_arguments(folder, record)),
+        module="sdt_diffusion",
+        library="diffusers",
+        error="module diffusers has no attribute SDTPipeline",
     )
-    return f"With the package sdt_diffusion {record['versions']['sdt_diffusion']}:\n\n```python\n{code}\n```"
 
 
-def _results_table(results):
+def _install_command() -> str:
+    """Return how to install this package: from the address that it names as its own, if there is one."""
+    urls = dict(entry.split(", ", 1) for entry in metadata("sdt_diffusion").get_all("Project-URL") or [])
+    named = {key.lower(): url for key, url in urls.items()}
+    url = next((named[key] for key in ("repository", "source", "homepage") if key in named), None)
+    return f'pip install "sdt_diffusion @ git+{url}"' if url else "pip install sdt_diffusion"
+
+
+def _call_arguments(folder: Path, record: Mapping[str, Any]) -> str:
+    """Return the arguments of a call of the pipeline: some classes, and the settings that it has not saved."""
+    index, config = json.loads((folder / "model_index.json").read_text()), record["config"]
+    names = {int(label): name for label, name in (index.get("id2label") or {}).items()}
+    labels_of = labels_of_names(names)
+    shown = []
+    for label in range(min(4, record["data"]["num_classes"])):
+        full = names.get(label, "")
+        # The first of several words for a class reads best, but it may be a word for another class too.
+        shown.append(next((n for n in (full.split(",")[0], full) if n and labels_of.get(n) == [label]), label))
+    settings = [
+        f"{key}={config[key]}"
+        for key in ("guidance_scale", "num_inference_steps")
+        if index.get(key) is None and config.get(key) is not None
+    ]
+    return ", ".join([json.dumps(shown, ensure_ascii=False), *settings])
+
+
+def _results_table(results: Sequence[Result]) -> str:
     if not results:
         return "None yet."
     rows = [("metric", "value", "images", "how", "measured on or against", "in full")]
@@ -146,11 +209,11 @@ def _results_table(results):
         (result.metric, result.shown, f"{result.images:,}", result.how, result.data, f"[{result.file}]({result.file})")
         for result in results
     ]
-    note = "The number of network evaluations (NFE) is per image; guidance takes two a step.\n\n"
+    note = "The number of network evaluations (NFE) is per image; with guidance each step has two.\n\n"
     return (note if any(result.how for result in results) else "") + _table(rows)
 
 
-def _facts(folder, record):
+def _facts(folder: Path, record: Mapping[str, Any]) -> str:
     config, data = record["config"], record["data"]
     component = "transformer/config.json" if _is_pipeline(folder) else "config.json"
     network = json.loads((folder / component).read_text())
@@ -170,18 +233,22 @@ def _facts(folder, record):
         ("processes", record["num_processes"]),
         ("images seen", f"{images:,} ({images / data['num_images']:.4g} epochs)"),
         ("precision", precision),
-        ("weights", _averaging(config)),
+        ("weights", _averaging(record)),
         ("versions", ", ".join(f"{package} {number}" for package, number in record["versions"].items())),
     ]
     return _table([(key, value) for key, value in rows if value is not None])
 
 
-def _table(rows):
+def _table(rows: Sequence[Sequence[Any]]) -> str:
     lines = ["| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in rows]
     return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
 
 
-def _averaging(config):
+def _averaging(record: Mapping[str, Any]) -> str:
+    config, derived = record["config"], record.get("derived", {})
+    if "sigma_rel" in derived:
+        made = f", combined from {derived['snapshots']} snapshots" if "snapshots" in derived else ""
+        return f"averaged by the power function of sigma_rel {derived['sigma_rel']:g}{made} of {derived['source']}"
     if not config.get("use_ema"):
         return "of the last step"
     if config["ema_profile"] == "power":

@@ -1,4 +1,4 @@
-"""Writes the model card of a trained model anew, with the numbers found since, and pushes the model to the Hub.
+"""Write the model card of a trained model again, with the numbers found since, and push the model to the Hub.
 
 python train/share.py --folder outputs/digits                                            # README.md only
 python train/share.py --folder outputs/digits --push_to_hub --hub_model_id me/digits     # and push
@@ -9,13 +9,15 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import create_repo, get_token, upload_folder
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-from ..utils.arguments import errors_in_a_line, parse_arguments
+from ..utils.arguments import exit_on_error, parse_arguments
+from ..utils.files import shorten_path, write_atomically
 from .model_card import write_model_card
 from .run_record import write_record
 
@@ -32,10 +34,11 @@ class HubArguments:
         default=None, metadata={"help": "Its name there, such as me/my-model; the folder's name by default."}
     )
     hub_token: str | None = field(
-        default=None, metadata={"help": "Token, written to no file; that of HF_TOKEN or `hf auth login` by default."}
+        default=None,
+        metadata={"help": "Token, written to no file; that of HF_TOKEN or `hf auth login` by default."},
     )
     hub_private_repo: bool | None = field(
-        default=None, metadata={"help": "Make the repository private; as your account has it by default."}
+        default=None, metadata={"help": "Make the repository private; the default of your account otherwise."}
     )
     license: str | None = field(default=None, metadata={"help": "License of the model for its card, such as mit."})
 
@@ -45,22 +48,20 @@ class HubArguments:
         try:
             validate_repo_id(self.hub_model_id)
         except HFValidationError as error:
-            raise ValueError(f"--hub_model_id: {error}") from error
+            raise ValueError(f"hub_model_id: {error}") from error
         if (self.hub_token or get_token()) is None:
-            raise ValueError(
-                "--push_to_hub takes a token: log in by `hf auth login`, or set HF_TOKEN, or give --hub_token."
-            )
+            raise ValueError("push_to_hub needs a token: log in by `hf auth login`, set HF_TOKEN, or give hub_token.")
 
 
 def create_hub_repo(args: HubArguments, folder: Path) -> str | None:
-    """Makes the repository if there is none, which also shows, before hours are spent, that it may be written.
+    """Make the repository if there is none, which also shows, before hours are spent, that it can be written.
 
     Args:
         args: Where to push to.
         folder: The folder, whose name the repository gets by default.
 
     Returns:
-        The repository's full name, or `None` without `--push_to_hub`.
+        The repository's full name, or `None` without `push_to_hub`.
 
     Raises:
         ValueError: If it cannot be made.
@@ -70,12 +71,12 @@ def create_hub_repo(args: HubArguments, folder: Path) -> str | None:
     name = args.hub_model_id or folder.resolve().name
     try:
         return create_repo(name, token=args.hub_token, private=args.hub_private_repo, exist_ok=True).repo_id
-    except Exception as error:  # of the network, of the Hub, of its HTTP library
-        raise ValueError(f"--push_to_hub: the repository {name} cannot be made or opened: {error}") from error
+    except Exception as error:  # the network, the Hub and its HTTP library all raise their own
+        raise ValueError(f"push_to_hub: the repository {name} cannot be made or opened: {error}") from error
 
 
 def files_to_share(folder: Path) -> list[str]:
-    """The files of the model and its card, relative to the folder: no checkpoints, logs, samples or hidden files."""
+    """List the files of the model and its card, relative to the folder: no checkpoints, samples or hidden files."""
     index = folder / "model_index.json"
     components = json.loads(index.read_text()) if index.is_file() else {}
     files = [path for pattern in SHARED_FILES for path in folder.glob(pattern)]
@@ -86,8 +87,20 @@ def files_to_share(folder: Path) -> list[str]:
     return sorted(name.as_posix() for name in names if not any(part.startswith(".") for part in name.parts))
 
 
+def remove_private_paths(folder: Path) -> None:
+    """Shorten the `_name_or_path` that diffusers notes in the configs of models it has loaded from a local folder."""
+    for name in files_to_share(folder):
+        path = folder / name
+        if path.name in ("config.json", "model_index.json"):
+            config = json.loads(path.read_text())
+            short = shorten_path(config.get("_name_or_path"))
+            if short != config.get("_name_or_path"):
+                text = json.dumps({**config, "_name_or_path": short}, indent=2)
+                write_atomically(path, partial(Path.write_text, data=f"{text}\n"))
+
+
 def push_folder(folder: Path, repo_id: str, args: HubArguments) -> str:
-    """Uploads `files_to_share`.
+    """Upload `files_to_share`.
 
     Returns:
         The address of the commit.
@@ -102,19 +115,19 @@ def push_folder(folder: Path, repo_id: str, args: HubArguments) -> str:
 
 
 def share_run(args: HubArguments, folder: Path, record: dict[str, Any]) -> None:
-    """Writes the record of a finished run and its model card into its folder, and pushes all to the Hub if asked to.
+    """Write the record of a finished run and its model card into its folder, and push all to the Hub if asked to.
 
     Args:
         args: Whether and where to push.
         folder: The run's folder.
-        record: See `describe_run`.
+        record: See `describe_run` and `derive_record`.
     """
     write_record(folder, record)
     share_folder(args, folder)
 
 
 def share_folder(args: HubArguments, folder: Path) -> None:
-    """Writes the model card from what the folder holds now, and pushes the folder to the Hub if asked to.
+    """Write the model card from what the folder holds now, and push the folder to the Hub if asked to.
 
     Raises:
         ValueError: If the folder holds no finished run, or a file of it is damaged.
@@ -122,14 +135,15 @@ def share_folder(args: HubArguments, folder: Path) -> None:
     """
     repo_id = create_hub_repo(args, folder)
     print(f"The model card is {write_model_card(folder, repo_id, args.license)}")
+    remove_private_paths(folder)
     if repo_id is None:
         return
     try:
         print(f"Pushed to {push_folder(folder, repo_id, args)}")
-    except Exception as error:
+    except Exception as error:  # see create_hub_repo
         raise RuntimeError(
-            f"Pushing failed: {error}\nThe model is whole in {folder}. To push again: python train/share.py --folder "
-            f"{folder} --push_to_hub --hub_model_id {repo_id}"
+            f"Pushing failed: {error}\nThe model is complete in {folder}. To push again: python train/share.py "
+            f"--folder {folder} --push_to_hub --hub_model_id {repo_id}"
         ) from error
 
 
@@ -137,12 +151,12 @@ def share_folder(args: HubArguments, folder: Path) -> None:
 class FolderArguments:
     """What to share."""
 
-    folder: str = field(metadata={"help": "What train_dit.py or train_classifier.py made."})
+    folder: str = field(metadata={"help": "Folder that train_dit.py, train_classifier.py or reconstruct_ema.py made."})
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the script; `argv` is the command line's by default."""
     argv = sys.argv[1:] if argv is None else argv
     args, hub_args = parse_arguments((FolderArguments, HubArguments), argv, description=__doc__)
-    with errors_in_a_line(ValueError, RuntimeError):
+    with exit_on_error(ValueError, RuntimeError):
         share_folder(hub_args, Path(args.folder))

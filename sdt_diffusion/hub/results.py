@@ -1,14 +1,13 @@
-"""The numbers that a model's folder holds, each with how it came about."""
+"""Read the numbers that a model's folder holds, each with how it was found."""
 
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..metrics.confusion import from_log
-from .run_record import shorten
+from ..utils.files import shorten_path
 
 
 @dataclass(frozen=True)
@@ -22,7 +21,7 @@ class Result:
         data: What it was measured on or against.
         images: Number of samples, or of test images.
         how: Sampler, steps, network evaluations and guidance; or nothing.
-        file: Where it stands in full.
+        file: The file with all that is known of it.
     """
 
     metric: str
@@ -35,41 +34,54 @@ class Result:
 
 
 def read_results(folder: Path, weights: str) -> list[Result]:
-    """Finds what eval/fid.py, eval/accuracy.py and the training scripts wrote into a model's folder.
+    """Read what the evaluation and training scripts wrote into a model's folder.
 
     Args:
-        folder: The folder; JSON files of others in it are passed over.
-        weights: Fingerprint of the model's weights. Numbers of others, which a run that went on may have left there,
-            are passed over with a warning.
+        folder: The folder; JSON files of other kinds are passed over.
+        weights: Fingerprint of the model's weights. Numbers of other weights, which an earlier part of the run may
+            have left there, are passed over with a warning.
 
     Raises:
         ValueError: If a file is damaged.
     """
-    results = []
+    results: list[Result] = []
     for path in sorted(folder.glob("[!.]*.json")):
         try:
             content = json.loads(path.read_text())
-        except ValueError as error:
+            read = READERS.get(kind_of(content))
+            found = [] if read is None else list(read(content, path.name))
+            measured = _weights_of(content) if found else None
+        except KeyError as error:
+            raise ValueError(f"{path} is damaged (it has no {error}): delete it, or make it again.") from error
+        except (TypeError, ValueError) as error:
             raise ValueError(f"{path} is damaged ({error}): delete it, or make it again.") from error
-        found = []
-        if isinstance(content, dict):
-            found = [
-                *_of_fid(content, path.name),
-                *_of_accuracy(content, path.name),
-                *_of_training(content, path.name),
-            ]
-        if found and _weights_of(content) not in (None, weights):
+        if measured not in (None, weights):
             warnings.warn(f"{path} is of other weights than the model's: left out of its card.", stacklevel=2)
         else:
             results += found
     return results
 
 
-def _of_fid(content: dict[str, Any], file: str) -> Iterator[Result]:
-    if not {"samples", "reference", "settings"} <= content.keys():
-        return
+def kind_of(content: Any) -> str | None:
+    """Return the kind of a results file; of one written before files said their kind, by the keys it has."""
+    if not isinstance(content, dict):
+        return None
+    if isinstance(content.get("kind"), str):
+        return content["kind"]
+    for kind, keys in (
+        ("fid", {"samples", "reference", "settings"}),
+        ("accuracy", {"top1", "top5", "data", "classes"}),
+        ("label_accuracy", {"label_accuracy", "num_real_images"}),
+        ("classifier_training", {"test_accuracy", "test_images"}),
+    ):
+        if keys <= content.keys():
+            return kind
+    return None
+
+
+def _read_fid(content: Mapping[str, Any], file: str) -> Iterator[Result]:
     samples, reference = content["samples"], content["reference"]
-    against = shorten(reference.get("images", reference["path"]))
+    against = shorten_path(reference.get("images", reference["path"]))
     for name, label in content.get("labels", {}).items():
         spread = f" ± {content[f'{name}_std']:.4g}" if f"{name}_std" in content else ""
         yield Result(
@@ -83,32 +95,43 @@ def _of_fid(content: dict[str, Any], file: str) -> Iterator[Result]:
         )
 
 
-def _of_accuracy(content: dict[str, Any], file: str) -> Iterator[Result]:
-    if not {"top1", "top5", "data", "classes"} <= content.keys():
-        return
+def _read_accuracy(content: Mapping[str, Any], file: str) -> Iterator[Result]:
     data = content["data"]
     split = f" ({data['split']})" if data["split"] else ""
     for key, metric in (("top1", "top-1 accuracy"), ("top5", "top-5 accuracy")):
         if content[key] is not None:
-            value = content[key]
-            yield Result(metric, value, f"{value:.2%}", f"{shorten(data['dataset'])}{split}", data["count"], "", file)
+            value, where = content[key], f"{shorten_path(data['dataset'])}{split}"
+            yield Result(metric, value, f"{value:.2%}", where, data["count"], "", file)
 
 
-def _of_training(content: dict[str, Any], file: str) -> Iterator[Result]:
-    if "label_accuracy" in content:
-        judge = f"an RBF SVM trained on the {content['num_real_images']} real images"
-        value = content["label_accuracy"]
-        yield Result("label accuracy", value, f"{value:.1%}", judge, content["num_images"], content["sampler"], file)
-    of_classifier = content.get("kind") == "classifier_training" or "test_accuracy" in content  # now, and before
-    tested = from_log(content) if of_classifier else {}
-    for key, metric in (("top1", "top-1 accuracy"), ("top5", "top-5 accuracy")):
-        value = tested.get(key)
+def _read_label_accuracy(content: Mapping[str, Any], file: str) -> Iterator[Result]:
+    judge = f"an RBF SVM trained on the {content['num_real_images']} real images"
+    value = content["label_accuracy"]
+    yield Result("label accuracy", value, f"{value:.1%}", judge, content["num_images"], content["sampler"], file)
+
+
+def _read_classifier_training(content: Mapping[str, Any], file: str) -> Iterator[Result]:
+    for keys, metric in (
+        (("top1", "test_accuracy"), "top-1 accuracy"),  # the latter are the names in older files
+        (("top5", "test_accuracy_top5"), "top-5 accuracy"),
+    ):
+        value = next((content[key] for key in keys if content.get(key) is not None), None)
         if value is not None:
-            yield Result(metric, value, f"{value:.2%}", "held-out images", tested["count"], "", file)
+            count = content["count"] if "count" in content else content["test_images"]
+            yield Result(metric, value, f"{value:.2%}", "held-out images", count, "", file)
 
 
-def _weights_of(content):
-    """The fingerprint of what was measured, where it can be compared: rounded weights have another."""
+#: Kind of a results file -> what finds its numbers, given its content and name.
+READERS: Mapping[str | None, Callable[[Mapping[str, Any], str], Iterator[Result]]] = {
+    "fid": _read_fid,
+    "accuracy": _read_accuracy,
+    "label_accuracy": _read_label_accuracy,
+    "classifier_training": _read_classifier_training,
+}
+
+
+def _weights_of(content: Mapping[str, Any]) -> str | None:
+    """Return the fingerprint of the weights that were measured, or `None`: that of rounded weights says nothing."""
     measured = {**content.get("samples", {}), **content.get("throughput", {})}
     if measured.get("dtype") != "float32":
         return None

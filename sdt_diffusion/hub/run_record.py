@@ -1,8 +1,8 @@
-"""The record of a run that stays with its model: enough to write the model card, and nothing that is private."""
+"""Keep the record of a run beside its model: enough to write the model card, and nothing private."""
 
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -11,27 +11,27 @@ import yaml
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from torch import nn
 
-from ..utils.files import write_atomically
+from ..utils.files import shorten_path, write_atomically
 from ..utils.fingerprint import fingerprint
 
 RECORD_FILE = "training_run.json"
 
-#: Flags that no record may show, and one that says only how often the run was interrupted: resuming is exact.
-OMITTED_FLAGS = frozenset({"--hub_token", "--resume_from_checkpoint"})
+#: Arguments that no record shows: a secret, and how often the run was interrupted, which changes nothing in it.
+OMITTED_ARGUMENTS = frozenset({"hub_token", "resume_from_checkpoint"})
 
 PACKAGES = ("sdt_diffusion", "torch", "diffusers", "transformers", "accelerate")
 
 
 def describe_run(
     command: str,
-    config: dict[str, Any],
+    config: Mapping[str, Any],
     images: Any,
     networks: Sequence[nn.Module],
     steps: int,
     images_per_step: int,
     num_processes: int,
 ) -> dict[str, Any]:
-    """What there is to say of a run that is over.
+    """Return the record of a finished run.
 
     Args:
         command: See `command_of`.
@@ -43,13 +43,14 @@ def describe_run(
         num_processes: Number of processes.
 
     Returns:
-        A dictionary for JSON. Paths in it are relative to the working directory or to the home, where they can be.
+        A dictionary for JSON. Paths in it are shortened, see `shorten_path`.
     """
     return {
+        "kind": "training_run",
         "command": command,
-        "config": {key: shorten(value) for key, value in config.items() if f"--{key}" not in OMITTED_FLAGS},
+        "config": {key: shorten_path(value) for key, value in config.items() if key not in OMITTED_ARGUMENTS},
         "data": {
-            "name": shorten(images.name),
+            "name": shorten_path(images.name),
             "on_hub": _may_be_on_hub(images.name),
             "num_images": len(images),
             "num_classes": images.num_classes,
@@ -63,35 +64,61 @@ def describe_run(
     }
 
 
-def command_of(script: str, argv: Sequence[str], num_processes: int) -> str:
-    """The command line of a run, as one would type it: no tokens, no flag that only resumes it, no absolute home.
+def derive_record(source_folder: Path, networks: Sequence[nn.Module], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the record of a model that was made from a finished run without training, such as another average.
+
+    Args:
+        source_folder: The folder of the run.
+        networks: What is saved, see `describe_run`.
+        changes: What is different: `steps` replaces the run's; a `command` is put below the run's; the rest, such as
+            `sigma_rel` and `snapshots` of an average, is kept beside the source under `derived`.
+
+    Returns:
+        A dictionary for JSON.
+
+    Raises:
+        ValueError: If the source folder holds no record, or it is damaged.
+    """
+    record = read_record(source_folder)
+    changes = dict(changes)
+    if "command" in changes:
+        record["command"] += f"\n{changes.pop('command')}"
+    record["steps"] = changes.pop("steps", record["steps"])
+    source = {"source": shorten_path(str(source_folder)), "source_weights": record["weights"]}
+    return {**record, "weights": fingerprint(*networks), "derived": {**source, **changes}}
+
+
+def command_of(script: str, argv: Sequence[str], num_processes: int | None = None) -> str:
+    """Return the command line of a run, as one would type it, without tokens, resuming and private paths.
 
     Args:
         script: The script, such as train/train_dit.py.
         argv: Its arguments.
-        num_processes: Number of processes.
+        num_processes: Number of processes that accelerate starts; `None` for a script that python starts.
     """
-    words = ["accelerate", "launch", *(["--num_processes", str(num_processes)] if num_processes > 1 else []), script]
+    launch = ["python"] if num_processes is None else ["accelerate", "launch"]
+    words = [*launch, *(["--num_processes", str(num_processes)] if (num_processes or 1) > 1 else []), script]
     omit_value = False
     for word in argv:
-        flag = word.partition("=")[0]
-        if word.startswith("--"):
-            omit_value = flag in OMITTED_FLAGS and "=" not in word
-        elif omit_value:
+        is_flag = word.startswith("--")
+        if omit_value and not is_flag:
             omit_value = False
             continue
-        if flag not in OMITTED_FLAGS:
+        flag, equals, _ = word.partition("=")
+        omitted = is_flag and flag.removeprefix("--").replace("-", "_") in OMITTED_ARGUMENTS
+        omit_value = omitted and not equals
+        if not omitted:
             words.append(word)
     return " ".join(map(_quote, words))
 
 
-def write_record(folder: Path, record: dict[str, Any]) -> None:
-    """Writes the record into the model's folder."""
+def write_record(folder: Path, record: Mapping[str, Any]) -> None:
+    """Write the record into the model's folder."""
     write_atomically(folder / RECORD_FILE, lambda path: path.write_text(json.dumps(record, indent=2)))
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """Reads the record of a model's folder.
+    """Read the record of a model's folder.
 
     Raises:
         ValueError: If there is none, or it is damaged.
@@ -105,27 +132,23 @@ def read_record(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is damaged: {error}") from error
 
 
-def as_yaml(config: dict[str, Any]) -> str:
-    """The config as a file for `--config`, without what is not set."""
+def as_yaml(config: Mapping[str, Any]) -> str:
+    """Return the config as a file for `--config`, without what is not set."""
     return yaml.safe_dump({key: value for key, value in config.items() if value is not None}, sort_keys=False)
 
 
-def shorten(value: Any, home: str = "~/") -> Any:
-    """A text without the path of the working directory, and with `home` for that of the home; no text, as it is."""
-    if not isinstance(value, str):
-        return value
-    value = value.replace(f"{Path.cwd()}/", "")
-    return value.replace(f"{Path.home()}/", home) if len(Path.home().parts) > 1 else value
-
-
-def _quote(word):
-    before, home, after = shorten(word, "\0").partition("\0")
+def _quote(word: str) -> str:
+    """Quote a word for the shell, with shortened paths."""
+    flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+    before, home, after = shorten_path(value, "\0").partition("\0")
     if not home:
-        return shlex.quote(before)
-    return (shlex.quote(before) if before else "") + '"$HOME"/' + shlex.quote(after)  # single quotes would hide it
+        return shlex.quote(f"{flag}{equals}{before}")
+    prefix = f"{flag}{equals}{before}"
+    # "$HOME" stands outside the single quotes of the rest, which would keep the shell from replacing it.
+    return (shlex.quote(prefix) if prefix else "") + '"$HOME"/' + (shlex.quote(after) if after else "")
 
 
-def _may_be_on_hub(name):
+def _may_be_on_hub(name: str) -> bool:
     try:
         validate_repo_id(name)
     except HFValidationError:

@@ -20,8 +20,7 @@ from .extractors.transformers_models import prepare_picture
 
 #: A label among so many of the highest logits counts for `top5`.
 TOP_K = 5
-#: Number -> its name in the log of a training run, where `loss` is that of training. Earlier versions wrote these
-#: names into results.json as well.
+#: Number -> its name in the log of a training run, where `loss` is that of training.
 LOG_NAMES = {"top1": "test_accuracy", "top5": "test_accuracy_top5", "loss": "test_loss", "count": "test_images"}
 
 
@@ -89,8 +88,8 @@ def to_log(numbers: Mapping[str, float | int | None]) -> dict[str, float | int]:
 
 
 def from_log(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the numbers of a test in a record of the log, or in a results.json of now or before; else nothing."""
-    numbers = {key: record.get(name, record.get(key)) for key, name in LOG_NAMES.items()}
+    """Return the numbers of a test from a record of the log; nothing if the record is not of a test."""
+    numbers = {key: record.get(name) for key, name in LOG_NAMES.items()}
     return {} if numbers["top1"] is None else numbers
 
 

@@ -1,4 +1,4 @@
-"""Pictures of what happens."""
+"""Draw training curves, confusions, decays and grids of images."""
 
 from .charts import plot_accuracy_curve, plot_confusion, plot_loss_curve
 from .decay import DecayRow, DecaySection, plot_decays

@@ -1,36 +1,169 @@
-"""How to sample."""
+"""Say how to sample: one family of arguments for all scripts, and the pipeline and classes that they name."""
 
-from dataclasses import dataclass, field
-from typing import Literal
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
 
+import torch
+from diffusers import DiffusionPipeline
+from safetensors import SafetensorError
+
+from ..attention import BACKENDS
+from ..blocks import SDTAttnProcessor
+from ..sdt import SDTPipeline, SDTTransformer2DModel
+from ..sdt.pipeline_sdt import DEFAULT_GUIDANCE_SCALE, DEFAULT_NUM_INFERENCE_STEPS
+from ..sdt.schedulers import swap_scheduler
 from ..utils.arguments import require_at_least
 
+Dtype = Literal["float32", "bfloat16", "float16"]
 
-@dataclass
-class SamplingArguments:
-    """How to sample, with --model."""
 
-    model: str | None = field(default=None, metadata={"help": "Folder or Hub name of a saved pipeline."})
-    num_samples: int | None = field(
-        default=None, metadata={"help": "Samples; 50000 with --model, all there are with --samples by default."}
-    )
-    class_labels: Literal["balanced", "random"] = field(
-        default="balanced", metadata={"help": "The classes in turn, or each sample's drawn by its seed."}
-    )
-    seed: int = field(default=0, metadata={"help": "Seed of the samples."})
-    guidance_scale: float = field(default=1.5, metadata={"help": "Classifier-free guidance; 1 for none."})
-    num_inference_steps: int = field(default=250, metadata={"help": "Sampling steps."})
+@dataclass(kw_only=True)
+class SamplerArguments:
+    """How a model is sampled; training takes these and saves them in the pipeline."""
+
     scheduler: str | None = field(
-        default=None, metadata={"help": "Class name of another diffusers scheduler than the saved one."}
+        default=None,
+        metadata={"help": "Class name of another diffusers scheduler than the pipeline's.", "resumable": True},
     )
-    batch_size: int = field(default=64, metadata={"help": "Samples at a time on each process."})
-    dtype: Literal["float32", "bfloat16", "float16"] = field(
-        default="float32", metadata={"help": "The pipeline's arithmetic."}
+    num_inference_steps: int | None = field(
+        default=None,
+        metadata={
+            "help": f"Sampling steps; those saved in the pipeline by default, else {DEFAULT_NUM_INFERENCE_STEPS}.",
+            "resumable": True,
+        },
     )
-    samples_dir: str | None = field(
-        default=None, metadata={"help": "Where samples are kept; a folder beside --output by default."}
+    guidance_scale: float | None = field(
+        default=None,
+        metadata={
+            "help": "Classifier-free guidance, 1 for none; that saved in the pipeline by default, else "
+            f"{DEFAULT_GUIDANCE_SCALE:g}.",
+            "resumable": True,
+        },
+    )
+    attention_backend: str | None = field(
+        default=None,
+        metadata={
+            "help": f"How attention is computed: {', '.join(BACKENDS)}, or a backend of diffusers such as native; the "
+            "best for the device by default.",
+            "resumable": True,
+        },
     )
 
     def __post_init__(self):
+        require_at_least(self, 1, "num_inference_steps")
+
+    def with_defaults(self) -> "SamplerArguments":
+        """Return a copy that names guidance and steps, for a pipeline that has none saved yet."""
+        guidance, steps = self.guidance_scale, self.num_inference_steps
+        return replace(
+            self,
+            guidance_scale=DEFAULT_GUIDANCE_SCALE if guidance is None else guidance,
+            num_inference_steps=DEFAULT_NUM_INFERENCE_STEPS if steps is None else steps,
+        )
+
+    def apply_to(self, pipe: SDTPipeline) -> None:
+        """Give a pipeline the scheduler and the attention backend that were asked for.
+
+        Raises:
+            ValueError: If one of them is unknown or does not fit the model.
+        """
+        if self.scheduler is not None:
+            pipe.scheduler = swap_scheduler(pipe.scheduler, self.scheduler)
+        set_attention_backend(pipe.transformer, self.attention_backend)
+
+    def settings(self, pipe: SDTPipeline) -> dict[str, Any]:
+        """Return the arguments of a call of the pipeline: what was asked for, else what the pipeline has saved."""
+        return pipe.sampling_settings(self.guidance_scale, self.num_inference_steps)
+
+
+@dataclass(kw_only=True)
+class PipelineArguments(SamplerArguments):
+    """What to sample from, and how."""
+
+    model: str = field(metadata={"help": "Folder or Hub name of a saved pipeline."})
+    seed: int = field(default=0, metadata={"help": "Seed of the samples."})
+    dtype: Dtype = field(default="float32", metadata={"help": "Type of the model's weights and arithmetic."})
+
+    def __post_init__(self):
+        super().__post_init__()
         require_at_least(self, 0, "seed")
-        require_at_least(self, 1, "num_samples", "num_inference_steps", "batch_size")
+
+    def settings(self, pipe: SDTPipeline) -> dict[str, Any]:
+        """Return the arguments of `generate`: the seed, and what `SamplerArguments.settings` gives."""
+        return {"seed": self.seed, **super().settings(pipe)}
+
+
+@dataclass(kw_only=True)
+class SamplingArguments(PipelineArguments):
+    """What to sample from, and how, for many samples."""
+
+    batch_size: int = field(default=64, metadata={"help": "Samples at a time on each process."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        require_at_least(self, 1, "batch_size")
+
+
+def default_device() -> torch.device:
+    """Return the GPU if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def load_pipeline(args: PipelineArguments, device: torch.device | str) -> SDTPipeline:
+    """Load the pipeline to sample from, with the scheduler and the attention backend asked for.
+
+    Raises:
+        FileNotFoundError: If the folder holds no pipeline.
+        OSError: If the model is neither a folder nor on the Hub.
+        ValueError: If the folder is damaged or holds another kind of pipeline, or the scheduler or backend does not
+            fit.
+    """
+    path = Path(args.model).expanduser()
+    is_path = path.is_dir() or args.model.startswith((".", "/", "~"))
+    if is_path and not (path / "model_index.json").is_file():
+        raise FileNotFoundError(f"model: {args.model} holds no pipeline (no model_index.json).")
+    name = str(path) if is_path else args.model
+    try:
+        pipe = DiffusionPipeline.from_pretrained(name, dtype=getattr(torch, args.dtype))
+    except (AttributeError, ImportError, KeyError, RuntimeError, SafetensorError, TypeError) as error:
+        # diffusers and safetensors raise all of these for files that are cut, changed or of another class.
+        raise ValueError(f"model: {args.model} cannot be loaded: {error}") from error
+    if not isinstance(pipe, SDTPipeline):
+        raise ValueError(f"model: {args.model} holds a {type(pipe).__name__}, not an SDTPipeline.")
+    args.apply_to(pipe)
+    return pipe.to(device)
+
+
+def set_attention_backend(model: SDTTransformer2DModel, name: str | None) -> None:
+    """Let a model attend through a backend of `sdt_diffusion.attention` or of diffusers; `None` changes nothing.
+
+    Raises:
+        ValueError: If the backend is unknown, or cannot be used here.
+    """
+    if name is None:
+        return
+    if name in BACKENDS:
+        model.set_attn_processor(SDTAttnProcessor(name))
+        return
+    try:
+        model.set_attention_backend(name)
+    except (ImportError, RuntimeError, ValueError) as error:
+        raise ValueError(f"attention_backend must be one of {', '.join(BACKENDS)} or of diffusers: {error}") from error
+
+
+def parse_classes(pipe: SDTPipeline, words: Sequence[str]) -> list[int]:
+    """Return the labels of classes given as text: a word that names a class is that class, else a number is an id.
+
+    Names come first because they can be numbers themselves, as those of the digits are.
+
+    Raises:
+        ValueError: If a word is neither, means several classes, or an id is out of range.
+    """
+
+    def id_or_name(word):
+        return int(word) if word not in pipe.labels and re.fullmatch(r"-?\d+", word) else word
+
+    return pipe.prepare_class_labels([id_or_name(word) for word in words])

@@ -13,6 +13,9 @@ from diffusers.utils.torch_utils import randn_tensor
 from .transformer_sdt import SDTTransformer2DModel
 from .vae import decode_latents, vae_spatial_scale
 
+#: Sampling settings of a pipeline that has none saved.
+DEFAULT_GUIDANCE_SCALE, DEFAULT_NUM_INFERENCE_STEPS = 4.0, 50
+
 
 class SDTPipeline(DiffusionPipeline):
     """Class-conditional image generation with an `SDTTransformer2DModel`.
@@ -22,6 +25,8 @@ class SDTPipeline(DiffusionPipeline):
         scheduler: Any DDPM-family scheduler for `epsilon` or `v_prediction` models, any flow-matching one for flows.
         vae: Decodes latents to pixels; without one the transformer works in pixels, -1 to 1.
         id2label: Label to class name; a name may hold several words for the class, separated by commas.
+        guidance_scale: Guidance that calls use unless they name another, saved with the pipeline; 4 if `None`.
+        num_inference_steps: Steps that calls use unless they name others, saved with the pipeline; 50 if `None`.
     """
 
     model_cpu_offload_seq = "transformer->vae"
@@ -34,11 +39,16 @@ class SDTPipeline(DiffusionPipeline):
         scheduler: SchedulerMixin,
         vae: torch.nn.Module | None = None,
         id2label: dict[int, str] | dict[str, str] | None = None,
+        guidance_scale: float | None = None,
+        num_inference_steps: int | None = None,
     ):
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
         self.id2label = {int(label): name for label, name in (id2label or {}).items()}  # JSON has made them strings
-        self.register_to_config(id2label=self.id2label)
+        self.register_to_config(
+            id2label=self.id2label, guidance_scale=guidance_scale, num_inference_steps=num_inference_steps
+        )
+        self._guidance_scale = self.sampling_settings()["guidance_scale"]
         self._labels_of_name = labels_of_names(self.id2label)
         self.vae_scale_factor = vae_spatial_scale(vae)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
@@ -67,6 +77,29 @@ class SDTPipeline(DiffusionPipeline):
     def num_timesteps(self) -> int:
         """Number of scheduler timesteps of the running call."""
         return self._num_timesteps
+
+    def sampling_settings(
+        self, guidance_scale: float | None = None, num_inference_steps: int | None = None
+    ) -> dict[str, float | int]:
+        """Return the settings of a call: those given, else those saved with the pipeline, else the defaults.
+
+        Args:
+            guidance_scale: Scale of classifier-free guidance.
+            num_inference_steps: Steps of the scheduler.
+
+        Returns:
+            `guidance_scale` and `num_inference_steps`.
+        """
+
+        def first(*values):
+            return next(value for value in values if value is not None)
+
+        return {
+            "guidance_scale": first(guidance_scale, self.config.guidance_scale, DEFAULT_GUIDANCE_SCALE),
+            "num_inference_steps": first(
+                num_inference_steps, self.config.num_inference_steps, DEFAULT_NUM_INFERENCE_STEPS
+            ),
+        }
 
     def get_label_ids(self, label: str | Sequence[str]) -> list[int]:
         """Maps class names to label ids.
@@ -160,8 +193,8 @@ class SDTPipeline(DiffusionPipeline):
     def __call__(
         self,
         class_labels: int | str | Sequence[int | str] | torch.Tensor,
-        guidance_scale: float = 4.0,
-        num_inference_steps: int = 50,
+        guidance_scale: float | None = None,
+        num_inference_steps: int | None = None,
         num_images_per_prompt: int = 1,
         height: int | None = None,
         width: int | None = None,
@@ -177,9 +210,9 @@ class SDTPipeline(DiffusionPipeline):
 
         Args:
             class_labels: A label id or class name, or a sequence of them: one image for each.
-            guidance_scale: Scale of classifier-free guidance; 1 or less samples without. 4 is for pictures, FIDs are
-                reported at about 1.5.
-            num_inference_steps: Steps of the scheduler.
+            guidance_scale: Scale of classifier-free guidance; 1 or less samples without. By default what is saved with
+                the pipeline, else 4; FIDs are reported at about 1.5.
+            num_inference_steps: Steps of the scheduler; by default what is saved with the pipeline, else 50.
             num_images_per_prompt: Images for each label; the images of one label follow each other.
             height: Height of the images in pixels; the trained one by default.
             width: Width of the images in pixels.
@@ -200,6 +233,8 @@ class SDTPipeline(DiffusionPipeline):
             ValueError: If a label, size, output type, generator list or callback input does not fit.
         """
         label_ids = self.prepare_class_labels(class_labels)
+        settings = self.sampling_settings(guidance_scale, num_inference_steps)
+        guidance_scale, num_inference_steps = settings["guidance_scale"], settings["num_inference_steps"]
         height, width = self._check_inputs(
             height,
             width,

@@ -1,7 +1,6 @@
 """SDTTransformer2DModel: a class-conditional diffusion transformer with spatial decay attention, and its presets."""
 
 import inspect
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -13,11 +12,12 @@ from diffusers.models.embeddings import (
     TimestepEmbedding,
     Timesteps,
     get_1d_rotary_pos_embed,
-    get_2d_sincos_pos_embed_from_grid,
+    get_1d_sincos_pos_embed_from_grid,
 )
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn import functional as F
 
 from ..attention import ContextAwareGate
@@ -37,7 +37,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     for size, config in SIZES.items()
     for patch_size in (2, 4, 8)
 }
-# 8x8 grey pixels, 10 classes: scikit-learn's digits.
+# 8x8 gray pixels, 10 classes: scikit-learn's digits.
 PRESETS["SDT-digits"] = {
     "num_layers": 4,
     "num_attention_heads": 4,
@@ -49,19 +49,30 @@ PRESETS["SDT-digits"] = {
 }
 
 
-@lru_cache(maxsize=8)
 def position_embedding(
-    dim: int, grid_size: tuple[int, int], trained_grid_size: tuple[int, int], device: torch.device | None = None
+    dim: int, grid_size: tuple[int, int], trained_grid_size: tuple[int, int], device: torch.device | str | None = None
 ) -> torch.Tensor:
-    """DiT's sine-cosine embedding, shape (1, tokens, dim), of a grid that is rescaled to the trained one's extent."""
-    # On the CPU also where the default device is another, such as the meta device that models are loaded on: this is
-    # kept and given to all.
+    """Compute DiT's sine-cosine embedding of a grid that is rescaled to the extent of the trained one.
+
+    Args:
+        dim: Width of the tokens.
+        grid_size: Rows H and columns W of the grid.
+        trained_grid_size: Rows and columns of the grid that the model is trained on.
+        device: Device of the result.
+
+    Returns:
+        A new tensor of shape (1, H*W, dim) in fp32; the first half of the channels encodes x, the second y.
+    """
+    height, width = grid_size
     y, x = (
-        torch.arange(size, dtype=torch.float32, device="cpu") * (trained / size)
+        get_1d_sincos_pos_embed_from_grid(
+            dim // 2, torch.arange(size, dtype=torch.float32, device=device) * (trained / size)
+        ).float()
         for size, trained in zip(grid_size, trained_grid_size, strict=True)
-    )
-    grid = torch.stack(torch.meshgrid(x, y, indexing="xy"))  # the first half of the embedding encodes x
-    return get_2d_sincos_pos_embed_from_grid(dim, grid, output_type="pt").float()[None].to(device)
+    )  # (H, D/2), (W, D/2)
+    x = x[None].expand(height, -1, -1)  # (H, W, D/2)
+    y = y[:, None].expand(-1, width, -1)  # (H, W, D/2)
+    return torch.cat([x, y], dim=-1).flatten(0, 1)[None]  # (1, N, D)
 
 
 class SDTPatchEmbed(nn.Module):
@@ -74,17 +85,22 @@ class SDTPatchEmbed(nn.Module):
         super().__init__()
         self.grid_size = grid_size
         self.proj = nn.Conv2d(in_channels, dim, kernel_size=patch_size, stride=patch_size)
-        self.register_buffer("pos_embed", position_embedding(dim, grid_size, grid_size), persistent=False)
+        # Use the CPU even where models are built on the meta device: no file holds the values to load later.
+        embedding = position_embedding(dim, grid_size, grid_size, device="cpu")
+        self.register_buffer("pos_embed", embedding, persistent=False)
 
     def forward(self, sample: torch.Tensor) -> torch.Tensor:
-        """Maps (batch, channels, height, width) to (batch, tokens, dim), tokens in raster order."""
-        tokens = self.proj(sample)
+        """Map (batch, channels, height, width) to (batch, tokens, dim), tokens in raster order."""
+        tokens = self.proj(sample)  # (B, D, H/p, W/p)
         grid_size = tuple(tokens.shape[-2:])
-        pos_embed = self.pos_embed
-        if grid_size != self.grid_size:
+        is_trained_grid = [size == trained for size, trained in zip(grid_size, self.grid_size, strict=True)]
+        # A compiler that keeps the sizes symbolic does not know, and makes one graph for all grids.
+        if all(statically_known_true(equal) for equal in is_trained_grid):
+            pos_embed = self.pos_embed
+        else:
             pos_embed = position_embedding(self.proj.out_channels, grid_size, self.grid_size, tokens.device)
-        # Not autocast's dtype: the residual stream of a model in fp32 stays in fp32.
-        return (tokens.flatten(2).transpose(1, 2) + pos_embed).to(self.proj.weight.dtype)
+        tokens = tokens.flatten(2).transpose(1, 2) + pos_embed  # (B, N, D)
+        return tokens.to(self.proj.weight.dtype)  # not autocast's: the residual stream of a model in fp32 stays fp32
 
 
 class TimestepClassEmbedding(nn.Module):
@@ -109,13 +125,13 @@ class TimestepClassEmbedding(nn.Module):
         dtype: torch.dtype,
         force_drop_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Embeds timesteps and labels, each of shape (batch,), to (batch, dim)."""
+        """Embed timesteps and labels, each of shape (batch,), to (batch, dim)."""
         if force_drop_ids is None and self.training and self.class_dropout_prob > 0:
             force_drop_ids = torch.rand(class_labels.shape, device=class_labels.device) < self.class_dropout_prob
         if force_drop_ids is not None:
             class_labels = torch.where(force_drop_ids.bool(), self.num_classes, class_labels)
-        time_embedding = self.timestep_embedder(self.time_proj(timestep).to(dtype))
-        return F.silu(time_embedding + self.class_embedder(class_labels))
+        time_embedding = self.timestep_embedder(self.time_proj(timestep).to(dtype))  # (B, D)
+        return F.silu(time_embedding + self.class_embedder(class_labels))  # (B, D)
 
 
 class SDTTransformer2DModel(
@@ -123,7 +139,7 @@ class SDTTransformer2DModel(
 ):
     """A diffusion transformer (DiT) whose attention decays with distance on the patch grid (SDT).
 
-    Numerics, initialisation and defaults are those of facebookresearch/DiT; `spatial_decay="none"` is a plain DiT.
+    Numerics, initialization and defaults are those of facebookresearch/DiT; `spatial_decay="none"` is a plain DiT.
 
     Args:
         num_attention_heads: Number of heads.
@@ -226,7 +242,7 @@ class SDTTransformer2DModel(
 
     @classmethod
     def from_preset(cls, name: str, **overrides) -> "SDTTransformer2DModel":
-        """Builds a randomly initialised model of a named size.
+        """Build a randomly initialized model of a named size.
 
         Args:
             name: A key of `PRESETS`, such as "SDT-XL/2".
@@ -239,7 +255,7 @@ class SDTTransformer2DModel(
 
     @classmethod
     def preset_config(cls, name: str, **overrides) -> dict[str, Any]:
-        """The config that `from_preset` builds a model of; same arguments and errors."""
+        """Return the config from which `from_preset` builds a model; same arguments and errors."""
         if name not in PRESETS:
             raise ValueError(f"Unknown preset {name!r}: choose one of {', '.join(PRESETS)}.")
         known = {key: p.default for key, p in inspect.signature(cls.__init__).parameters.items() if key != "self"}
@@ -250,7 +266,7 @@ class SDTTransformer2DModel(
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
-        """facebookresearch/DiT's initialisation: Xavier linears, zero modulations and output; gates as RMT's decay."""
+        """Initialize as facebookresearch/DiT does: Xavier linears, zero modulations and output; gates as RMT's."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -275,17 +291,17 @@ class SDTTransformer2DModel(
         class_labels: torch.Tensor,
         force_drop_ids: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Runs all blocks; same arguments and errors as `forward`.
+        """Run all blocks; same arguments and errors as `forward`.
 
         Returns:
             The tokens after the last block, shape (batch, tokens, width), and the conditioning, shape (batch, width).
         """
         height, width = self._check_input(hidden_states, class_labels)
         grid_size = (height // self.config.patch_size, width // self.config.patch_size)
-        timestep = timestep.expand(hidden_states.shape[0])
+        timestep = timestep.expand(hidden_states.shape[0])  # (B,)
 
-        hidden_states = self.pos_embed(hidden_states)
-        conditioning = self.time_class_embed(timestep, class_labels, hidden_states.dtype, force_drop_ids)
+        hidden_states = self.pos_embed(hidden_states)  # (B, N, D), N = H/p * W/p
+        conditioning = self.time_class_embed(timestep, class_labels, hidden_states.dtype, force_drop_ids)  # (B, D)
         image_rotary_emb = self._rotary_embedding(grid_size, hidden_states.device) if self.config.rotary else None
         for block in self.transformer_blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
@@ -293,7 +309,7 @@ class SDTTransformer2DModel(
                     block, hidden_states, grid_size, conditioning, image_rotary_emb
                 )
             else:
-                hidden_states = block(hidden_states, grid_size, conditioning, image_rotary_emb)
+                hidden_states = block(hidden_states, grid_size, conditioning, image_rotary_emb)  # (B, N, D)
         return hidden_states, conditioning
 
     def forward(
@@ -304,7 +320,7 @@ class SDTTransformer2DModel(
         return_dict: bool = True,
         force_drop_ids: torch.Tensor | None = None,
     ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
-        """Predicts noise, velocity or flow from a noisy (latent) image.
+        """Predict noise, velocity or flow from a noisy (latent) image.
 
         Args:
             hidden_states: Shape (batch, in_channels, height, width); the sides need not be the trained ones.
@@ -324,10 +340,12 @@ class SDTTransformer2DModel(
         hidden_states, conditioning = self.forward_features(hidden_states, timestep, class_labels, force_drop_ids)
         patch_size = self.config.patch_size
         grid_size = (height // patch_size, width // patch_size)
-        shift, scale = self.proj_out_1(conditioning).unsqueeze(1).chunk(2, dim=-1)
-        hidden_states = self.proj_out_2(modulate(self.norm_out(hidden_states), shift, scale))
-        patches = hidden_states.unflatten(1, grid_size).unflatten(-1, (patch_size, patch_size, self.out_channels))
-        sample = patches.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.out_channels, height, width)
+        shift, scale = self.proj_out_1(conditioning).unsqueeze(1).chunk(2, dim=-1)  # each (B, 1, D)
+        hidden_states = self.proj_out_2(modulate(self.norm_out(hidden_states), shift, scale))  # (B, N, p*p*C)
+        patches = hidden_states.unflatten(1, grid_size)  # (B, H/p, W/p, p*p*C)
+        patches = patches.unflatten(-1, (patch_size, patch_size, self.out_channels))  # (B, H/p, W/p, p, p, C)
+        sample = patches.permute(0, 5, 1, 3, 2, 4)  # (B, C, H/p, p, W/p, p)
+        sample = sample.reshape(-1, self.out_channels, height, width)  # (B, C, H, W)
         if not return_dict:
             return (sample,)
         return Transformer2DModelOutput(sample=sample)
@@ -345,7 +363,8 @@ class SDTTransformer2DModel(
                 f"{hidden_states.shape[0]} inputs need as many class labels, not a tensor of shape "
                 f"{tuple(class_labels.shape)}."
             )
-        # Reading labels back from an accelerator would stall it; pipeline and data set have checked them there.
+        # Check values on the CPU only: reading them from an accelerator would stall it, and there pipelines and data
+        # sets have checked them.
         if class_labels.device.type == "cpu" and not torch.compiler.is_compiling():
             null_class = self.config.num_classes
             if class_labels.numel() and not 0 <= int(class_labels.min()) <= int(class_labels.max()) <= null_class:
@@ -358,6 +377,6 @@ class SDTTransformer2DModel(
     def _rotary_embedding(self, grid_size, device):
         y, x = (torch.arange(size, device=device, dtype=torch.float32) for size in grid_size)
         half = self.config.attention_head_dim // 2
-        rows = get_1d_rotary_pos_embed(half, y.repeat_interleave(grid_size[1]), use_real=True)
-        columns = get_1d_rotary_pos_embed(half, x.repeat(grid_size[0]), use_real=True)
-        return tuple(torch.cat(pair, dim=-1) for pair in zip(rows, columns, strict=True))
+        rows = get_1d_rotary_pos_embed(half, y.repeat_interleave(grid_size[1]), use_real=True)  # each (N, d/2)
+        columns = get_1d_rotary_pos_embed(half, x.repeat(grid_size[0]), use_real=True)  # each (N, d/2)
+        return tuple(torch.cat(pair, dim=-1) for pair in zip(rows, columns, strict=True))  # each (N, d)

@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from timm.layers import LayerScale
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ..attention import ContextAwareGate
-from ..blocks import LayerScale, SDTBlock
+from ..blocks import SDTBlock
 
 #: Preset -> config. Parameters (1,000 classes) and 2^30 multiply-adds (224x224) as counted by tests and benchmarks;
 #: top-1 of ImageNet-1K as the paper reports it after 300 epochs, not reproduced here.

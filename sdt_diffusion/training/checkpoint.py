@@ -1,9 +1,9 @@
-"""Checkpoints that are either whole or not there, and the folder of a run."""
+"""Checkpoints that are written whole or not at all, and the folder of a run."""
 
 import json
 import logging
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +12,20 @@ from safetensors import SafetensorError
 
 from ..utils.files import sync, write_atomically
 from ..utils.fingerprint import differences
-from .config import RESUMABLE_CHANGES
 
 logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "training_config.yaml"
-#: What a finished run leaves: a pipeline or a classifier.
-PRODUCTS = ("model_index.json", "config.json")
-#: Written last into a checkpoint: its step, its run's config, and the size of every file.
+#: Key of the config file under which changes on resuming are recorded.
+CHANGES_KEY = "changes"
+#: Files that show a saved pipeline or classifier.
+MODEL_FILES = ("model_index.json", "config.json")
+#: File of a checkpoint that is written last: its step, its run's config, and the size of every file.
 MANIFEST_FILE = "checkpoint.json"
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint could not be written; the message says which one is left."""
+    """A checkpoint could not be written; the message names the last one that is complete."""
 
 
 def save_checkpoint(
@@ -37,9 +38,9 @@ def save_checkpoint(
     is_main_process: bool = True,
     wait_for_everyone: Callable[[], None] = lambda: None,
 ) -> Path:
-    """Writes `checkpoint-<step>` under another name, moves it into place, then deletes the oldest beyond the limit.
+    """Write `checkpoint-<step>` under another name, move it into place, then delete the oldest beyond the limit.
 
-    Called by all processes; the main one makes, moves and deletes the folders.
+    All processes call it; the main one makes, moves and deletes the folders.
 
     Args:
         output_dir: The run's folder.
@@ -47,7 +48,7 @@ def save_checkpoint(
         save: Fills the folder it is given.
         total_limit: Checkpoints to keep, `None` for all.
         config: The run's config, kept in the manifest.
-        state: Small things to go on from, kept in the manifest too.
+        state: Small values to resume from, kept in the manifest too.
         is_main_process: Whether this process is the main one.
         wait_for_everyone: Barrier of the processes.
 
@@ -55,12 +56,13 @@ def save_checkpoint(
         The checkpoint's folder.
 
     Raises:
-        CheckpointError: If it cannot be written, on a full disk for one. Nothing is left of it, and no other deleted.
+        CheckpointError: If it cannot be written, for example on a full disk. Nothing is left of it, and no other
+            checkpoint is deleted.
     """
     path, partial = output_dir / f"checkpoint-{step}", output_dir / f"checkpoint-{step}.partial"
     if is_main_process:
-        for left_by_a_kill in output_dir.glob("checkpoint-*.partial"):
-            shutil.rmtree(left_by_a_kill, ignore_errors=True)
+        for leftover in output_dir.glob("checkpoint-*.partial"):
+            shutil.rmtree(leftover, ignore_errors=True)
     wait_for_everyone()
     try:
         if is_main_process:
@@ -75,9 +77,9 @@ def save_checkpoint(
             (partial / MANIFEST_FILE).write_text(
                 json.dumps({"step": step, "config": config or {}, "state": state or {}, "files": sizes}, indent=2)
             )
-            for path_inside in (*inside, partial / MANIFEST_FILE, partial):  # folders too: their lists of files
+            for path_inside in (*inside, partial / MANIFEST_FILE, partial):  # of folders, their lists of files
                 sync(path_inside)
-            if path.exists():  # the run started over from before it
+            if path.exists():  # the run was resumed from an earlier one
                 path.rename(output_dir / f"checkpoint-{step}.old.partial")
             partial.rename(path)
             sync(output_dir)
@@ -86,48 +88,48 @@ def save_checkpoint(
         if is_main_process:
             shutil.rmtree(partial, ignore_errors=True)
         if isinstance(error, (OSError, SafetensorError)):
-            raise CheckpointError(f"{path} could not be written: {error}. {_what_is_left(output_dir)}") from error
+            raise CheckpointError(f"{path} could not be written: {error}. {_last_complete(output_dir)}") from error
         raise
     if is_main_process and total_limit is not None:
-        # Damaged ones do not count: a later one of those must not cost the run the one it has just written.
+        # Damaged ones do not count, or a later damaged one could cost the run the one just written.
         others = [other for other in complete_checkpoints(output_dir) if other != path]
         for old in others[: max(0, len(others) + 1 - max(1, total_limit))]:
-            going = old.rename(old.with_name(f"{old.name}.partial"))  # half of it would look like a damaged one
-            shutil.rmtree(going, ignore_errors=True)
+            renamed = old.rename(old.with_name(f"{old.name}.partial"))  # half deleted, it would look damaged
+            shutil.rmtree(renamed, ignore_errors=True)
     wait_for_everyone()
     return path
 
 
-def _what_is_left(output_dir):
-    whole = [path.name for path in complete_checkpoints(output_dir)]
-    if not whole:
+def _last_complete(output_dir):
+    complete = [path.name for path in complete_checkpoints(output_dir)]
+    if not complete:
         return "There is none before it."
-    return f"{whole[-1]} is whole: once this can be written, go on with --resume_from_checkpoint latest."
+    return f"{complete[-1]} is complete: once there is space, continue with --resume_from_checkpoint latest."
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
-    """The checkpoint folders of a run, the oldest first, whole or not."""
+    """List the checkpoint folders of a run, oldest first, complete or not."""
     folders = [path for path in output_dir.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
     return sorted(folders, key=step_of)
 
 
 def complete_checkpoints(output_dir: Path) -> list[Path]:
-    """Those that can be gone on from."""
+    """List the checkpoints that a run can resume from, oldest first."""
     return [path for path in list_checkpoints(output_dir) if is_complete(path)]
 
 
 def step_of(path: Path) -> int:
-    """The step in a checkpoint folder's name."""
+    """Return the step in a checkpoint folder's name."""
     return int(path.name.removeprefix("checkpoint-"))
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """What a checkpoint says of itself: `step`, its run's `config`, `state`, and the size of its `files`."""
+    """Read a checkpoint's manifest: `step`, its run's `config`, `state`, and the size of its `files`."""
     return json.loads((path / MANIFEST_FILE).read_text())
 
 
 def is_complete(path: Path) -> bool:
-    """Whether a checkpoint has its manifest and every file in its full size."""
+    """Return whether a checkpoint has its manifest and every file in its full size."""
     try:
         sizes = read_manifest(path)["files"]
         return all((path / name).stat().st_size == size for name, size in sizes.items())
@@ -136,7 +138,7 @@ def is_complete(path: Path) -> bool:
 
 
 def find_checkpoint(output_dir: Path, wanted: str) -> Path | None:
-    """The checkpoint to resume from.
+    """Find the checkpoint to resume from.
 
     Args:
         output_dir: The run's folder.
@@ -162,53 +164,87 @@ def find_checkpoint(output_dir: Path, wanted: str) -> Path | None:
     return path
 
 
-def check_output_dir(output_dir: Path, config: dict[str, Any], resume: bool, may_change: Collection[str] = ()) -> None:
-    """Refuses a folder that holds another run, or this one if it is not to be continued. Writes nothing.
+def check_output_dir(
+    output_dir: Path,
+    config: dict[str, Any],
+    resume: bool,
+    may_differ: Collection[str] = (),
+    changes: Collection[str] = (),
+) -> None:
+    """Refuse a folder that holds another run, or this one if it is not to be resumed. Write nothing.
 
     Args:
         output_dir: The run's folder.
-        config: The run's resolved arguments.
-        resume: Whether the run continues what the folder holds.
-        may_change: See `check_same_run`.
+        config: The run's arguments.
+        resume: Whether the run resumes what the folder holds.
+        may_differ: See `check_same_run`.
+        changes: See `check_same_run`.
 
     Raises:
         ValueError: Says what the folder holds, and what to do.
     """
     config_file = output_dir / CONFIG_FILE
-    results = list_checkpoints(output_dir) + [output_dir / name for name in PRODUCTS if (output_dir / name).exists()]
+    results = list_checkpoints(output_dir) + [
+        output_dir / name for name in MODEL_FILES if (output_dir / name).exists()
+    ]
     if config_file.is_file():
-        check_same_run(str(output_dir), yaml.safe_load(config_file.read_text()) or {}, config, may_change)
+        saved = yaml.safe_load(config_file.read_text()) or {}
+        saved.pop(CHANGES_KEY, None)
+        check_same_run(str(output_dir), saved, config, may_differ, changes)
         if results and not resume:
             raise ValueError(
-                f"{output_dir} already holds this run. Continue it with --resume_from_checkpoint latest, or give "
-                "another --output_dir."
+                f"{output_dir} already holds this run. Continue it with resume_from_checkpoint latest, or give "
+                "another output_dir."
             )
     elif results:
-        raise ValueError(f"{output_dir} holds {results[0].name} of something else. Give another --output_dir.")
+        raise ValueError(f"{output_dir} holds {results[0].name} of something else. Give another output_dir.")
 
 
 def check_same_run(
-    where: str, saved: dict[str, Any], config: dict[str, Any], may_change: Collection[str] = ()
-) -> None:
-    """Refuses to mix two runs.
+    where: str,
+    saved: dict[str, Any],
+    config: dict[str, Any],
+    may_differ: Collection[str] = (),
+    changes: Collection[str] = (),
+) -> list[dict[str, Any]]:
+    """Refuse to mix two runs.
 
     Args:
         where: What the saved config belongs to.
         saved: Its config.
         config: The config of this run.
-        may_change: Keys that may differ, besides those that always may.
+        may_differ: Keys that may differ, since they change no step.
+        changes: Keys whose change the user has asked for.
+
+    Returns:
+        The changes asked for that there are: dictionaries of `argument`, `before` and `after`.
 
     Raises:
-        ValueError: Lists the keys that differ, but for those that may.
+        ValueError: Lists the other keys that differ.
     """
-    free = RESUMABLE_CHANGES | set(may_change)
-    saved, config = ({k: value for k, value in settings.items() if k not in free} for settings in (saved, config))
-    found = differences(saved, config)
+    saved, config = ({k: v for k, v in values.items() if k not in may_differ} for values in (saved, config))
+    refused = [{k: v for k, v in values.items() if k not in changes} for values in (saved, config)]
+    found = differences(*refused)
     if found:
-        raise ValueError(f"{where} is of a run with another config: {'; '.join(found)}. Give another --output_dir.")
+        raise ValueError(
+            f"{where} is of a run with another config: {'; '.join(found)}. Give another output_dir, or name the "
+            "arguments in change_on_resume."
+        )
+    return [
+        {"argument": key, "before": saved.get(key), "after": config.get(key)}
+        for key in changes
+        if saved.get(key) != config.get(key)
+    ]
 
 
-def write_config(output_dir: Path, config: dict[str, Any]) -> None:
-    """Marks the folder as this run's."""
+def write_config(output_dir: Path, config: dict[str, Any], changes: Sequence[dict[str, Any]] = ()) -> None:
+    """Mark the folder as this run's, with its arguments and the changes that were made to them on resuming."""
     output_dir.mkdir(parents=True, exist_ok=True)
-    write_atomically(output_dir / CONFIG_FILE, lambda path: path.write_text(yaml.safe_dump(config, sort_keys=False)))
+    values = {**config, **({CHANGES_KEY: list(changes)} if changes else {})}
+    write_atomically(output_dir / CONFIG_FILE, lambda path: path.write_text(yaml.safe_dump(values, sort_keys=False)))
+
+
+def read_changes(output_dir: Path) -> list[dict[str, Any]]:
+    """Read the changes that `write_config` recorded: `step`, `argument`, `before` and `after` of each."""
+    path = output_dir / CONFIG_FILE
+    return (yaml.safe_load(path.read_text()) or {}).get(CHANGES_KEY, []) if path.is_file() else []

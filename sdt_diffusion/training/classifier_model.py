@@ -55,7 +55,9 @@ class ClassifierModelArguments:
             "aliases": ["--reinitialize_head"],  # runs have saved the British spelling, so the name stays
         },
     )
-    gradient_checkpointing: bool = field(default=False, metadata={"help": "Trade speed for memory."})
+    gradient_checkpointing: bool = field(
+        default=False, metadata={"help": "Trade speed for memory.", "resumable": True}
+    )
     probe_block: int | None = field(
         default=None,
         metadata={"help": "Block of the transformer whose tokens the head sees, from 0; the middle one by default."},

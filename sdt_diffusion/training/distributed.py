@@ -1,4 +1,4 @@
-"""Accelerate, as the arguments and `accelerate launch` want it."""
+"""Processes, devices and precision: accelerate as the arguments and `accelerate launch` want it, FSDP2, SIGTERM."""
 
 import os
 import signal
@@ -6,8 +6,9 @@ import threading
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING
 
+import psutil
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import ProjectConfiguration, is_bf16_available, parse_flag_from_env
@@ -15,56 +16,76 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-#: What processes wait for each other: the main one may sample, or write a checkpoint to a slow disk.
-PATIENCE = timedelta(hours=2)
+if TYPE_CHECKING:
+    from .config import RunArguments
+
+#: How long processes wait for each other: one of them may write a checkpoint to a slow disk.
+COLLECTIVE_TIMEOUT = timedelta(hours=2)
 
 
 def process_state() -> PartialState:
-    """The processes, before there is an accelerator, which will find them as they are."""
-    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=PATIENCE)
+    """Return the processes, before there is an accelerator."""
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=COLLECTIVE_TIMEOUT)
 
 
-def build_accelerator(run: Any) -> Accelerator:
-    """The accelerator of a run; writes the precision that was chosen into `run`."""
+def build_accelerator(run: "RunArguments") -> Accelerator:
+    """Build the accelerator of a run whose precision is resolved, and set the threads of CPU processes."""
     if run.allow_tf32:
         torch.set_float32_matmul_precision("high")
     process_state()
     accelerator = Accelerator(
-        mixed_precision=run.mixed_precision or default_precision(),
+        mixed_precision=run.mixed_precision,
         gradient_accumulation_steps=run.gradient_accumulation_steps,
         log_with=None if run.report_to == "none" else run.report_to,
         project_config=ProjectConfiguration(
             project_dir=run.output_dir, logging_dir=str(Path(run.output_dir) / run.logging_dir)
         ),
     )
-    run.mixed_precision = accelerator.mixed_precision
-    if accelerator.device.type == "cpu":  # `accelerate launch` asks for one thread, however many cores there are
-        affinity = getattr(os, "sched_getaffinity", None)
-        cores = len(affinity(0)) if affinity else os.cpu_count() or 1
-        local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        torch.set_num_threads(run.cpu_threads or max(1, cores // local_processes))
+    if accelerator.device.type == "cpu":
+        torch.set_num_threads(run.cpu_threads or default_threads())
     return accelerator
 
 
-def default_precision() -> str | None:
-    """bf16 on accelerators that have it; `None`, for what `accelerate launch` says, on others or if it names one.
+def default_threads() -> int:
+    """Return the threads of a CPU process: OMP_NUM_THREADS if the user has set it, else its share of the cores."""
+    requested = os.environ.get("OMP_NUM_THREADS", "")
+    if requested.isdigit() and int(requested) > 0 and not _set_by_accelerate():
+        return int(requested)
+    affinity = getattr(os, "sched_getaffinity", None)
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
-    Its "no" names none: it is what it says unless it is told otherwise. `--mixed_precision no` is heard.
+
+def _set_by_accelerate() -> bool:
+    """Return whether OMP_NUM_THREADS comes from `accelerate launch`, which sets it to 1, and not from the user."""
+    if "ACCELERATE_MIXED_PRECISION" not in os.environ:  # not started by accelerate
+        return False
+    try:
+        return "OMP_NUM_THREADS" not in psutil.Process(os.getppid()).environ()
+    except psutil.Error:
+        return True
+
+
+def resolve_precision(requested: str | None) -> str:
+    """Return the mixed precision of a run: as requested, else as accelerate is configured, else bf16 if supported.
+
+    `accelerate launch` says "no" unless it is configured otherwise, so only its other values count as a configuration.
     """
-    if os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no":
-        return None
+    configured = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if requested is not None or configured != "no":
+        return requested or configured
     device = process_state().device
     if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else None
-    return "bf16" if device.type not in ("cpu", "mps") and is_bf16_available() else None
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+    return "bf16" if device.type not in ("cpu", "mps") and is_bf16_available() else "no"
 
 
 def prepare(
     accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """`accelerator.prepare`, by which FSDP2 computes in the same precision as DDP: that of autocast.
+    """Call `accelerator.prepare`, with FSDP2 computing in the same precision as DDP: that of autocast.
 
-    FSDP2's own mixed precision would round all that goes into the model too: timesteps to the 8 bits of bf16.
+    FSDP2's own mixed precision would round the model's inputs too: timesteps to the 8 bits of bf16.
     """
     if not accelerator.is_fsdp2:
         return accelerator.prepare(model, optimizer)
@@ -76,22 +97,43 @@ def prepare(
     return model, optimizer
 
 
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """Return this process's part of a tensor that FSDP2 may have sharded, sharing its memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the whole of a tensor that may be sharded; all processes must call it together."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def copy_full(source: torch.Tensor, target: torch.Tensor) -> None:
+    """Copy a whole tensor into one that may be sharded."""
+    if isinstance(target, DTensor):
+        source = source.to(target.device)  # every process has read the whole, so none needs sending
+        source = distribute_tensor(source, target.device_mesh, target.placements, src_data_rank=None)
+    target.copy_(source)
+
+
 class Interrupted(SystemExit):
-    """The run was asked to stop, and has saved what it had; ends the process like the signal would, by code 143."""
+    """The run was told to stop and has saved a checkpoint; ends the process with code 143, as the signal would."""
 
     def __init__(self):
         super().__init__(128 + signal.SIGTERM)
 
 
 class StopRequest:
-    """Remembers a SIGTERM that comes while it is entered, instead of dying of it."""
+    """Remember a SIGTERM that arrives while it is entered, instead of ending the process.
+
+    Schedulers of clusters send it before they take the machine back.
+    """
 
     def __init__(self):
         self.received = False
         self._previous = None
 
     def __enter__(self) -> "StopRequest":
-        # Only the main thread may set handlers; elsewhere, as in a notebook's, the signal does what it always did.
+        # Only the main thread may set handlers; in others, as in a notebook's, the signal does what it always did.
         if threading.current_thread() is threading.main_thread():
             self._previous = signal.signal(signal.SIGTERM, self._receive)
         return self
@@ -106,24 +148,6 @@ class StopRequest:
         self.received = True
 
 
-def ignore_in_worker(worker: int) -> None:
-    """Leaves SIGTERM to the main process: clusters send it to a loader's workers too, which must serve on."""
+def ignore_sigterm_in_worker(worker: int) -> None:
+    """Ignore SIGTERM in a loader worker, which clusters signal too: the main process still needs its batches."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
-def local(tensor: torch.Tensor) -> torch.Tensor:
-    """This process's part, sharing its memory."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """The whole tensor; all processes must ask for it together."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def copy_whole(source: torch.Tensor, target: torch.Tensor) -> None:
-    """Copies a whole tensor into one that may be sharded."""
-    if isinstance(target, DTensor):
-        source = source.to(target.device)  # every process has read the whole: none needs sending
-        source = distribute_tensor(source, target.device_mesh, target.placements, src_data_rank=None)
-    target.copy_(source)

@@ -1,61 +1,34 @@
-"""Means of what is logged."""
+"""What a run measures of itself: the log file, the means since the last record, and steps that are not finite."""
 
 import json
 import math
 import time
 from pathlib import Path
 
+import psutil
+import torch
+
 from ..utils.files import write_atomically
-
-
-class Window:
-    """The steps since something was last logged: their losses, and the time they took."""
-
-    def __init__(self):
-        self.steps, self.losses, self.norms = 0, [], []
-        self.seconds, self._since = 0.0, time.perf_counter()
-
-    def add(self, loss: float, norm: float) -> None:
-        """Counts a step; one that is not finite has no part in the means."""
-        self.steps += 1
-        if math.isfinite(loss) and math.isfinite(norm):
-            self.losses.append(loss)
-            self.norms.append(norm)
-
-    def pause(self) -> None:
-        """Stops the clock, for checkpoints and what the caller of the loop does."""
-        self.seconds += time.perf_counter() - self._since
-
-    def resume(self) -> None:
-        """Starts the clock again."""
-        self._since = time.perf_counter()
-
-    def means(self) -> dict[str, float]:
-        """Mean loss and norm of the gradient; nothing if no step was finite."""
-        if not self.losses:
-            return {}
-        return {"loss": sum(self.losses) / len(self.losses), "grad_norm": sum(self.norms) / len(self.norms)}
-
 
 LOG_FILE = "log.jsonl"
 
 
 class TrainingLog:
-    """Appends records to `output_dir/log.jsonl`.
+    """Append records, one JSON object a line, to `output_dir/log.jsonl`.
 
     Args:
         output_dir: The run's folder.
-        start_step: Step the run starts from; later records, of steps that are about to be done again, are dropped.
+        start_step: Step the run starts from; records of later steps, which are made again, are dropped.
     """
 
     def __init__(self, output_dir: Path, start_step: int):
         self.path = output_dir / LOG_FILE
-        records = read_log(output_dir) if start_step else []  # what starts anew has no past
+        records = read_log(output_dir) if start_step else []
         self.records = [record for record in records if record["step"] <= start_step]
         self._rewritten = False
 
     def append(self, record: dict[str, float]) -> None:
-        """Adds a record, which has a `step`."""
+        """Add a record, which has a `step`."""
         self.records.append(record)
         if not self._rewritten:
             lines = "".join(json.dumps(record) + "\n" for record in self.records)
@@ -65,9 +38,13 @@ class TrainingLog:
         with self.path.open("a") as file:
             file.write(json.dumps(record) + "\n")
 
+    def has(self, step: int, key: str) -> bool:
+        """Return whether a record of a step has a key."""
+        return any(record["step"] == step and key in record for record in self.records)
+
 
 def read_log(output_dir: Path) -> list[dict[str, float]]:
-    """The records of a run; a last line cut short by a kill is left out."""
+    """Read the records of a run, up to a last line that a kill may have cut off."""
     path = Path(output_dir) / LOG_FILE
     records = []
     for line in path.read_text().splitlines() if path.is_file() else []:
@@ -78,15 +55,57 @@ def read_log(output_dir: Path) -> list[dict[str, float]]:
     return records
 
 
+class Window:
+    """The steps since the last record: their losses, and the time they took."""
+
+    def __init__(self):
+        self._started = self._since = time.perf_counter()
+        self.reset()
+
+    def reset(self) -> None:
+        """Start anew, after a record."""
+        self.steps, self.losses, self.norms, self.seconds = 0, [], [], 0.0
+
+    def add(self, loss: float, norm: float) -> None:
+        """Count a step and stop the clock; a step that is not finite has no part in the means."""
+        self.seconds += time.perf_counter() - self._since
+        self.steps += 1
+        if math.isfinite(loss) and math.isfinite(norm):
+            self.losses.append(loss)
+            self.norms.append(norm)
+
+    def resume(self) -> None:
+        """Start the clock again, after validation and checkpoint, whose time is not that of a step."""
+        self._since = time.perf_counter()
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since this process began to train, with everything."""
+        return time.perf_counter() - self._started
+
+    def means(self) -> dict[str, float]:
+        """Return the mean loss and gradient norm; nothing if no step was finite."""
+        if not self.losses:
+            return {}
+        return {"loss": sum(self.losses) / len(self.losses), "grad_norm": sum(self.norms) / len(self.norms)}
+
+
+def memory_gib(device: torch.device) -> float:
+    """Return the memory of this process in GiB: the peak on CUDA, elsewhere what is resident now."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return psutil.Process().memory_info().rss / 2**30
+
+
 class NonFiniteLossError(RuntimeError):
-    """Too many losses or gradients in a row were NaN or infinite."""
+    """Too many consecutive losses or gradients were NaN or infinite."""
 
 
 class FiniteGuard:
-    """Decides which steps are made.
+    """Decide which steps are made: those with a finite loss and gradient.
 
     Args:
-        limit: Steps in a row that may be left out.
+        limit: Consecutive steps that may be skipped.
     """
 
     def __init__(self, limit: int):
@@ -94,10 +113,10 @@ class FiniteGuard:
         self.skipped, self.skipped_in_a_row = 0, 0
 
     def admits(self, step: int, loss: float, gradient_norm: float) -> bool:
-        """Whether to make step `step`.
+        """Return whether to make step `step`.
 
         Raises:
-            NonFiniteLossError: If more than `limit` in a row were not to be made.
+            NonFiniteLossError: If more than `limit` consecutive steps were to be skipped.
         """
         if math.isfinite(loss) and math.isfinite(gradient_norm):
             self.skipped_in_a_row = 0
@@ -107,17 +126,17 @@ class FiniteGuard:
         if self.skipped_in_a_row > self.limit:
             what, value = ("gradient norm", gradient_norm) if math.isfinite(loss) else ("loss", loss)
             raise NonFiniteLossError(
-                f"The {what} is {value} at step {step}, and {self.limit} step(s) before it were left out for the same "
+                f"The {what} is {value} at step {step}, and {self.limit} step(s) before it were skipped for the same "
                 "reason. None of them changed the weights; the last checkpoint is sound. What helps: a lower "
-                "--learning_rate or --max_grad_norm, --mixed_precision no, for generation --qk_norm rms_norm; each of "
-                "them is another run, with its own --output_dir."
+                "learning_rate or max_grad_norm, mixed_precision no, for generation qk_norm rms_norm. Start another "
+                "run with its own output_dir, or resume with change_on_resume."
             )
         return False
 
     def state_dict(self) -> dict[str, int]:
-        """The counts."""
+        """Return the counts."""
         return {"skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Takes over counts."""
+        """Restore the counts."""
         self.skipped, self.skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]

@@ -1,10 +1,14 @@
-"""What the model learns to predict: noise or velocity under a DDPM schedule, or the flow from data to noise."""
+"""What the model learns to predict: noise or velocity under a DDPM schedule, or the flow from data to noise.
+
+A new objective is a class like those below and a line in `OBJECTIVES`.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import torch
+from accelerate.utils import reduce
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.schedulers import SchedulerMixin
 from diffusers.training_utils import compute_density_for_timestep_sampling, compute_snr
@@ -13,16 +17,16 @@ from ..sdt.schedulers import DIT_SCHEDULE
 from ..utils.seeding import Draws
 
 
-@dataclass
+@dataclass(frozen=True)
 class ObjectiveArguments:
     """What the model learns."""
 
-    objective: Literal["ddpm", "flow"] = field(default="flow", metadata={"help": "DDPM schedule or flow matching."})
+    objective: str = field(default="flow", metadata={"help": "Flow matching (flow) or a DDPM schedule (ddpm)."})
     prediction_type: Literal["epsilon", "v_prediction"] = field(
         default="epsilon", metadata={"help": "What a DDPM model predicts."}
     )
     snr_gamma: float | None = field(
-        default=None, metadata={"help": "Min-SNR weighting of the DDPM loss (5.0 is usual)."}
+        default=None, metadata={"help": "Min-SNR weighting of the DDPM loss (5.0 is usual); none by default."}
     )
     weighting_scheme: Literal["logit_normal", "none", "mode"] = field(
         default="logit_normal", metadata={"help": "Distribution of flow times; 'none' is uniform."}
@@ -32,15 +36,17 @@ class ObjectiveArguments:
     mode_scale: float = field(default=1.29, metadata={"help": "Scale of the 'mode' distribution of times."})
 
     def __post_init__(self):
-        of_ddpm = ("prediction_type", "snr_gamma")
-        of_flow = ("weighting_scheme", "logit_mean", "logit_std", "mode_scale")
+        if self.objective not in OBJECTIVES:
+            raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}, not {self.objective!r}.")
+        options = {name for objective in OBJECTIVES.values() for name in objective.options}
         for f in fields(self):
-            if f.name in (of_ddpm if self.objective == "flow" else of_flow) and getattr(self, f.name) != f.default:
-                raise ValueError(f"--{f.name} does not apply to --objective {self.objective}.")
+            applies = f.name not in options or f.name in OBJECTIVES[self.objective].options
+            if not applies and getattr(self, f.name) != f.default:
+                raise ValueError(f"{f.name} does not apply to objective {self.objective}.")
 
 
 class Noised(NamedTuple):
-    """A training example: model input, its timestep, what to predict, and the weight of the squared error."""
+    """Training examples: model input, its timestep, what to predict, and the weight of the squared error."""
 
     sample: torch.Tensor
     timestep: torch.Tensor
@@ -48,8 +54,25 @@ class Noised(NamedTuple):
     weight: torch.Tensor
 
 
+class Objective(Protocol):
+    """What `DiffusionLoss` needs of an objective, which is built from `ObjectiveArguments`."""
+
+    #: Names of the `ObjectiveArguments` that it reads.
+    options: tuple[str, ...]
+    #: Timesteps lie between 0 and this number.
+    num_train_timesteps: int
+
+    def sampling_scheduler(self, pixels: bool) -> SchedulerMixin:
+        """Return the scheduler that is saved with the pipeline; `pixels` if the model works in pixels."""
+
+    def noised(self, clean: torch.Tensor, draws: Draws) -> Noised:
+        """Draw noise and timesteps for a batch of clean (latent) images, shape (batch, channels, height, width)."""
+
+
 class DDPMObjective:
     """Noise (epsilon) or velocity under DiT's linear schedule."""
+
+    options = ("prediction_type", "snr_gamma")
 
     def __init__(self, args: ObjectiveArguments):
         self.prediction_type, self.snr_gamma = args.prediction_type, args.snr_gamma
@@ -57,19 +80,19 @@ class DDPMObjective:
         self.num_train_timesteps = self.noise_scheduler.config.num_train_timesteps
 
     def sampling_scheduler(self, pixels: bool) -> SchedulerMixin:
-        """The scheduler saved with the pipeline; predictions of pixels are clipped to their range."""
+        """Return DDIM; predictions of pixels are clipped to their range."""
         return DDIMScheduler(
             **DIT_SCHEDULE, prediction_type=self.prediction_type, timestep_spacing="trailing", clip_sample=pixels
         )
 
     def noised(self, clean: torch.Tensor, draws: Draws) -> Noised:
-        """Draws noise and timesteps for a batch."""
-        noise = draws.normal(clean.shape[1:])
+        """Draw noise and timesteps: x_t = sqrt(alpha_bar_t) x + sqrt(1 - alpha_bar_t) noise."""
+        noise = draws.normal(clean.shape[1:])  # (B, C, H, W)
         timestep = draws.take(
             lambda images, generator: torch.randint(
                 self.num_train_timesteps, (images,), generator=generator, device=clean.device
             )
-        )
+        )  # (B,)
         sample = self.noise_scheduler.add_noise(clean, noise, timestep)
         weight = torch.ones(len(clean), device=clean.device)
         if self.snr_gamma is not None:
@@ -83,32 +106,43 @@ class DDPMObjective:
 class FlowObjective:
     """Flow matching on x_sigma = (1 - sigma) x + sigma noise: predict noise - x at timestep 1000 sigma."""
 
+    options = ("weighting_scheme", "logit_mean", "logit_std", "mode_scale")
+
     def __init__(self, args: ObjectiveArguments):
         self.args = args
         self.num_train_timesteps = 1000
 
     def sampling_scheduler(self, pixels: bool) -> SchedulerMixin:
-        """The scheduler saved with the pipeline."""
+        """Return Euler's method."""
         return FlowMatchEulerDiscreteScheduler(num_train_timesteps=self.num_train_timesteps)
 
     def noised(self, clean: torch.Tensor, draws: Draws) -> Noised:
-        """Draws noise and times for a batch."""
+        """Draw noise and times."""
         args = self.args
-        noise = draws.normal(clean.shape[1:])
-        shape = (args.logit_mean, args.logit_std, args.mode_scale)
+        noise = draws.normal(clean.shape[1:])  # (B, C, H, W)
         sigma = draws.take(
             lambda images, generator: compute_density_for_timestep_sampling(
-                args.weighting_scheme, images, *shape, device=clean.device, generator=generator
+                args.weighting_scheme,
+                images,
+                args.logit_mean,
+                args.logit_std,
+                args.mode_scale,
+                device=clean.device,
+                generator=generator,
             )
-        )
-        broadcast = sigma.reshape(-1, *[1] * (clean.ndim - 1))
+        )  # (B,)
+        broadcast = sigma.reshape(-1, *[1] * (clean.ndim - 1))  # (B, 1, 1, 1)
         sample = (1 - broadcast) * clean + broadcast * noise
         return Noised(sample, sigma * self.num_train_timesteps, noise - clean, torch.ones_like(sigma))
 
 
-def build_objective(args: ObjectiveArguments) -> DDPMObjective | FlowObjective:
-    """The objective that the arguments name."""
-    return {"ddpm": DDPMObjective, "flow": FlowObjective}[args.objective](args)
+#: Value of `objective` -> class.
+OBJECTIVES: dict[str, type[Objective]] = {"flow": FlowObjective, "ddpm": DDPMObjective}
+
+
+def build_objective(args: ObjectiveArguments) -> Objective:
+    """Build the objective that the arguments name."""
+    return OBJECTIVES[args.objective](args)
 
 
 class DiffusionLoss:
@@ -116,46 +150,66 @@ class DiffusionLoss:
 
     Args:
         objective: What to predict.
-        class_dropout_prob: Share of the labels that the null class replaces, for classifier-free guidance.
-        num_buckets: Ranges of timesteps that `by_timestep` tells apart.
+        class_dropout_prob: Fraction of the labels that the null class replaces, for classifier-free guidance.
+        clean_of: Function of (batch, draws) that gives what the model learns to make, such as
+            `TrainingData.clean`; the batch itself by default.
+        num_buckets: Ranges of timesteps whose errors are logged.
     """
 
     def __init__(
-        self, objective: DDPMObjective | FlowObjective, class_dropout_prob: float = 0.0, num_buckets: int = 10
+        self,
+        objective: Objective,
+        class_dropout_prob: float = 0.0,
+        clean_of: Callable[[torch.Tensor, Draws], torch.Tensor] | None = None,
+        num_buckets: int = 10,
     ):
         self.objective, self.class_dropout_prob, self.num_buckets = objective, class_dropout_prob, num_buckets
+        self.clean_of = clean_of or (lambda batch, draws: batch)
         self._sums = torch.zeros(2, num_buckets)  # of errors, and of images
 
     def __call__(
-        self, model: torch.nn.Module, clean: torch.Tensor, class_labels: torch.Tensor, draws: Draws
+        self, model: torch.nn.Module, batch: torch.Tensor, class_labels: torch.Tensor, draws: Draws
     ) -> torch.Tensor:
-        """The loss of a batch of clean (latent) images.
+        """Return the loss of a batch; see `errors`."""
+        noised, error = self.errors(model, batch, class_labels, draws, self.class_dropout_prob)
+        self._count(noised.timestep, error.detach())
+        return (noised.weight * error).mean()
+
+    def errors(
+        self,
+        model: torch.nn.Module,
+        batch: torch.Tensor,
+        class_labels: torch.Tensor,
+        draws: Draws,
+        class_dropout_prob: float = 0.0,
+    ) -> tuple[Noised, torch.Tensor]:
+        """Noise a batch and compare the model's prediction with the target.
+
+        Returns:
+            The noised batch, and the mean squared error of each image, shape (batch,), unweighted.
 
         Raises:
             ValueError: If the model predicts another shape than the target's.
         """
+        clean = self.clean_of(batch, draws)
         noised = self.objective.noised(clean, draws)
-        dropped = draws.uniform() < self.class_dropout_prob
+        dropped = draws.uniform() < class_dropout_prob
         prediction = model(noised.sample, noised.timestep, class_labels, force_drop_ids=dropped, return_dict=False)[0]
         if prediction.shape != noised.target.shape:
             raise ValueError(
                 f"The model predicts {tuple(prediction.shape)}, but the target is {tuple(noised.target.shape)}: "
                 "training needs out_channels equal to in_channels."
             )
-        error = (prediction.float() - noised.target.float()).square().mean(dim=tuple(range(1, clean.ndim)))
-        self._count(noised.timestep, error.detach())
-        return (noised.weight * error).mean()
+        difference = prediction.float() - noised.target.float()  # (B, C, H, W)
+        return noised, difference.square().mean(dim=tuple(range(1, clean.ndim)))  # (B,)
 
-    def by_timestep(self, sum_over_processes: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
-        """The mean squared error in each range of timesteps, unweighted, since this was last called.
-
-        Args:
-            sum_over_processes: Adds a tensor up over all processes.
+    def pop_values(self) -> dict[str, float]:
+        """Return the mean squared error in each range of timesteps since the last call, over all processes.
 
         Returns:
-            "loss_by_timestep/0000-0099" and so on to the error; without ranges that no image fell in.
+            "loss_by_timestep/0000-0099" and so on to the error; without ranges in which there was no image.
         """
-        errors, images = sum_over_processes(self._sums).tolist()
+        errors, images = reduce(self._sums, "sum").tolist()
         self._sums = torch.zeros_like(self._sums)
         edges = [self.objective.num_train_timesteps * i // self.num_buckets for i in range(self.num_buckets + 1)]
         return {

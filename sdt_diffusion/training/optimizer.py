@@ -1,13 +1,35 @@
 """AdamW and its learning rate."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from diffusers.optimization import get_scheduler
+from diffusers.optimization import SchedulerType, get_scheduler
 from torch import nn
 
-from .config import OptimizationArguments
+from ..utils.arguments import require_at_least
+
+
+@dataclass(frozen=True)
+class OptimizationArguments:
+    """AdamW as in DiT, which has no gradient clipping."""
+
+    learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate."})
+    lr_scheduler: str = field(default="constant", metadata={"help": "A schedule of diffusers.optimization."})
+    lr_warmup_steps: int = field(default=0, metadata={"help": "Steps of linear warm-up."})
+    min_lr: float = field(default=0.0, metadata={"help": "Where the schedule ends instead of 0."})
+    adam_beta1: float = field(default=0.9, metadata={"help": "AdamW's beta1."})
+    adam_beta2: float = field(default=0.999, metadata={"help": "AdamW's beta2."})
+    adam_weight_decay: float = field(default=0.0, metadata={"help": "AdamW's weight decay."})
+    adam_epsilon: float = field(default=1e-8, metadata={"help": "AdamW's epsilon."})
+    max_grad_norm: float = field(default=1.0, metadata={"help": "Clip gradients to this norm; 0 to leave them."})
+
+    def __post_init__(self):
+        require_at_least(self, 0, "learning_rate", "lr_warmup_steps", "min_lr", "adam_weight_decay", "max_grad_norm")
+        SchedulerType(self.lr_scheduler)  # its error lists the schedules
+        if self.min_lr and not self.min_lr <= self.learning_rate:
+            raise ValueError(f"min_lr {self.min_lr} is above learning_rate {self.learning_rate}.")
 
 
 def build_optimizer(
@@ -16,13 +38,13 @@ def build_optimizer(
     groups: Sequence[dict[str, Any]] | None = None,
     device: torch.device | str = "cpu",
 ) -> torch.optim.AdamW:
-    """AdamW of the parameters that are trained.
+    """Build AdamW for the parameters that are trained.
 
     Args:
         model: The model.
-        args: How to optimise.
-        groups: Parameters in groups with a `weight_decay` of their own and, as timm has it, a factor `lr_scale` of
-            the learning rate. By default weight decay spares what has fewer than two dimensions: biases, norms, the
+        args: How to optimize.
+        groups: Parameters in groups with a `weight_decay` of their own and, as in timm, a factor `lr_scale` of the
+            learning rate. By default weight decay spares parameters of fewer than two dimensions: biases, norms, the
             strength of the decay.
         device: Where it will train; on CUDA its kernels are fused.
     """
@@ -45,16 +67,16 @@ def build_optimizer(
 def build_lr_schedule(
     optimizer: torch.optim.Optimizer, args: OptimizationArguments, max_train_steps: int
 ) -> Callable[[int], None]:
-    """The schedule of diffusers that the arguments name, ending at `min_lr` where it would end at 0.
+    """Build the schedule of diffusers that the arguments name, ending at `min_lr` where it would end at 0.
 
     Args:
-        optimizer: Whose learning rates follow it.
+        optimizer: Its learning rates follow the schedule.
         args: Names the schedule.
-        max_train_steps: Its length.
+        max_train_steps: Length of the schedule.
 
     Returns:
-        Function of the steps made before that sets the learning rates of the next: nothing that a checkpoint would
-        have to hold.
+        Function of the number of steps made that sets the learning rates of the next one. It has no state, so that
+        checkpoints need not hold any.
     """
     warmup = args.lr_warmup_steps
     scheduler = get_scheduler(

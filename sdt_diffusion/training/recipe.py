@@ -5,7 +5,7 @@ The parts are timm's, each of them off by default and named as in timm's trainin
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
 from typing import Any, Literal
@@ -22,7 +22,8 @@ from torch import nn
 from ..sdt_h.image_processing_sdt_h import SDTHImageProcessor
 from ..utils.arguments import require_at_least
 from ..utils.seeding import Draws, Stream, seeded_cpu_generators
-from .config import OptimizationArguments, RunArguments
+from .config import RunArguments
+from .optimizer import OptimizationArguments
 
 
 @dataclass
@@ -30,7 +31,8 @@ class RecipeArguments:
     """Augmentation, mixing, and what else a classifier is trained with."""
 
     num_train_epochs: float | None = field(
-        default=None, metadata={"help": "Length in passes over the data, instead of --max_train_steps."}
+        default=None,
+        metadata={"help": "Length in passes over the data, instead of --max_train_steps.", "resumable": True},
     )
     lr_warmup_epochs: float | None = field(
         default=None, metadata={"help": "Warm-up in passes over the data, instead of --lr_warmup_steps."}
@@ -105,13 +107,15 @@ class RecipeArguments:
 
     def resolve_epochs(
         self, run: RunArguments, optimization: OptimizationArguments, num_images: int, num_processes: int
-    ) -> None:
-        """Write lengths given in epochs into `run` and `optimization` as steps; an epoch is `num_images` samples."""
+    ) -> tuple[RunArguments, OptimizationArguments]:
+        """Return the arguments with lengths given in epochs turned into steps; an epoch is `num_images` samples."""
         per_step = run.train_batch_size * run.gradient_accumulation_steps * num_processes
         if self.num_train_epochs is not None:
-            run.max_train_steps = math.ceil(self.num_train_epochs * num_images / per_step)
+            run = replace(run, max_train_steps=math.ceil(self.num_train_epochs * num_images / per_step))
         if self.lr_warmup_epochs is not None:
-            optimization.lr_warmup_steps = math.ceil(self.lr_warmup_epochs * num_images / per_step)
+            warmup = math.ceil(self.lr_warmup_epochs * num_images / per_step)
+            optimization = replace(optimization, lr_warmup_steps=warmup)
+        return run, optimization
 
 
 def build_processor(
@@ -250,6 +254,10 @@ class ClassificationLoss:
         else:
             images, targets = self.mixup(images, labels)
         return self.cross_entropy(model(images).logits.float(), targets)
+
+    def pop_values(self) -> dict[str, float]:
+        """Return nothing to log besides the loss."""
+        return {}
 
 
 def layer_decay_groups(model: nn.Module, args: RecipeArguments, weight_decay: float) -> list[dict[str, Any]] | None:

@@ -1,9 +1,7 @@
-"""The training loop."""
+"""A run made ready for the training loop: processes, model, optimizer, averages, folder, log, and resuming."""
 
 import copy
-import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,59 +10,53 @@ from accelerate.utils import gather_object
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
-from ..data import DataArguments, ShuffledStream
-from ..utils.arguments import merged
+from ..data import ShuffledStream
 from ..utils.files import FolderLock, write_atomically
-from ..utils.seeding import Draws, Stream, seed_global_generators
+from ..utils.seeding import SEED_STREAMS_VERSION, Draws, Stream, seed_global_generators
 from .checkpoint import (
     check_output_dir,
     check_same_run,
     complete_checkpoints,
     find_checkpoint,
+    read_changes,
     read_manifest,
     save_checkpoint,
     step_of,
     write_config,
 )
-from .config import OptimizationArguments, RunArguments
-from .distributed import Interrupted, StopRequest, build_accelerator, ignore_in_worker, prepare, whole
-from .ema import WeightAverage, drop_snapshots_after, profiles, save_snapshot
-from .monitor import FiniteGuard, TrainingLog, Window
+from .config import TrainingConfig, TrainingSet
+from .distributed import build_accelerator, ignore_sigterm_in_worker, prepare
+from .ema import WeightAverage, ema_profiles
+from .monitor import FiniteGuard, TrainingLog, Window, memory_gib
 from .optimizer import build_lr_schedule, build_optimizer
-from .state import RunningStatistics, TrainingState, gather
+from .reconstruct_ema import drop_snapshots_after, save_snapshot
+from .state import BatchNormStatistics, TrainingState, gather
 
 
-class Training:
-    """One run: prepares everything under accelerate, resumes, and trains.
+class TrainingRun:
+    """Everything that `train` works with.
 
     Every random draw of a step follows from the seed, the step and the image's place in it, and every sample, with its
     augmentation, from its position in the stream. So weights, moments and averages are all the state there is: a run
-    killed anywhere and resumed ends with the same weights, and any number of processes that makes steps of as many
-    images goes the same way, up to rounding. Only dropout, dropped paths and mixed images differ between processes.
+    that is killed anywhere and resumed ends with the same weights, and any number of processes whose steps have as
+    many images gives the same weights up to rounding. Only dropout, drop path and mixup differ between processes.
 
     Args:
         model: The model to train; has `save_pretrained` and `from_pretrained`.
-        name: Its folder in a checkpoint; averaged models lie in `<name>_ema...`.
-        compute_loss: Function of (model, images, labels, draws), giving a scalar; see `Draws`.
-        images: The data set, see `ShuffledStream`.
-        run: Length, place and pace.
-        optimization: How to optimise.
-        data: Workers of the data.
-        arguments: All dataclasses of arguments of the script, to be kept beside the run.
-        augment: See `ShuffledStream`.
-        num_repeats: See `ShuffledStream`.
+        name: Its folder in a checkpoint; averages lie in `<name>_ema...`.
+        data: What it learns from.
+        config: Everything else, resolved.
         parameter_groups: See `build_optimizer`.
-        further_values: Function of a sum over all processes, giving values to log beside the loss, of the steps since
-            it was last called; all processes call it.
 
-        identity: What steps depend on besides the arguments, such as fingerprints of data; kept in checkpoints.
-        named_by_identity: Arguments that are paths to what `identity` tells apart, and may be others on resuming.
+    Attributes:
+        step: Optimizer steps made.
+        model: The model that is trained, wrapped by accelerate.
+        trained_model: The model that the run is for, whole: the first average, or the trained weights without one.
 
     Raises:
-        ValueError: If the output folder or the checkpoint is another run's, the checkpoint is not usable, or another
-            process writes to the folder.
+        ValueError: If the output folder or the checkpoint belongs to another run, the checkpoint is not usable, or
+            another process writes to the folder.
         OSError: If nothing can be written to the output folder.
     """
 
@@ -72,143 +64,169 @@ class Training:
         self,
         model: nn.Module,
         name: str,
-        compute_loss: Callable[[nn.Module, torch.Tensor, torch.Tensor, Draws], torch.Tensor],
-        images: Any,
-        run: RunArguments,
-        optimization: OptimizationArguments,
-        data: DataArguments,
-        arguments: Sequence[Any],
-        augment: Callable[[Any, int], torch.Tensor] | None = None,
-        num_repeats: int = 1,
+        data: TrainingSet,
+        config: TrainingConfig,
         parameter_groups: Sequence[dict[str, Any]] | None = None,
-        further_values: Callable[[Callable[[torch.Tensor], torch.Tensor]], dict[str, float]] | None = None,
-        identity: Mapping[str, Any] | None = None,
-        named_by_identity: Collection[str] = (),
     ):
-        self.compute_loss, self.images, self.further_values = compute_loss, images, further_values
-        self.augment, self.num_repeats = augment, num_repeats
-        self.run, self.optimization, self.data = run, optimization, data
-        self.output_dir = Path(run.output_dir)
-        self.accelerator = build_accelerator(run)
-        self.config = merged(*arguments)
-        # What a step sees follows from these as well.
+        self.data, self.config, self.output_dir = data, config, config.output_dir
+        self.accelerator = build_accelerator(config.run)
+        self.images_per_step = (
+            config.run.train_batch_size * config.run.gradient_accumulation_steps * self.accelerator.num_processes
+        )
+        # What a step learns follows from these as well.
         self.checkpoint_config = {
-            **self.config,
-            **(identity or {}),
+            **config.as_dict(),
+            **data.identity,
             "train_batch_size * gradient_accumulation_steps * processes": self.images_per_step,
-            "images of the data set": len(images),
+            "images of the data set": len(data.images),
+            "seed_streams": SEED_STREAMS_VERSION,
         }
-        checkpoint = self._find_checkpoint(named_by_identity)
+        checkpoint, self.changes = self._find_checkpoint()
         self._lock = FolderLock(self.output_dir)
-        if self.accelerator.is_main_process and self.output_dir.exists():  # else the first step makes it
+        if self.accelerator.is_main_process and self.output_dir.exists():  # otherwise the first step makes it
             self._lock.acquire()
 
-        self.guard = FiniteGuard(run.max_skipped_steps)
-        self.step = 0
+        self.step, self.guard = 0, FiniteGuard(config.run.max_skipped_steps)
         self._prepare(model, name, parameter_groups)
         if checkpoint is not None:
             self._load_checkpoint(checkpoint)
             self.accelerator.print(f"Resumed from {checkpoint}, after step {self.step}.")
         self.log = TrainingLog(self.output_dir, self.step)
-        scalars = {key: value for key, value in self.config.items() if isinstance(value, (int, float, str, bool))}
+        scalars = {key: value for key, value in config.as_dict().items() if isinstance(value, (int, float, str, bool))}
         self.accelerator.init_trackers("sdt_diffusion", config=scalars)
-        self.accelerator.wait_for_everyone()  # nobody looks at the folder when the first step marks it as this run's
+        self.accelerator.print(self.describe())
+        self.accelerator.wait_for_everyone()  # all have looked at the folder before the first step marks it
 
     @property
     def unwrapped_model(self) -> nn.Module:
-        """The model without the wrappers of DDP or torch.compile."""
+        """The trained model without the wrappers of DDP or torch.compile."""
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 
-    @property
-    def images_per_step(self) -> int:
-        """Images of an optimizer step, over all processes."""
-        return self.run.train_batch_size * self.run.gradient_accumulation_steps * self.accelerator.num_processes
-
-    def steps(self) -> Iterator[int]:
-        """Trains to `max_train_steps`, yielding the steps done after each one (and its checkpoint, if one was due).
-
-        Raises:
-            NonFiniteLossError: See `FiniteGuard`.
-            CheckpointError: If a checkpoint cannot be written.
-            Interrupted: After SIGTERM, when the step under way and a checkpoint are done.
-        """
-        run, accelerator = self.run, self.accelerator
-        progress_bar = tqdm(
-            total=run.max_train_steps,
-            initial=self.step,
-            desc="Training",
-            unit="step",
-            disable=not accelerator.is_local_main_process,
+    def describe(self) -> str:
+        """Return a line on processes, device, precision, parameters, batch and length."""
+        run, parameters = self.config.run, list(self.unwrapped_model.parameters())
+        device = self.accelerator.device
+        where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} thread(s)"
+        precision = {"no": "fp32"}.get(run.mixed_precision, run.mixed_precision)
+        trained = sum(p.numel() for p in parameters if p.requires_grad)
+        return (
+            f"{self.accelerator.num_processes} process(es) on {device.type} ({where}), {precision}; {trained:,} "
+            f"trained of {sum(p.numel() for p in parameters):,} parameters; {len(self.data.images):,} images, "
+            f"{self.images_per_step:,} a step ({run.train_batch_size} x {run.gradient_accumulation_steps} a process); "
+            f"step {self.step:,} of {run.max_train_steps:,}."
         )
-        self.window, losses, first_step = Window(), [], self.step
-        self.model.train()
-        with StopRequest() as stop_request:
-            for index, (images, labels) in enumerate(self._batches()):
-                if not losses:
-                    self.statistics.keep()
-                draws = self._draws(index % run.gradient_accumulation_steps)
-                with accelerator.accumulate(self.model):
-                    batch_loss = self.compute_loss(self.model, images, labels, draws)
-                    accelerator.backward(batch_loss)
-                    losses.append(batch_loss.detach().float())
-                    if accelerator.sync_gradients:
-                        loss, norm, stop = self._make_step(losses, stop_request.received)
-                        losses = []
-                if not accelerator.sync_gradients:
-                    continue
 
-                if self.step == first_step and accelerator.is_main_process:
-                    self._lock.acquire()
-                    write_config(self.output_dir, self.config)
-                self.step += 1
-                for average in self.averages.values():
-                    average.step(self.step)
-                progress_bar.update()
-                self.window.add(loss, norm)
-                self.window.pause()
-                if self._is_due(run.logging_steps):
-                    self._record_window(progress_bar)
-                if stop or self._is_due(run.checkpointing_steps):
-                    self.save_checkpoint()
-                self._save_snapshots_if_due()
-                if stop and self.step < run.max_train_steps:
-                    progress_bar.close()
-                    self._interrupt()
-                if self.step == run.max_train_steps:
-                    self.gather()
-                yield self.step
-                self.model.train()
-                self.window.resume()
-        progress_bar.close()
+    def batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Load the batches of this process, on its device, from the position reached to the end of the run."""
+        run = self.config.run
+        stream = ShuffledStream(
+            self.data.images,
+            run.seed,
+            self.data.augment,
+            start=self.step * self.images_per_step,
+            stop=run.max_train_steps * self.images_per_step,
+            num_repeats=self.data.num_repeats,
+        )
+        if len(stream) == 0:
+            return iter(())
+        loader = DataLoader(
+            stream,
+            batch_size=run.train_batch_size,
+            num_workers=self.data.num_workers,
+            pin_memory=self.accelerator.device.type == "cuda",
+            worker_init_fn=ignore_sigterm_in_worker,
+        )
+        return iter(self.accelerator.prepare_data_loader(loader))
+
+    def draws(self, batch: int) -> Draws:
+        """Return the random numbers of the step's batch number `batch`, and seed dropout, drop path and mixup.
+
+        accelerate deals batches to the processes in turn.
+        """
+        run, accelerator = self.config.run, self.accelerator
+        first = (batch * accelerator.num_processes + accelerator.process_index) * run.train_batch_size
+        seed_global_generators(Stream.BATCH, run.seed, self.step * self.images_per_step + first)
+        rows = slice(first, first + run.train_batch_size)
+        return Draws(run.seed, self.step, rows, self.images_per_step, accelerator.device)
+
+    def mean_over_processes(
+        self, losses: list[torch.Tensor], norm: torch.Tensor, stop: bool
+    ) -> tuple[float, float, bool]:
+        """Return the mean loss and gradient norm, and whether any process was told to stop: the same everywhere."""
+        loss = torch.stack(losses).mean()
+        values = torch.stack([loss, norm.to(loss), torch.full_like(loss, stop)])
+        loss, norm, stop = self.accelerator.reduce(values, "mean").tolist()
+        return loss, norm, bool(stop)
+
+    def is_due(self, interval: int) -> bool:
+        """Return whether something done every `interval` steps (0 for never) and at the end is to be done now."""
+        return bool(interval and self.step % interval == 0) or self.step == self.config.run.max_train_steps
+
+    def claim_folder(self) -> None:
+        """Mark the folder as this run's; called at the first step, so that bad input leaves nothing behind."""
+        if self.accelerator.is_main_process:
+            self._lock.acquire()
+            write_config(self.output_dir, self.config.as_dict(), self.changes)
 
     def gather(self) -> None:
-        """Brings `trained_model` up to date where FSDP2 keeps a part of it in each process; all processes call it."""
+        """Bring `trained_model` up to date where FSDP2 shards the weights; all processes call it."""
         if self.accelerator.is_fsdp2:
-            tensors = (
-                next(iter(self.averages.values())).tensors if self.averages else self.unwrapped_model.state_dict()
-            )
+            averages = list(self.averages.values())
+            tensors = averages[0].tensors if averages else self.unwrapped_model.state_dict()
             self.trained_model.load_state_dict(gather(tensors))
 
     def save_checkpoint(self) -> None:
-        """Writes `checkpoint-<step>`, all or nothing."""
+        """Write `checkpoint-<step>`, all or nothing, and the snapshots of averages that are due."""
         scaler = self.accelerator.scaler
         save_checkpoint(
             self.output_dir,
             self.step,
             lambda folder: self.state.save(folder, self.accelerator.is_main_process),
-            self.run.checkpoints_total_limit,
+            self.config.run.checkpoints_total_limit,
             self.checkpoint_config,
             {"guard": self.guard.state_dict(), "scaler": scaler and scaler.state_dict()},
             self.accelerator.is_main_process,
             self.accelerator.wait_for_everyone,
         )
 
-    def save_picture(self, name: str, make: Callable[[], Image.Image]) -> None:
-        """Makes a picture on the main process, saves it in the run's folder and shows it to the trackers."""
-        self.gather()
-        if not self.accelerator.is_main_process:
-            return
-        picture = make()
+    def save_snapshots(self) -> None:
+        """Store the power averages, from which others can be reconstructed."""
+        for sigma_rel, average in zip(self.config.ema.ema_sigma_rel, self.averages.values(), strict=True):
+            tensors = gather(average.tensors, keep=self.accelerator.is_main_process)
+            if self.accelerator.is_main_process:
+                save_snapshot(self.output_dir, self.step, sigma_rel, tensors)
+
+    def record(self, values: dict[str, float]) -> None:
+        """Write values of the step reached to the run's log and the trackers."""
+        self.accelerator.log(values, step=self.step)
+        if self.accelerator.is_main_process:
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+            self.log.append({"step": self.step, **values})
+
+    def record_window(self, window: Window) -> dict[str, float]:
+        """Record loss, gradient norm, learning rate and speed since the last record; return them.
+
+        The speed in TFLOP/s is this process's: three times the forward pass, as is usual.
+        """
+        images_per_second = window.steps * self.images_per_step / window.seconds
+        values = {
+            **window.means(),
+            "learning_rate": max(group["lr"] for group in self.optimizer.param_groups),  # layer decay lowers others
+            "images_per_second": images_per_second,
+            "epoch": self.step * self.images_per_step / (len(self.data.images) * self.data.num_repeats),
+            "memory_gib": memory_gib(self.accelerator.device),
+            "elapsed_seconds": window.elapsed,
+        }
+        if self.config.flops_per_image:
+            per_process = images_per_second / self.accelerator.num_processes
+            values["tflops_per_second"] = 3 * self.config.flops_per_image * per_process / 1e12
+        if self.guard.skipped:
+            values["skipped_steps"] = self.guard.skipped
+        window.reset()
+        return values
+
+    def save_picture(self, name: str, picture: Image.Image) -> None:
+        """Save a picture in the run's folder and show it to the trackers; the main process calls it."""
         path = self.output_dir / name
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, picture.save)
@@ -217,25 +235,27 @@ class Training:
                 layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
                 tracker.log_images({"samples": np.asarray(picture)[None]}, step=self.step, **layout)
 
-    def record(self, values: dict[str, float]) -> None:
-        """Tells the trackers and the run's log of values of the step reached."""
-        self.accelerator.log(values, step=self.step)
-        if self.accelerator.is_main_process:
-            self.output_dir.mkdir(parents=True, exist_ok=True)
-            self.log.append({"step": self.step, **values})
-
     def finish(self) -> None:
-        """Closes the trackers and ends the processes' ties: together, and after DDP, which would outlive them."""
+        """Close the trackers and the processes' connections: together, and after DDP, which would outlive them."""
         self.accelerator.wait_for_everyone()
         self.model = self.unwrapped_model
         self.accelerator.free_memory()
         self.accelerator.end_training()
         self._lock.release()
 
-    def _find_checkpoint(self, named_by_identity):
-        """The checkpoint to go on from, or `None`; refuses what cannot be gone on from, before anything is written."""
-        run, resume = self.run, self.run.resume_from_checkpoint is not None
-        check_output_dir(self.output_dir, self.config, resume, named_by_identity)
+    def _find_checkpoint(self):
+        """Find the checkpoint to resume from, or `None`, and the changes to the run's arguments so far.
+
+        Refuses what cannot be resumed, before anything is written.
+        """
+        run, resume = self.config.run, self.config.run.resume_from_checkpoint is not None
+        known = self.config.as_dict()
+        for key in run.change_on_resume:
+            if key not in self.checkpoint_config or not resume:
+                need = "resume_from_checkpoint" if key in self.checkpoint_config else "an argument of this script"
+                raise ValueError(f"change_on_resume {key} needs {need}.")
+        may_differ = {*self.config.resumable(), *self.data.relocatable}
+        check_output_dir(self.output_dir, known, resume, may_differ, run.change_on_resume)
         checkpoint = find_checkpoint(self.output_dir, run.resume_from_checkpoint) if resume else None
         seen = gather_object([str(checkpoint)])
         if len(set(seen)) > 1:
@@ -248,40 +268,43 @@ class Training:
                 self.accelerator.print(
                     f"There is no checkpoint in {self.output_dir} yet: starting from the beginning."
                 )
-            return None
+            return None, []
         manifest = read_manifest(checkpoint)
-        check_same_run(str(checkpoint), manifest["config"], self.checkpoint_config, named_by_identity)
+        changed = check_same_run(
+            str(checkpoint), manifest["config"], self.checkpoint_config, may_differ, run.change_on_resume
+        )
         if manifest["step"] > run.max_train_steps:
             raise ValueError(
-                f"{checkpoint} is later than --max_train_steps {run.max_train_steps}: there is nothing left to do."
+                f"{checkpoint} is later than max_train_steps {run.max_train_steps}: there is nothing left to do."
             )
         later = [path.name for path in complete_checkpoints(self.output_dir) if step_of(path) > manifest["step"]]
         if later:
             raise ValueError(
-                f"{self.output_dir} also holds {', '.join(later)}, later than {checkpoint}: move them away, or go on "
+                f"{self.output_dir} also holds {', '.join(later)}, later than {checkpoint}: move them away, or resume "
                 "from the latest. Two histories of a run in one folder would be mixed up."
             )
-        return checkpoint
+        changes = [change for change in read_changes(self.output_dir) if change["step"] <= manifest["step"]]
+        return checkpoint, changes + [{"step": manifest["step"], **change} for change in changed]
 
     def _prepare(self, model, name, parameter_groups):
-        """Model, optimizer, schedule and averages; `trained_model` is what the run is for, whole and ready for use."""
-        optimizer = build_optimizer(model, self.optimization, parameter_groups, self.accelerator.device)
+        config, accelerator = self.config, self.accelerator
+        optimizer = build_optimizer(model, config.optimization, parameter_groups, accelerator.device)
         skeleton = copy.deepcopy(model).to("meta")
-        product = None  # without an average, the model that is trained
-        if self.optimization.use_ema or self.accelerator.is_fsdp2:
-            product = copy.deepcopy(model).to(self.accelerator.device).eval().requires_grad_(False)
-        self.model, self.optimizer = prepare(self.accelerator, model, optimizer)
-        self.set_learning_rates = build_lr_schedule(optimizer, self.optimization, self.run.max_train_steps)
-        self.statistics = RunningStatistics(self.unwrapped_model, self.accelerator.num_processes)
+        separate = None  # without an average, the model that is trained is the one the run is for
+        if config.ema.use_ema or accelerator.is_fsdp2:
+            separate = copy.deepcopy(model).to(accelerator.device).eval().requires_grad_(False)
+        self.model, self.optimizer = prepare(accelerator, model, optimizer)
+        self.set_learning_rates = build_lr_schedule(optimizer, config.optimization, config.run.max_train_steps)
+        self.batch_norms = BatchNormStatistics(self.unwrapped_model, accelerator.num_processes)
         tensors = self.unwrapped_model.state_dict()
         self.averages = {
-            ending: WeightAverage(tensors, profile) for ending, profile in profiles(self.optimization).items()
+            suffix: WeightAverage(tensors, profile) for suffix, profile in ema_profiles(config.ema).items()
         }
         self.state = TrainingState(name, skeleton, self.unwrapped_model, optimizer, self.averages)
-        if self.averages and not self.accelerator.is_fsdp2:  # the first average lives in the model that is the product
-            product.load_state_dict(next(iter(self.averages.values())).tensors, assign=True)
-            product.requires_grad_(False)
-        self.trained_model = self.unwrapped_model if product is None else product
+        if self.averages and not accelerator.is_fsdp2:  # the first average shares the memory of `trained_model`
+            separate.load_state_dict(next(iter(self.averages.values())).tensors, assign=True)
+            separate.requires_grad_(False)
+        self.trained_model = self.unwrapped_model if separate is None else separate
 
     def _load_checkpoint(self, checkpoint):
         manifest = read_manifest(checkpoint)
@@ -293,95 +316,5 @@ class Training:
         self.gather()
         if self.accelerator.is_main_process:
             drop_snapshots_after(self.output_dir, self.step)
-        self._save_snapshots_if_due()  # a kill may have come between the checkpoint and them
-
-    def _batches(self):
-        """Batches from the position reached to the end of the run, on this process's device."""
-        run = self.run
-        stream = ShuffledStream(
-            self.images,
-            run.seed,
-            self.augment,
-            start=self.step * self.images_per_step,
-            stop=run.max_train_steps * self.images_per_step,
-            num_repeats=self.num_repeats,
-        )
-        if len(stream) == 0:
-            return []
-        loader = DataLoader(
-            stream,
-            batch_size=run.train_batch_size,
-            num_workers=self.data.dataloader_num_workers,
-            pin_memory=self.accelerator.device.type == "cuda",
-            worker_init_fn=ignore_in_worker,
-        )
-        return self.accelerator.prepare_data_loader(loader)
-
-    def _draws(self, batch):
-        """The random numbers of a batch of this step, as accelerate deals batches to the processes in turn."""
-        run, accelerator = self.run, self.accelerator
-        first = (batch * accelerator.num_processes + accelerator.process_index) * run.train_batch_size
-        seed_global_generators(Stream.BATCH, run.seed, self.step * self.images_per_step + first)
-        rows = slice(first, first + run.train_batch_size)
-        return Draws(run.seed, self.step, rows, self.images_per_step, accelerator.device)
-
-    def _make_step(self, losses, stop):
-        """Clips and steps, unless the guard objects.
-
-        Returns:
-            The loss, the gradient's norm before clipping, and whether any process was told to stop.
-        """
-        max_norm = self.optimization.max_grad_norm or math.inf
-        norm = whole(self.accelerator.clip_grad_norm_(self.model.parameters(), max_norm))
-        loss = torch.stack(losses).mean()
-        values = torch.stack([loss, norm.to(loss), torch.full_like(loss, stop)])
-        loss, norm, stop = self.accelerator.reduce(values, "mean").tolist()  # the same in all processes
-        self.set_learning_rates(self.step)
-        # fp16's scaler leaves such a step out by itself, and lowers its scale when it is asked to make it.
-        admitted = self.guard.admits(self.step + 1, loss, norm)
-        if admitted or self.accelerator.scaler is not None:
-            self.optimizer.step()
-        self.optimizer.zero_grad()
-        if admitted:
-            self.statistics.average()
-        else:
-            self.statistics.restore()
-        return loss, norm, bool(stop)
-
-    def _is_due(self, interval):
-        """Whether something that is done every so many steps, if at all, and at the end, is to be done now."""
-        return bool(interval and self.step % interval == 0) or self.step == self.run.max_train_steps
-
-    def _interrupt(self):
-        self.accelerator.print(
-            f"Stopped by SIGTERM after step {self.step}, which checkpoint-{self.step} holds. Go on with "
-            "--resume_from_checkpoint latest."
-        )
-        self.finish()
-        raise Interrupted
-
-    def _record_window(self, progress_bar):
-        window, self.window = self.window, Window()
-        values = {
-            **window.means(),
-            "learning_rate": max(group["lr"] for group in self.optimizer.param_groups),  # layer decay lowers others
-            "images_per_second": window.steps * self.images_per_step / window.seconds,
-        }
-        if self.guard.skipped:
-            values["skipped_steps"] = self.guard.skipped
-        if self.further_values is not None:
-            values |= self.further_values(lambda tensor: self.accelerator.reduce(tensor, "sum"))
-        self.record(values)
-        shown = [f"{values['images_per_second']:.0f} images/s"]
-        if "loss" in values:
-            shown.insert(0, f"loss {values['loss']:.4f}")
-        progress_bar.set_postfix_str(", ".join(shown))
-
-    def _save_snapshots_if_due(self):
-        every = self.optimization.ema_snapshot_steps
-        if not (every and self._is_due(every)):
-            return
-        for sigma_rel, average in zip(self.optimization.ema_sigma_rel, self.averages.values(), strict=True):
-            tensors = gather(average.tensors, keep=self.accelerator.is_main_process)
-            if self.accelerator.is_main_process:
-                save_snapshot(self.output_dir, self.step, sigma_rel, tensors)
+        if self.config.ema.ema_snapshot_steps and self.is_due(self.config.ema.ema_snapshot_steps):
+            self.save_snapshots()  # a kill may have come between the checkpoint and them

@@ -1,4 +1,4 @@
-"""What a checkpoint holds: weights, averages and AdamW's moments, whole, however many processes shared them."""
+"""The tensors of a checkpoint: weights, averages and AdamW's moments, whole, however many processes shared them."""
 
 import copy
 from collections.abc import Mapping
@@ -10,35 +10,36 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..utils.fingerprint import differences
-from .distributed import copy_whole, whole
+from .distributed import copy_full, full_tensor
 from .ema import WeightAverage
 
 
-class RunningStatistics:
-    """Of a model's batch norms; of most models there are none, and nothing is done.
+class BatchNormStatistics:
+    """Running statistics of a model's batch norms, which forward passes change whether or not their step is made.
 
     Args:
-        model: The model, under no wrapper.
-        num_processes: How many train it, each with statistics of its own.
+        model: The model, without wrappers; if it has no batch norms, nothing is done.
+        num_processes: Processes that train it, each with its own statistics.
     """
 
     def __init__(self, model: nn.Module, num_processes: int):
         self.model, self.num_processes = model, num_processes
+        # torch's common base of its batch norms has no public name.
         norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
         self.tensors = [buffer for norm in norms for buffer in norm.buffers()]
-        self._kept = []
+        self._remembered: list[torch.Tensor] = []
 
-    def keep(self) -> None:
-        """Remembers them before a step."""
-        self._kept = [tensor.clone() for tensor in self.tensors]
+    def remember(self) -> None:
+        """Keep a copy, before a step."""
+        self._remembered = [tensor.clone() for tensor in self.tensors]
 
     def restore(self) -> None:
-        """Puts back what was kept: a step that is left out must not leave its NaN here for ever."""
-        for tensor, kept in zip(self.tensors, self._kept, strict=True):
-            tensor.copy_(kept)
+        """Put the copy back, after a step that was skipped: its NaN would stay in the statistics."""
+        for tensor, remembered in zip(self.tensors, self._remembered, strict=True):
+            tensor.copy_(remembered)
 
     def average(self) -> None:
-        """Makes them those of all processes: only one of them saves the model."""
+        """Average over all processes, since only one of them saves the model."""
         if self.tensors and self.num_processes > 1:
             from timm.utils import distribute_bn
 
@@ -46,23 +47,23 @@ class RunningStatistics:
 
 
 OPTIMIZER_FILE = "optimizer.safetensors"
-#: What transformers notes in a config when it saves a model.
-NOT_OF_THE_MODEL = frozenset({"architectures", "dtype", "transformers_version"})
+#: Entries that transformers adds to a config when it saves a model.
+ADDED_BY_TRANSFORMERS = frozenset({"architectures", "dtype", "transformers_version"})
 
 
 class TrainingState:
     """The tensors of a run, as they are saved and loaded.
 
     Weights and averages are folders of `save_pretrained`; the optimizer's state is a safetensors file with a tensor
-    for each parameter and moment, by the parameter's name. Nothing in them tells by how many processes, or under which
-    strategy, they were made: any number of processes goes on from them, under DDP, FSDP2 or alone.
+    for each parameter and moment, by the parameter's name. They do not depend on how many processes wrote them or
+    under which strategy: any number of processes resumes from them, under DDP, FSDP2 or alone.
 
     Args:
-        name: Folder of the weights; averages have theirs behind an underscore.
+        name: Folder of the weights; those of averages append an underscore and a suffix.
         skeleton: The model without its weights, on the meta device.
-        model: The model that is trained, under no wrapper; its tensors may be sharded.
-        optimizer: Its optimizer, under no wrapper.
-        averages: Its averages, by the ending of their folders' names.
+        model: The model that is trained, without wrappers; its tensors may be sharded.
+        optimizer: Its optimizer, without wrappers.
+        averages: Its averages, by the suffix of their folders.
     """
 
     def __init__(
@@ -79,7 +80,7 @@ class TrainingState:
         self._parameter_names = {id(parameter): name for name, parameter in model.named_parameters()}
 
     def save(self, folder: Path, is_main_process: bool = True) -> None:
-        """Fills a folder; all processes gather, the main one writes."""
+        """Fill a folder; all processes gather, the main one writes."""
         for name, tensors in self.models.items():
             gathered = gather(tensors, keep=is_main_process)
             if is_main_process:
@@ -97,7 +98,7 @@ class TrainingState:
 
     @torch.no_grad()
     def load(self, folder: Path) -> None:
-        """Takes over what `save` wrote.
+        """Load what `save` wrote.
 
         Raises:
             ValueError: If the folder's model has another config; lists what differs.
@@ -109,7 +110,7 @@ class TrainingState:
                 raise ValueError(f"{folder / name} is another model: {'; '.join(found)}.")
             saved = module.state_dict()
             for key, tensor in tensors.items():
-                copy_whole(saved[key], tensor)
+                copy_full(saved[key], tensor)
         saved = load_file(folder / OPTIMIZER_FILE)
         state = self.optimizer.state_dict()
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
@@ -121,19 +122,21 @@ class TrainingState:
 
 
 def gather(tensors: Mapping[str, torch.Tensor], keep: bool = True) -> dict[str, torch.Tensor]:
-    """Whole tensors on the CPU; a process that does not keep them only takes part."""
+    """Gather whole tensors on the CPU; processes that do not keep them only take part."""
     gathered = {}
     for name, tensor in tensors.items():
-        tensor = whole(tensor.detach())
+        tensor = full_tensor(tensor.detach())
         if keep:
             gathered[name] = tensor.cpu().contiguous()
     return gathered
 
 
 def config_of(model: nn.Module) -> dict[str, Any]:
-    """The config of a model of diffusers or transformers."""
+    """Return the config of a model of diffusers or transformers."""
     config = dict(model.config) if isinstance(model.config, Mapping) else model.config.to_dict()
-    return {key: value for key, value in config.items() if not key.startswith("_") and key not in NOT_OF_THE_MODEL}
+    return {
+        key: value for key, value in config.items() if not key.startswith("_") and key not in ADDED_BY_TRANSFORMERS
+    }
 
 
 def _moments(saved, prefix, parameter):
@@ -143,5 +146,5 @@ def _moments(saved, prefix, parameter):
         moments[key] = tensor
         if key != "step":  # a moment: spread over the processes as its parameter is
             moments[key] = torch.zeros_like(parameter, requires_grad=False)
-            copy_whole(tensor, moments[key])
+            copy_full(tensor, moments[key])
     return moments

@@ -12,7 +12,7 @@ shows.
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -25,16 +25,19 @@ from ..metrics.confusion import PreparedImages, classify, from_log, to_log
 from ..metrics.extractors.transformers_models import channels_of
 from ..plots import plot_accuracy_curve
 from ..sdt_h.image_processing_sdt_h import SDTHImageProcessor
-from ..utils.arguments import errors_in_a_line, parse_arguments, require_at_least
+from ..utils.arguments import exit_on_error, parse_arguments, require_at_least
 from ..utils.files import move_into, write_atomically
 from ..utils.seeding import Stream, seed_global_generators
 from .checkpoint import CheckpointError
 from .classifier_model import ClassifierModelArguments
-from .config import OptimizationArguments, RunArguments
-from .distributed import process_state
+from .config import RunArguments, TrainingConfig, TrainingSet
+from .distributed import process_state, resolve_precision
+from .ema import EMAArguments
+from .loop import train
 from .monitor import NonFiniteLossError
+from .optimizer import OptimizationArguments
 from .recipe import ClassificationLoss, RecipeArguments, build_processor, layer_decay_groups, train_transform
-from .run import Training
+from .run import TrainingRun
 
 
 def evaluate_classifier(
@@ -76,12 +79,13 @@ def evaluate_classifier(
 CONFIGS = Path(__file__).parents[1] / "configs"
 
 
-@dataclass
+@dataclass(frozen=True)
 class EvaluationArguments:
     """When to test."""
 
     validation_steps: int = field(
-        default=0, metadata={"help": "Steps between tests; 0 for none but before and after training."}
+        default=0,
+        metadata={"help": "Steps between tests; 0 for none but before and after training.", "resumable": True},
     )
 
     def __post_init__(self):
@@ -91,28 +95,27 @@ class EvaluationArguments:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the script; `argv` is the command line's by default."""
     argv = sys.argv[1:] if argv is None else argv
-    *arguments, hub_args = parse_arguments(
+    *parsed, hub_args = parse_arguments(
         (
-            ClassifierModelArguments,
-            DataArguments,
-            ValidationDataArguments,
-            RecipeArguments,
-            OptimizationArguments,
-            RunArguments,
-            EvaluationArguments,
-            HubArguments,
+            *(ClassifierModelArguments, DataArguments, ValidationDataArguments, RecipeArguments),
+            *(OptimizationArguments, EMAArguments, RunArguments, EvaluationArguments, HubArguments),
         ),
         argv,
         recipes={"digits": CONFIGS / "digits_classifier.yaml"},
         description=__doc__,
     )
-    model_args, data_args, validation_args, recipe_args, optimization_args, run_args, evaluation_args = arguments
+    model_args, data_args, validation_args, recipe_args, optimization_args, ema_args, run_args, evaluation_args = (
+        parsed
+    )
 
-    with errors_in_a_line(ValueError, OSError):
+    with exit_on_error(ValueError, OSError):
         recipe_args.check_batch_size(run_args.train_batch_size)
-        data_args.image_mode = data_args.image_mode or model_args.image_mode
+        run_args = replace(run_args, mixed_precision=resolve_precision(run_args.mixed_precision))
+        data_args = replace(data_args, image_mode=data_args.image_mode or model_args.image_mode)
         images, train_images, test_images = load_splits(data_args, validation_args, model_args.default_resolution)
-        recipe_args.resolve_epochs(run_args, optimization_args, len(train_images), process_state().num_processes)
+        run_args, optimization_args = recipe_args.resolve_epochs(
+            run_args, optimization_args, len(train_images), process_state().num_processes
+        )
 
         seed_global_generators(Stream.INITIALIZATION, run_args.seed)
         model = model_args.build(images.num_channels, images.class_names)
@@ -123,79 +126,84 @@ def main(argv: Sequence[str] | None = None) -> None:
             model_args.kind != "backbone",
             model_args.processor,
         )
-        training = Training(
-            model,
-            "classifier",
-            ClassificationLoss(recipe_args, images.num_classes),
+        transform = train_transform(recipe_args, processor, data_args.random_flip)
+        training_set = TrainingSet(
             train_images,
+            SeededTransform(transform, run_args.seed),
+            recipe_args.aug_repeats,
+            data_args.dataloader_num_workers,
+        )
+        config = TrainingConfig(
             run_args,
             optimization_args,
-            data_args,
-            arguments,
-            augment=SeededTransform(train_transform(recipe_args, processor, data_args.random_flip), run_args.seed),
-            num_repeats=recipe_args.aug_repeats,
-            parameter_groups=layer_decay_groups(model, recipe_args, optimization_args.adam_weight_decay),
+            ema_args,
+            evaluation_args.validation_steps,
+            validate_first=True,  # finds images that cannot be read before hours are spent
+            arguments=(
+                *(model_args, data_args, validation_args, recipe_args),
+                *(optimization_args, ema_args, run_args, evaluation_args),
+            ),
         )
-        if training.accelerator.is_main_process:
-            create_hub_repo(hub_args, training.output_dir)  # if that cannot be, it shows now and not in the end
-    # A run that was killed between a checkpoint and its test has the test to make up for.
-    tested = {record["step"] for record in training.log.records if "test_accuracy" in record}
+        groups = layer_decay_groups(model, recipe_args, optimization_args.adam_weight_decay)
+        run = TrainingRun(model, "classifier", training_set, config, groups)
+        if run.accelerator.is_main_process:
+            create_hub_repo(hub_args, run.output_dir)  # what prevents it shows now, not after the training
 
-    def test_if_due(step):
-        due = step in (0, run_args.max_train_steps) or (
-            evaluation_args.validation_steps and step % evaluation_args.validation_steps == 0
+    def test(run):
+        numbers = evaluate_classifier(
+            run.trained_model,
+            test_images,
+            processor,
+            run.accelerator,
+            run_args.train_batch_size,
+            data_args.dataloader_num_workers,
         )
-        if due and step not in tested:
-            training.gather()
-            found = evaluate_classifier(
-                training.trained_model,
-                test_images,
-                processor,
-                training.accelerator,
-                run_args.train_batch_size,
-                data_args.dataloader_num_workers,
-            )
-            training.record(to_log(found))
+        return to_log(numbers)
 
-    training.trained_model.eval()
-    with errors_in_a_line(CorruptImageError, CheckpointError, NonFiniteLossError):
-        test_if_due(training.step)  # at step 0 this finds images that cannot be read before hours are spent
-        for step in training.steps():
-            training.trained_model.eval()
-            test_if_due(step)
-    if training.accelerator.is_main_process:
-        output_dir = training.output_dir
+    with exit_on_error(CorruptImageError, CheckpointError, NonFiniteLossError):
+        train(run, ClassificationLoss(recipe_args, images.num_classes), test)
 
-        def save(folder):
-            training.trained_model.save_pretrained(folder)
-            processor.save_pretrained(folder)
-
-        move_into(output_dir, save)
-        records = training.log.records
-        write_atomically(output_dir / "accuracy_curve.png", lambda path: plot_accuracy_curve(records, path))
-        tested = [record for record in records if "test_accuracy" in record][-1]
-        results = {
-            "kind": "classifier_training",
-            "step": tested["step"],
-            **from_log(tested),
-            "train_images": len(train_images),
-            "trained_parameters": sum(p.numel() for p in training.unwrapped_model.parameters() if p.requires_grad),
-            "parameters": sum(p.numel() for p in training.unwrapped_model.parameters()),
-        }
-        write_atomically(output_dir / "results.json", lambda path: path.write_text(json.dumps(results, indent=2)))
-        top5 = "" if results["top5"] is None else f", and for {results['top5']:.2%} the class is among the first five"
-        print(f"{results['top1']:.2%} of {results['count']} test images are classified right{top5}.")
-        print(f"Saved the classifier, results.json and accuracy_curve.png to {output_dir}")
-    training.finish()
-    if training.accelerator.is_main_process:
-        num_processes = training.accelerator.num_processes
+    if run.accelerator.is_main_process:
+        save_classifier(run, processor, len(train_images))
+    run.finish()
+    if run.accelerator.is_main_process:
         record = describe_run(
-            command_of("train/train_classifier.py", argv, num_processes),
-            training.config,
+            command_of("train/train_classifier.py", argv, run.accelerator.num_processes),
+            config.as_dict(),
             train_images,
-            [training.trained_model],
-            training.step,
-            training.images_per_step,
-            num_processes,
+            [run.trained_model],
+            run.step,
+            run.images_per_step,
+            run.accelerator.num_processes,
         )
-        share_run(hub_args, training.output_dir, record)
+        share_run(hub_args, run.output_dir, record)
+
+
+def save_classifier(run: TrainingRun, processor: SDTHImageProcessor, num_train_images: int) -> None:
+    """Save the classifier with its processor, the results of the last test, and the accuracy curve."""
+
+    def save(folder):
+        run.trained_model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+
+    move_into(run.output_dir, save)
+    records = run.log.records
+    write_atomically(run.output_dir / "accuracy_curve.png", lambda path: plot_accuracy_curve(records, path))
+    parameters = list(run.unwrapped_model.parameters())
+    last_test = [record for record in records if from_log(record)][-1]
+    results = {
+        "kind": "classifier_training",
+        "step": last_test["step"],
+        **from_log(last_test),
+        "train_images": num_train_images,
+        "trained_parameters": sum(p.numel() for p in parameters if p.requires_grad),
+        "parameters": sum(p.numel() for p in parameters),
+    }
+    write_atomically(run.output_dir / "results.json", lambda path: path.write_text(json.dumps(results, indent=2)))
+    top5 = "" if results["top5"] is None else f", and for {results['top5']:.2%} the class is among the first five"
+    print(f"{results['top1']:.2%} of {results['count']} test images are classified right{top5}.")
+    print(f"Saved the classifier, results.json and accuracy_curve.png to {run.output_dir}")
+
+
+if __name__ == "__main__":
+    main()

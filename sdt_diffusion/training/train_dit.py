@@ -1,198 +1,337 @@
-"""Trains a class-conditional spatial-decay diffusion transformer and saves it as a diffusers pipeline.
+"""Train a class-conditional spatial-decay diffusion transformer and save it as a diffusers pipeline.
 
     accelerate launch train/train_dit.py                                   # the digits, in minutes on a CPU
     accelerate launch train/train_dit.py --config my_run.yaml --seed 1     # a YAML file, and flags on top
     accelerate launch train/train_dit.py --resume_from_checkpoint latest   # ... with the flags of the run
     accelerate launch train/train_dit.py --dataset CACHE                   # latents of train/encode_latents.py
+    accelerate launch train/train_dit.py --init_from outputs/digits --output_dir outputs/more  # from trained weights
 
-Without --config, the digits take train/configs/digits.yaml; another --dataset starts from what --help shows.
+Without --config, the digits use the recipe `digits`; other data sets start from the defaults shown here.
 """
 
+import copy
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+from accelerate.utils import reduce
+from torch.utils.data import DataLoader, Subset
 
-from .. import SDTPipeline
 from ..data import CorruptImageError, DataArguments
-from ..data.latents.training_data import open_training_data
+from ..data.latents.training_data import TrainingData, open_training_data
+from ..data.splits import ImageSubset
+from ..evaluation.cost import count_cost
 from ..evaluation.label_accuracy import label_accuracy
 from ..hub import HubArguments, command_of, create_hub_repo, describe_run, share_run
 from ..plots import image_grid, plot_loss_curve
+from ..sampling.arguments import SamplerArguments, set_attention_backend
 from ..sampling.generate import class_labels_for, generate
-from ..sdt.transformer_sdt import SDTTransformer2DModel
-from ..utils.arguments import errors_in_a_line, json_object, parse_arguments, require_at_least
+from ..sdt import SDTPipeline, SDTTransformer2DModel
+from ..utils.arguments import exit_on_error, json_object, parse_arguments, require_at_least
 from ..utils.files import move_into, write_atomically
-from ..utils.seeding import Stream, seed_global_generators
+from ..utils.fingerprint import differences
+from ..utils.seeding import Draws, Stream, numpy_generator, seed_global_generators
 from .checkpoint import CheckpointError
-from .config import OptimizationArguments, RunArguments
+from .config import RunArguments, TrainingConfig, TrainingSet
+from .distributed import resolve_precision
+from .ema import EMAArguments
+from .loop import train
 from .monitor import NonFiniteLossError
 from .objectives import DiffusionLoss, ObjectiveArguments, build_objective
-from .run import Training
+from .optimizer import OptimizationArguments
+from .run import TrainingRun
+from .state import config_of
 
 
-@dataclass
+@dataclass(frozen=True)
 class ModelArguments:
-    """What to train."""
+    """Which model to train."""
 
     model: str = field(default="SDT-S/2", metadata={"help": "A preset: SDT-{S,B,L,XL}/{2,4,8} or SDT-digits."})
     spatial_decay: Literal["context", "fixed", "content", "raster", "none"] = field(
         default="context", metadata={"help": "How attention decays; 'none' is a plain DiT."}
     )
-    qk_norm: Literal["rms_norm"] | None = field(default=None, metadata={"help": "Normalise queries and keys."})
+    qk_norm: Literal["rms_norm"] | None = field(default=None, metadata={"help": "Normalize queries and keys."})
     rotary: bool = field(default=False, metadata={"help": "2D rotary embedding."})
     local_position_kernel_size: int = field(default=0, metadata={"help": "Local position encoding; 0 for none."})
-    class_dropout_prob: float = field(default=0.1, metadata={"help": "Labels dropped, for guidance."})
+    class_dropout_prob: float = field(default=0.1, metadata={"help": "Fraction of labels dropped, for guidance."})
     model_overrides: str | None = field(
         default=None, metadata={"help": 'Further config values as JSON, such as {"num_layers": 6}.'}
     )
-    gradient_checkpointing: bool = field(default=False, metadata={"help": "Trade speed for memory."})
+    init_from: str | None = field(
+        default=None,
+        metadata={"help": "Start from the weights of this folder: a pipeline, a transformer, or one of a checkpoint."},
+    )
+    gradient_checkpointing: bool = field(
+        default=False, metadata={"help": "Recompute activations to save memory.", "resumable": True}
+    )
     pretrained_vae_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "VAE to train in the latents of; a cache's own, else none: pixels."}
+        default=None, metadata={"help": "VAE whose latents to learn; a cache brings its own. Default: learn pixels."}
     )
 
-    def config(self, **overrides) -> dict:
-        """The model's config: the preset's, these arguments' over it, and `overrides` over both.
+    def config(self, **overrides: Any) -> dict[str, Any]:
+        """Return the model's config: the preset's, these arguments' over it, and `overrides` over both.
 
         Raises:
-            ValueError: If the preset or a key is unknown, or `model_overrides` is no JSON object.
+            ValueError: If the preset or a key is unknown, or `model_overrides` is not a JSON object.
         """
-        further = json_object(self.model_overrides, "--model_overrides")
+        further = json_object(self.model_overrides, "model_overrides")
         derived = sorted({"in_channels", "num_classes", "sample_size"} & set(further))
         if derived:
-            raise ValueError(f"--model_overrides: {', '.join(derived)} follow from the data set and --resolution.")
+            raise ValueError(f"model_overrides: {', '.join(derived)} follow from the data set and resolution.")
         keys = ("spatial_decay", "qk_norm", "rotary", "local_position_kernel_size", "class_dropout_prob")
         own = {key: getattr(self, key) for key in keys}
         return SDTTransformer2DModel.preset_config(self.model, **{**own, **further, **overrides})
 
-    def build(self, **overrides) -> SDTTransformer2DModel:
-        """The randomly initialised model of `config(**overrides)`."""
+    def build(self, **overrides: Any) -> SDTTransformer2DModel:
+        """Build the model of `config(**overrides)`, randomly initialized or with the weights of `init_from`."""
         model = SDTTransformer2DModel(**self.config(**overrides))
+        if self.init_from is not None:
+            load_weights(model, Path(self.init_from).expanduser())
         if self.gradient_checkpointing:
             model.enable_gradient_checkpointing()
         return model
 
 
-DIGITS_CONFIG = Path(__file__).parents[1] / "configs" / "digits.yaml"
+def load_weights(model: SDTTransformer2DModel, folder: Path) -> None:
+    """Load the weights of a pipeline or transformer of the same architecture.
+
+    Args:
+        model: The model.
+        folder: As `save_pretrained` wrote it.
+
+    Raises:
+        FileNotFoundError: If the folder holds no SDT transformer.
+        ValueError: If it is of another architecture; lists what differs.
+    """
+    folder = folder / "transformer" if (folder / "model_index.json").is_file() else folder
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"init_from {folder} holds no SDT transformer (no config.json).")
+    # In training only; it may differ.
+    ours = {key: value for key, value in config_of(model).items() if key not in ("class_dropout_prob", "dropout")}
+    stored = json.loads((folder / "config.json").read_text())
+    found = differences({key: stored.get(key, value) for key, value in ours.items()}, ours)
+    if found:
+        raise ValueError(f"init_from {folder} is another model: {'; '.join(found)}.")
+    loaded, info = SDTTransformer2DModel.from_pretrained(folder, output_loading_info=True)
+    if info["missing_keys"]:
+        raise ValueError(f"init_from {folder} has no weights for {', '.join(sorted(info['missing_keys'])[:3])}.")
+    model.load_state_dict(loaded.state_dict())
 
 
-@dataclass
+@dataclass(frozen=True)
 class ValidationArguments:
-    """Samples to look at, as training goes and at its end."""
+    """What to look at as training goes and at its end."""
 
-    validation_steps: int = field(default=0, metadata={"help": "Steps between sample grids; 0 for none but the last."})
-    num_validation_images: int = field(default=80, metadata={"help": "Images in a grid."})
-    guidance_scale: float = field(default=4.0, metadata={"help": "Classifier-free guidance of these samples."})
-    num_inference_steps: int = field(default=50, metadata={"help": "Sampling steps."})
+    validation_steps: int = field(
+        default=0, metadata={"help": "Steps between validations; 0 for none but the last.", "resumable": True}
+    )
+    num_validation_images: int = field(default=80, metadata={"help": "Images of a sample grid.", "resumable": True})
+    held_out_images: int = field(
+        default=0,
+        metadata={
+            "help": "Images kept from training, to measure their loss with fixed noise; the same for all seeds."
+        },
+    )
     label_accuracy_samples: int = field(
         default=0,
-        metadata={"help": "At the end, how many samples to judge by a support vector machine (small data only)."},
+        metadata={
+            "help": "At the end, how many samples to judge by a support vector machine (small data only).",
+            "resumable": True,
+        },
     )
 
     def __post_init__(self):
-        require_at_least(self, 0, "validation_steps", "label_accuracy_samples")
-        require_at_least(self, 1, "num_validation_images", "num_inference_steps")
+        require_at_least(self, 0, "validation_steps", "label_accuracy_samples", "held_out_images")
+        require_at_least(self, 1, "num_validation_images")
+
+
+class DiffusionValidation:
+    """Draw a grid of samples and the loss curve, and measure the loss of held-out images.
+
+    Args:
+        pipe: The pipeline around the run's `trained_model`.
+        loss: The training loss.
+        data: The data; its classes label the grid.
+        held_out: Images kept from training; `None` for none.
+        num_images: Images of the grid.
+        sampling: `seed`, `guidance_scale` and `num_inference_steps`.
+    """
+
+    def __init__(
+        self,
+        pipe: SDTPipeline,
+        loss: DiffusionLoss,
+        data: TrainingData,
+        held_out: ImageSubset | None,
+        num_images: int,
+        sampling: dict[str, Any],
+    ):
+        self.pipe, self.loss, self.data, self.held_out = pipe, loss, data, held_out
+        self.num_images, self.sampling = num_images, sampling
+
+    def __call__(self, run: TrainingRun) -> dict[str, float]:
+        """Validate `run.trained_model`; all processes call it."""
+        values = {} if self.held_out is None else {"validation_loss": self.held_out_loss(run)}
+        grid = self.sample_grid(run)
+        if run.accelerator.is_main_process:
+            steps = run.config.validation_steps
+            if steps and run.step % steps == 0:
+                run.save_picture(f"samples/step-{run.step:07d}.png", grid)
+            if run.step == run.config.run.max_train_steps:
+                run.save_picture("samples.png", grid)
+            records = [*run.log.records, {"step": run.step, **values}]
+            write_atomically(run.output_dir / "loss_curve.png", lambda path: plot_loss_curve(records, path))
+        return values
+
+    def sample_grid(self, run: TrainingRun):
+        """Sample up to 10 classes, evenly chosen, in turn; return the grid."""
+        names = self.data.images.class_names
+        classes = torch.linspace(0, len(names) - 1, min(10, len(names))).long().tolist()
+        labels = class_labels_for(self.num_images, classes)
+        samples = [image for _, image in generate(self.pipe, labels, progress=False, **self.sampling)]
+        return image_grid(samples, [names[label] for label in labels], columns=len(classes))
+
+    @torch.no_grad()
+    def held_out_loss(self, run: TrainingRun) -> float:
+        """Return the mean squared error on the held-out images, each with its own fixed noise and timestep."""
+        accelerator, size = run.accelerator, run.config.run.train_batch_size
+        starts = range(0, len(self.held_out), size)[accelerator.process_index :: accelerator.num_processes]
+        sums = torch.zeros(2, device=accelerator.device, dtype=torch.float64)
+        for start in starts:
+            rows = range(start, min(start + size, len(self.held_out)))
+            batch, labels = next(iter(DataLoader(Subset(self.held_out, rows), batch_size=len(rows))))  # (B, ...), (B,)
+            draws = Draws(0, start, slice(0, len(rows)), len(rows), accelerator.device, Stream.VALIDATION)
+            with accelerator.autocast():
+                inputs = (batch.to(accelerator.device), labels.to(accelerator.device), draws)
+                _, error = self.loss.errors(run.trained_model, *inputs)
+            sums += torch.stack([error.double().sum(), torch.tensor(len(rows), device=error.device)])
+        error, count = reduce(sums, "sum").tolist()
+        return error / count
+
+
+def hold_out(images: Any, count: int) -> tuple[Any, ImageSubset | None]:
+    """Split a data set into the images to train on and `count` random ones, the same for all seeds.
+
+    Raises:
+        ValueError: If no image would be left to train on.
+    """
+    if not count:
+        return images, None
+    if count >= len(images):
+        raise ValueError(f"held_out_images {count} leaves none of the {len(images)} images to train on.")
+    order = numpy_generator(Stream.HELD_OUT_ROWS, 0).permutation(len(images))
+    return ImageSubset(images, sorted(order[count:])), ImageSubset(images, sorted(order[:count]))
+
+
+def flops_of(model: SDTTransformer2DModel) -> float:
+    """Count the floating-point operations of one image's forward pass, without running it."""
+    config = model.config
+    sides = [config.sample_size] * 2 if isinstance(config.sample_size, int) else config.sample_size
+    inputs = (torch.empty(1, config.in_channels, *sides), torch.zeros(1), torch.zeros(1, dtype=torch.long))
+    return 2 * count_cost(copy.deepcopy(model).to("meta"), *(x.to("meta") for x in inputs)).multiply_adds
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the script; `argv` is the command line's by default."""
     argv = sys.argv[1:] if argv is None else argv
-    *arguments, hub_args = parse_arguments(
+    *parsed, hub_args = parse_arguments(
         (
-            *(ModelArguments, DataArguments, ObjectiveArguments, OptimizationArguments, RunArguments),
-            *(ValidationArguments, HubArguments),
+            *(ModelArguments, DataArguments, ObjectiveArguments, OptimizationArguments, EMAArguments, RunArguments),
+            *(ValidationArguments, SamplerArguments, HubArguments),
         ),
         argv,
-        recipes={"digits": DIGITS_CONFIG},
+        recipes={"digits": Path(__file__).parents[1] / "configs" / "digits.yaml"},
         description=__doc__,
     )
-    model_args, data_args, objective_args, optimization_args, run_args, validation_args = arguments
+    model_args, data_args, objective_args, optimization_args, ema_args, run_args, validation_args, sampler_args = (
+        parsed
+    )
 
-    with errors_in_a_line(ValueError, OSError):
+    with exit_on_error(ValueError, OSError):
+        run_args = replace(run_args, mixed_precision=resolve_precision(run_args.mixed_precision))
+        sampler_args = sampler_args.with_defaults()
         vae_name = model_args.pretrained_vae_model_name_or_path
         data = open_training_data(data_args, vae_name, model_args.config()["sample_size"], run_args.seed)
-        model_args.pretrained_vae_model_name_or_path = data.vae_name
-        images, vae = data.images, data.vae
+        model_args = replace(model_args, pretrained_vae_model_name_or_path=data.vae_name)
         if data.is_cached and validation_args.label_accuracy_samples:
-            raise ValueError("--label_accuracy_samples needs the images' pixels, and not a cache of latents.")
+            raise ValueError("label_accuracy_samples needs the images' pixels, and not a cache of latents.")
+        train_images, held_out = hold_out(data.images, validation_args.held_out_images)
 
         seed_global_generators(Stream.INITIALIZATION, run_args.seed)
         channels, side, _ = data.sample_shape
-        model = model_args.build(sample_size=side, in_channels=channels, num_classes=images.num_classes)
+        model = model_args.build(sample_size=side, in_channels=channels, num_classes=data.images.num_classes)
+        set_attention_backend(model, sampler_args.attention_backend)
         objective = build_objective(objective_args)
-        diffusion_loss = DiffusionLoss(objective, model.config.class_dropout_prob)
-
-        def compute_loss(model, batch, class_labels, draws):
-            return diffusion_loss(model, data.clean(batch, draws), class_labels, draws)
-
-        training = Training(
-            model,
-            "transformer",
-            compute_loss,
-            images,
+        loss = DiffusionLoss(objective, model.config.class_dropout_prob, data.clean)
+        config = TrainingConfig(
             run_args,
             optimization_args,
-            data_args,
-            arguments,
-            augment=data.augment,
-            further_values=diffusion_loss.by_timestep,
-            identity=data.identity,
-            named_by_identity=data.named_by_identity,
+            ema_args,
+            validation_args.validation_steps,
+            arguments=(
+                *(model_args, data_args, objective_args, optimization_args, ema_args, run_args),
+                *(validation_args, sampler_args),
+            ),
+            flops_per_image=flops_of(model),
         )
-        if training.accelerator.is_main_process:
-            create_hub_repo(hub_args, training.output_dir)  # if that cannot be, it shows now and not in the end
-    if vae is not None:
-        vae.to(training.accelerator.device)
-    pipe = SDTPipeline(
-        training.trained_model,
-        objective.sampling_scheduler(pixels=vae is None),
-        vae,
-        id2label=dict(enumerate(images.class_names)),
-    )
-    sampling = {
-        "seed": run_args.seed,
-        "guidance_scale": validation_args.guidance_scale,
-        "num_inference_steps": validation_args.num_inference_steps,
-    }
+        training_set = TrainingSet(
+            train_images,
+            data.augment,
+            num_workers=data_args.dataloader_num_workers,
+            identity=data.identity,
+            relocatable=data.named_by_identity,
+        )
+        run = TrainingRun(model, "transformer", training_set, config)
+        if run.accelerator.is_main_process:
+            create_hub_repo(hub_args, run.output_dir)  # what prevents it shows now, not after the training
 
-    def sample_grid():
-        shown = torch.linspace(0, images.num_classes - 1, min(10, images.num_classes)).long().tolist()
-        labels = class_labels_for(validation_args.num_validation_images, shown)
-        pictures = [image for _, image in generate(pipe, labels, progress=False, **sampling)]
-        return image_grid(pictures, [images.class_names[label] for label in labels], columns=len(shown))
+        if data.vae is not None:
+            data.vae.to(run.accelerator.device)
+        pipe = SDTPipeline(
+            run.trained_model,
+            objective.sampling_scheduler(pixels=data.vae is None),
+            data.vae,
+            id2label=dict(enumerate(data.images.class_names)),
+            guidance_scale=sampler_args.guidance_scale,
+            num_inference_steps=sampler_args.num_inference_steps,
+        )
+        sampler_args.apply_to(pipe)
+    sampling = {"seed": run_args.seed, **sampler_args.settings(pipe)}
+    validate = DiffusionValidation(pipe, loss, data, held_out, validation_args.num_validation_images, sampling)
 
-    with errors_in_a_line(CorruptImageError, CheckpointError, NonFiniteLossError):
-        for step in training.steps():
-            if validation_args.validation_steps and step % validation_args.validation_steps == 0:
-                training.save_picture(f"samples/step-{step:07d}.png", sample_grid)
-    output_dir = training.output_dir
-    if training.accelerator.is_main_process:
-        move_into(output_dir, pipe.save_pretrained)
-        write_atomically(output_dir / "loss_curve.png", lambda path: plot_loss_curve(training.log.records, path))
-    training.save_picture("samples.png", sample_grid)
-    if training.accelerator.is_main_process:
+    with exit_on_error(CorruptImageError, CheckpointError, NonFiniteLossError):
+        train(run, loss, validate)
+
+    if run.accelerator.is_main_process:
+        move_into(run.output_dir, pipe.save_pretrained)
         if validation_args.label_accuracy_samples:
-            results = label_accuracy(pipe, images, validation_args.label_accuracy_samples, sampling)
-            write_atomically(output_dir / "results.json", lambda path: path.write_text(json.dumps(results, indent=2)))
+            results = label_accuracy(pipe, data.images, validation_args.label_accuracy_samples, sampling)
+            write_atomically(
+                run.output_dir / "results.json", lambda path: path.write_text(json.dumps(results, indent=2))
+            )
             print(
                 "{label_accuracy:.1%} of {num_images} samples are taken for their label by an RBF SVM trained on the "
                 "{num_real_images} real images ({sampler}).".format(**results)
             )
-        print(f"Saved the pipeline, samples.png and loss_curve.png to {output_dir}")
-    training.finish()
-    if training.accelerator.is_main_process:
-        num_processes = training.accelerator.num_processes
+        print(f"Saved the pipeline, samples.png and loss_curve.png to {run.output_dir}")
+    run.finish()
+    if run.accelerator.is_main_process:
         record = describe_run(
-            command_of("train/train_dit.py", argv, num_processes),
-            training.config,
-            images,
-            [m for m in (pipe.transformer, vae) if m is not None],
-            training.step,
-            training.images_per_step,
-            num_processes,
+            command_of("train/train_dit.py", argv, run.accelerator.num_processes),
+            config.as_dict(),
+            train_images,
+            [network for network in (pipe.transformer, data.vae) if network is not None],
+            run.step,
+            run.images_per_step,
+            run.accelerator.num_processes,
         )
-        share_run(hub_args, training.output_dir, record)
+        share_run(hub_args, run.output_dir, record)
+
+
+if __name__ == "__main__":
+    main()

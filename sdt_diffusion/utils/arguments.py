@@ -1,55 +1,87 @@
-"""Command lines and YAML files to dataclasses."""
+"""Parse command lines and YAML files into dataclasses."""
 
 import argparse
 import dataclasses
+import difflib
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, get_origin
+from typing import Any, NoReturn, get_origin
 
 import yaml
 from transformers import HfArgumentParser
 
+#: Recipes that come with the package; `--config` takes them by their names.
+RECIPES_FOLDER = Path(__file__).parents[1] / "configs"
+
+#: Metadata of fields that is not argparse's.
+OWN_METADATA = frozenset({"resumable"})
+
+#: Ending of the names of fields that hold a JSON object as text. A YAML file may give a mapping for them.
+JSON_FIELD_ENDING = "_overrides"
+
 
 def require_at_least(arguments: Any, least: float, *names: str) -> None:
-    """Refuses values that are too small.
+    """Refuse values that are too small.
 
     Raises:
         ValueError: Names the first such argument.
     """
     for name in names:
         value = getattr(arguments, name)
-        if value is not None and not value >= least:
-            raise ValueError(f"--{name} must be at least {least}, not {value}.")
+        if value is not None and not value >= least:  # written so that NaN is refused too
+            raise ValueError(f"{name} must be at least {least}, not {value}.")
 
 
-def json_object(text: str | None, flag: str) -> dict[str, Any]:
-    """The JSON object that an argument holds; an empty one if the argument is not given.
+def json_object(text: str | None, name: str) -> dict[str, Any]:
+    """Return the JSON object that an argument holds; an empty one if the argument is not given.
 
     Raises:
-        ValueError: If it holds something else; names the flag.
+        ValueError: If it holds something else; names the argument.
     """
     try:
         values = json.loads(text or "{}")
     except ValueError as error:
-        raise ValueError(f"{flag} is not JSON: {error}") from error
+        raise ValueError(f"{name} is not JSON: {error}") from error
     if not isinstance(values, dict):
-        raise ValueError(f"{flag} must be a JSON object, not {text}.")
+        raise ValueError(f"{name} must be a JSON object, not {text}.")
     return values
 
 
+def fields_with(key: str, *arguments: Any) -> set[str]:
+    """Return the names of the fields that are marked by `metadata={key: True}`, in dataclasses or their instances."""
+    return {field.name for each in arguments for field in dataclasses.fields(each) if field.metadata.get(key)}
+
+
+def merged(*arguments: Any) -> dict[str, Any]:
+    """Return the values of several argument dataclasses in one flat dictionary."""
+    return {key: value for instance in arguments for key, value in dataclasses.asdict(instance).items()}
+
+
+@contextmanager
+def exit_on_error(*kinds: type[Exception]) -> Iterator[None]:
+    """End the program with a line and exit code 1, instead of a traceback, for errors that the user can correct."""
+    try:
+        yield
+    except kinds as error:
+        sys.exit(f"Error: {error}")
+
+
+errors_in_a_line = exit_on_error  # the former name
+
+
 def parse_arguments(
-    dataclass_types: Sequence[type],
+    dataclass_types: Sequence[Any],
     argv: Sequence[str],
     recipes: dict[str, Path] | None = None,
     description: str | None = None,
 ) -> tuple[Any, ...]:
-    """Parses a command line into dataclasses, over values from a YAML file.
+    """Parse a command line into dataclasses, over values from a YAML file.
 
-    `--config FILE` names the YAML file, a flat mapping of the same keys; the command line wins. Unknown keys and
-    flags, and values that do not fit, are errors that name them.
+    `--config` names the YAML file, a flat mapping of the same keys, or a recipe of the package; the command line wins.
+    Unknown keys and flags, and values that do not fit, end the program with a line that names them.
 
     Args:
         dataclass_types: The dataclasses.
@@ -60,67 +92,121 @@ def parse_arguments(
     Returns:
         An instance of each dataclass.
     """
-    parser = HfArgumentParser(
-        dataclass_types,
-        description=description,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = _Parser(
+        dataclass_types, description=description, allow_abbrev=False, formatter_class=_DefaultsHelpFormatter
     )
-    parser.add_argument("--config", type=Path, help="YAML file of these arguments.")
-    first_look = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first_look.add_argument("--config", type=Path)
+    parser.add_argument(
+        "--config", help=f"YAML file of these arguments, or the name of a recipe: {', '.join(_recipe_names())}."
+    )
+    unknown = [word.partition("=")[0] for word in argv if word.startswith("--") and word != "--" and " " not in word]
+    # argparse would look for missing required flags first, and not say which flag was mistyped. It has no public list
+    # of its flags.
+    parser.refuse_unknown("argument(s)", unknown, parser._option_string_actions)
+    first_look = _Parser(None, add_help=False, allow_abbrev=False)
+    first_look.add_argument("--config")
     first_look.add_argument("--dataset", default="digits")
     given = first_look.parse_known_args(argv)[0]
-    config_file = given.config or (recipes or {}).get(given.dataset)
-    known = {f.name: f.type for dataclass_type in dataclass_types for f in dataclasses.fields(dataclass_type)}
-    lists = {name for name, kind in known.items() if get_origin(kind) is list}
-    values = _read_yaml(parser, config_file, lists) if config_file else {}
-    unknown = sorted(set(values) - set(known))
-    if unknown:
-        parser.error(f"{config_file}: unknown key(s) {', '.join(unknown)}; known: {', '.join(sorted(known))}")
-    # As flags, values from the file are checked and converted like those of the command line.
-    flags = [
-        word
-        for key, value in values.items()
-        for word in ([f"--{key}", *value] if isinstance(value, list) else [f"--{key}={value}"])
-    ]
+    config_file = _find_config(parser, given.config) if given.config else (recipes or {}).get(given.dataset)
+    flags = _flags_of(parser, dataclass_types, config_file) if config_file else []
     try:
         *parsed, _, rest = parser.parse_args_into_dataclasses([*flags, *argv], return_remaining_strings=True)
     except ValueError as error:
         parser.error(str(error))
     if rest:
-        parser.error(f"unknown argument(s) {' '.join(rest)}")
+        parser.error(f"unexpected argument(s) {' '.join(rest)}")
     return tuple(parsed)
 
 
-@contextmanager
-def errors_in_a_line(*kinds: type[Exception]) -> Iterator[None]:
-    """Ends the program with a line instead of a traceback, for errors that are the user's to mend."""
+class _Parser(HfArgumentParser):
+    """Answer wrong input by one line, without the usage of all flags."""
+
+    def add_argument(self, *names: str, **settings: Any) -> argparse.Action:
+        """Add an argument; HfArgumentParser hands over all metadata of a field, argparse knows only its own."""
+        return super().add_argument(*names, **{k: v for k, v in settings.items() if k not in OWN_METADATA})
+
+    def error(self, message: str) -> NoReturn:
+        """End the program."""
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+    def refuse_unknown(self, what: str, names: Sequence[str], known: Iterable[str], where: str = "") -> None:
+        """End the program if a name is not known, and suggest a similar one."""
+        described = []
+        for name in dict.fromkeys(names):
+            if name not in known:
+                similar = difflib.get_close_matches(name, known, n=1)
+                described.append(f"{name} (did you mean {similar[0]}?)" if similar else name)
+        if described:
+            self.error(f"{where}unknown {what} {', '.join(described)}; --help lists all")
+
+
+class _DefaultsHelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Show the default of each flag that has one, as one would type it."""
+
+    def _get_help_string(self, action):  # the method that argparse's ArgumentDefaultsHelpFormatter overrides
+        if isinstance(action, argparse._StoreFalseAction):  # HfArgumentParser's --no_x, with the help of --x
+            return f"Turn off --{action.dest}."
+        default = action.default
+        if default in (None, "", argparse.SUPPRESS) or default == [] or action.required:
+            return action.help
+        text = " ".join(map(str, default)) if isinstance(default, list) else str(default)
+        return f"{action.help} (default: {text.replace('%', '%%')})"
+
+
+class _TextLoader(yaml.SafeLoader):
+    """Read single values as they are written (`no`, `1e-4`), for argparse to convert; only null is None."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 (PyYAML's name and form)
+        letter: [(tag, pattern) for tag, pattern in found if tag.rpartition(":")[2] in ("null", "merge")]
+        for letter, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+def _recipe_names() -> list[str]:
+    return sorted(path.stem for path in RECIPES_FOLDER.glob("*.yaml"))
+
+
+def _find_config(parser: _Parser, given: str) -> Path:
+    """Return the file that `--config` means: a path, or a recipe of the package."""
+    if Path(given).is_file():
+        return Path(given)
+    name = given.removesuffix(".yaml")
+    if name not in _recipe_names():
+        parser.error(f"--config: there is no file {given}, and the recipes are {', '.join(_recipe_names())}")
+    return RECIPES_FOLDER / f"{name}.yaml"
+
+
+def _flags_of(parser: _Parser, dataclass_types: Sequence[Any], path: Path) -> list[str]:
+    """Turn a YAML file into flags: so its values are checked and converted like those of the command line."""
     try:
-        yield
-    except kinds as error:
-        sys.exit(f"Error: {error}")
-
-
-def merged(*arguments: Any) -> dict[str, Any]:
-    """The values of several argument dataclasses in one flat dictionary."""
-    return {key: value for instance in arguments for key, value in dataclasses.asdict(instance).items()}
-
-
-def _read_yaml(parser, path, lists):
-    if not path.is_file():
-        parser.error(f"--config: there is no file {path}")
-    try:
-        values = yaml.safe_load(path.read_text()) or {}
-        as_written = yaml.load(path.read_text(), Loader=yaml.BaseLoader)  # "no" and 1e-4 as they stand, for argparse
-    except yaml.YAMLError as error:
-        parser.error(f"{path} is not valid YAML: {error}")
+        content = path.read_bytes()
+        values = yaml.load(content, Loader=_TextLoader)  # a SafeLoader
+        typed = yaml.safe_load(content)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        parser.error(f"{path} is not valid YAML: {' '.join(str(error).split())}")
+    values, typed = ({}, {}) if values is None else (values, typed)
     if not isinstance(values, dict):
         parser.error(f"{path} must hold a mapping of argument names to values")
-    text = {}
+    fields = {field.name: field for each in dataclass_types for field in dataclasses.fields(each)}
+    parser.refuse_unknown("key(s)", [str(key) for key in values], fields, where=f"{path}: ")
+    flags = []
     for key, value in values.items():
-        if key in lists and isinstance(value, list):
-            text[key] = as_written[key]
-        elif value is not None:
-            text[str(key)] = json.dumps(value) if isinstance(value, (dict, list)) else as_written[str(key)]
-    return text
+        takes_list = get_origin(fields[key].type) is list
+        if value is None or (value == [] and fields[key].default_factory is list):
+            continue
+        if isinstance(value, dict) and key.endswith(JSON_FIELD_ENDING):
+            flags.append(f"--{key}={_as_json(parser, path, key, typed[key])}")
+        elif isinstance(value, (str, int, float)):  # numbers only by explicit tags, such as !!int
+            flags.append(f"--{key}={value}")
+        elif takes_list and isinstance(value, list) and all(isinstance(item, str) for item in value):
+            flags += [f"--{key}", *value]
+        else:
+            wanted = "a list of single values" if takes_list else "a single value"
+            parser.error(f"{path}: {key} must be {wanted}, not {typed[key]}")
+    return flags
+
+
+def _as_json(parser: _Parser, path: Path, key: str, value: dict) -> str:
+    try:
+        return json.dumps(value)
+    except (TypeError, ValueError) as error:
+        parser.error(f"{path}: {key} cannot be written as JSON: {error}")

@@ -1,4 +1,4 @@
-"""Files that are either whole or not there, in folders that one run at a time writes to."""
+"""Write files whole or not at all, lock folders, and shorten paths for others to read."""
 
 import contextlib
 import errno
@@ -15,20 +15,20 @@ from safetensors import SafetensorError
 try:
     import fcntl
 except ImportError:  # Windows
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 LOCK_FILE = ".lock"
 
 
 class FolderLock:
-    """Keeps other runs from writing to a folder for as long as this process lives, or until it is released.
+    """Keep other runs from writing to a folder for as long as this process lives, or until it is released.
 
-    The main process of a run takes it, before it looks at what the folder holds. It is a lock of POSIX, which forked
-    workers do not inherit, so that one that outlives a killed run does not keep the next one out. Nothing is locked
-    where the system, or the folder's file system, knows no such locks.
+    The main process of a run takes it before it looks at what the folder holds. It is a POSIX lock, which forked
+    workers do not inherit: a worker that outlives a killed run does not keep the next run out. Nothing is locked where
+    the operating system or the folder's file system has no such locks.
 
     Args:
-        folder: The folder; it is made where there is none.
+        folder: The folder; made if it does not exist.
     """
 
     def __init__(self, folder: Path):
@@ -36,10 +36,10 @@ class FolderLock:
         self._descriptor: int | None = None
 
     def acquire(self) -> None:
-        """Takes the lock.
+        """Take the lock.
 
         Raises:
-            ValueError: If another process has it; names the folder.
+            ValueError: If another process holds it; names the folder.
             OSError: If no file can be written to the folder.
         """
         check_writable(self.folder)
@@ -53,15 +53,15 @@ class FolderLock:
                 raise ValueError(
                     f"Another process is writing to {self.folder}: wait until it is done, or give another folder."
                 ) from error
-            except OSError:  # a file system without locks
-                pass
+            except OSError:
+                pass  # the file system has no locks
             if _is_file(descriptor, path):
                 self._descriptor = descriptor
-            else:  # its last owner deleted it in between
+            else:  # the last owner has deleted the file in between: try again with a new one
                 os.close(descriptor)
 
     def release(self) -> None:
-        """Gives the lock back, if it is held."""
+        """Give the lock back if it is held."""
         if self._descriptor is not None:
             (self.folder / LOCK_FILE).unlink(missing_ok=True)
             os.close(self._descriptor)
@@ -76,10 +76,10 @@ class FolderLock:
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Calls `write` with a temporary path of the same ending, and moves the file to `path` when it returns.
+    """Call `write` with a temporary path of the same ending, and move the file to `path` when it returns.
 
     Raises:
-        OSError: If the file cannot be written, or safetensors says so; names it.
+        OSError: If the file cannot be written; names it.
     """
     partial = path.with_name(f".{path.stem}.partial{path.suffix}")
     try:
@@ -87,10 +87,10 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
         sync(partial)
         partial.replace(path)
     except OSError as error:
-        if error.filename is None:  # a full disk does not say which file it is
+        if error.filename is None:  # as with a full disk: say which file it was
             raise OSError(error.errno, error.strerror or str(error), str(path)) from error
         raise
-    except SafetensorError as error:  # which is no OSError, whatever it says of the disk
+    except SafetensorError as error:  # raised for errors of the disk too, but not an OSError
         number = re.search(r"os error (\d+)", str(error))
         raise OSError(int(number[1]) if number else errno.EIO, str(error), str(path)) from error
     finally:
@@ -98,13 +98,13 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
 
 
 def move_into(folder: Path, save: Callable[[Path], Any]) -> None:
-    """Calls `save` with a temporary folder, then moves what it holds into `folder`, replacing what is there."""
+    """Call `save` with a temporary folder, then move what it holds into `folder`, replacing what is there."""
     partial = folder / ".partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         save(partial)
-        # Folders before files: model_index.json comes once the components it names are there.
+        # Move folders before files, so that model_index.json never names components that are missing.
         for path in sorted(partial.iterdir(), key=lambda path: (path.is_file(), path.name)):
             if path.is_dir():
                 shutil.rmtree(folder / path.name, ignore_errors=True)
@@ -114,7 +114,7 @@ def move_into(folder: Path, save: Callable[[Path], Any]) -> None:
 
 
 def check_new(path: Path, *endings: str) -> None:
-    """Refuses a file to write that is there already, or that is to have another ending than those that can be written.
+    """Refuse to write a file that exists already, or whose name does not end in one of `endings`.
 
     Raises:
         ValueError: Names the file, and what to do.
@@ -126,7 +126,7 @@ def check_new(path: Path, *endings: str) -> None:
 
 
 def check_writable(folder: Path) -> None:
-    """Makes a folder, and finds out whether files can be written there before hours of work are lost for it.
+    """Make a folder, and check that files can be written there before hours of work depend on it.
 
     Raises:
         OSError: Names the folder.
@@ -140,7 +140,7 @@ def check_writable(folder: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Waits until a file, or the list of a folder's files, is on the disk."""
+    """Wait until a file, or the list of a folder's files, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -148,7 +148,25 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _is_file(descriptor, path):
+def shorten_path(text: Any, home: str = "~/") -> Any:
+    """Return a path, or a text with paths, without what tells of the machine and its user.
+
+    Paths in the working directory become relative, those in the home begin with `home`. Of another absolute path only
+    the last name is kept, behind `.../`. What is not a string is returned as it is, lists item by item.
+    """
+    if isinstance(text, (list, tuple)):
+        return [shorten_path(item, home) for item in text]
+    if not isinstance(text, str):
+        return text
+    for folder, short in ((Path.cwd(), ""), (Path.home(), home)):
+        if len(folder.parts) > 1:  # not the root
+            text = text.replace(f"{folder}/", short)
+            text = (short.rstrip("/") or ".") if text == str(folder) else text
+    return f".../{Path(text).name}" if Path(text).is_absolute() else text
+
+
+def _is_file(descriptor: int, path: Path) -> bool:
+    """Return whether an open file is the one at `path`."""
     with contextlib.suppress(FileNotFoundError):
         return os.path.samestat(os.fstat(descriptor), path.stat())
     return False

@@ -1,8 +1,9 @@
-"""Telling networks apart by their weights."""
+"""Tell networks apart by their weights, data sets by their files, and runs by their settings."""
 
 import hashlib
+import json
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import nn
 
 
 def fingerprint(*modules: nn.Module) -> str:
-    """The first 16 hexadecimal digits of the SHA-256 of all names, types and values in the modules' state dicts."""
+    """Return the start of the SHA-256 of all names, types and values in the modules' state dicts: 16 digits."""
     digest = hashlib.sha256()
     for module in modules:
         for name, tensor in module.state_dict().items():
@@ -20,8 +21,36 @@ def fingerprint(*modules: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
+def fingerprint_files(dataset: str) -> str | None:
+    """Return 16 digits that change when a file is added, removed or renamed, or has another size.
+
+    They stay the same when a folder is moved or copied: names count from the folder on, and times do not count. Hidden
+    files do not count either, nor those that `datasets` keeps beside a data set it has saved.
+
+    Args:
+        dataset: A folder, a file or a pattern of files; see `ImageArguments`.
+
+    Returns:
+        The digits, or `None` for what is not on this machine's disks. The fingerprints of `datasets` cannot serve for
+        the Hub: they change with its version and with any commit, even one to the README.
+    """
+    path = Path(dataset).expanduser()
+    if dataset == "digits":
+        return None
+    files: Iterable[tuple[str, int]]
+    if path.is_dir():
+        files = _files_below(str(path), "")
+    else:
+        found = [path] if path.is_file() else path.parent.glob(path.name)
+        files = ((file.name, file.stat().st_size) for file in found if file.is_file())
+    lines = sorted(f"{name}\0{size}\n" for name, size in files)
+    return hashlib.sha256("".join(lines).encode(errors="surrogateescape")).hexdigest()[:16] if lines else None
+
+
 def differences(there: Mapping[str, Any], now: Mapping[str, Any], unquoted: Collection[str] = ()) -> list[str]:
-    """What differs, in words.
+    """Describe each setting that differs.
+
+    Texts that hold a JSON object are compared by what they mean, so that spaces and the order of keys do not count.
 
     Args:
         there: Settings that were found.
@@ -34,37 +63,22 @@ def differences(there: Mapping[str, Any], now: Mapping[str, Any], unquoted: Coll
     return [
         key if key in unquoted else f"{key}: {there.get(key)!r} there, {now.get(key)!r} now"
         for key in sorted(set(there) | set(now))
-        if there.get(key) != now.get(key)
+        if _meaning(there.get(key)) != _meaning(now.get(key))
     ]
 
 
-def fingerprint_files(dataset: str) -> str | None:
-    """16 hexadecimal digits that change when a file comes, goes, or gets another name or size.
-
-    They stay when a folder is moved or copied: names count from the folder on, and times not at all. Files that are
-    hidden, or that `datasets` keeps beside a data set it has saved, do not count.
-
-    Args:
-        dataset: A folder, a file or a pattern of files; see `ImageArguments`.
-
-    Returns:
-        The digits, or `None` for what is not on this machine's disks. The fingerprints of `datasets` would not do for
-        the Hub: they change with its version and with any commit, to the README for one.
-    """
-    path = Path(dataset).expanduser()
-    if dataset == "digits":
-        return None
-    if path.is_dir():
-        files = _files_below(str(path), "")
-    else:
-        found = [path] if path.is_file() else path.parent.glob(path.name)
-        files = ((file.name, file.stat().st_size) for file in found if file.is_file())
-    lines = sorted(f"{name}\0{size}\n" for name, size in files)
-    return hashlib.sha256("".join(lines).encode(errors="surrogateescape")).hexdigest()[:16] if lines else None
+def _meaning(value: Any) -> Any:
+    """Parse a text that holds a JSON object; return anything else as it is."""
+    if not isinstance(value, str) or not value.lstrip().startswith("{"):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value
 
 
 def _files_below(folder: str, prefix: str) -> Iterator[tuple[str, int]]:
-    """Name, from the first folder on, and size in bytes of every file."""
+    """Yield the name, from the first folder on, and the size in bytes of every file."""
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.name.startswith(".") or (entry.name.startswith("cache-") and entry.name.endswith(".arrow")):

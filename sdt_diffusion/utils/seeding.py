@@ -8,6 +8,9 @@ from enum import IntEnum
 import numpy as np
 import torch
 
+#: Recorded in checkpoints: a run resumes only with the draws it began with.
+SEED_STREAMS_VERSION = 1
+
 
 class Stream(IntEnum):
     """Name each use of random numbers. Keep the numbers: another number gives other draws."""
@@ -22,6 +25,8 @@ class Stream(IntEnum):
     HELD_OUT = 8  # key: class label; images kept from training
     NOISED_SAMPLE = 9  # key: index of the sample; noise for decay maps
     INITIALIZATION = 10  # no key; weights of a new model
+    HELD_OUT_ROWS = 11  # no key; images kept from a diffusion model's training
+    VALIDATION = 12  # key: index of the first image; noise and timesteps of the held-out loss
 
 
 def seed_sequence(stream: Stream, seed: int, *key: int) -> np.random.SeedSequence:
@@ -92,11 +97,20 @@ class Draws:
         rows: Which of the step's images these are.
         images_per_step: Images of the step, over all processes.
         device: Where the numbers are drawn; another kind of device gives other numbers.
+        stream: Stream of the numbers; its key is `step`.
     """
 
-    def __init__(self, seed: int, step: int, rows: slice, images_per_step: int, device: torch.device | str = "cpu"):
+    def __init__(
+        self,
+        seed: int,
+        step: int,
+        rows: slice,
+        images_per_step: int,
+        device: torch.device | str = "cpu",
+        stream: Stream = Stream.STEP,
+    ):
         self.rows, self.images_per_step, self.device = rows, images_per_step, torch.device(device)
-        self.generator = torch_generator(Stream.STEP, seed, step, device=self.device)
+        self.generator = torch_generator(stream, seed, step, device=self.device)
 
     def take(self, draw: Callable[[int, torch.Generator], torch.Tensor]) -> torch.Tensor:
         """Return this batch's rows of what `draw` gives for a number of images and a generator."""

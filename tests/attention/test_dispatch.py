@@ -6,8 +6,14 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdt_diffusion.attention import BACKENDS, SPATIAL_DECAY_VARIANTS, blockwise, spatial_decay, spatial_decay_attention
-from sdt_diffusion.attention.dense import half_decay_and_distance
+from sdt_diffusion.attention import (
+    BACKENDS,
+    SPATIAL_DECAY_VARIANTS,
+    Decay,
+    blockwise,
+    spatial_decay,
+    spatial_decay_attention,
+)
 from sdt_diffusion.attention.dispatch import default_backend
 
 GRID = (3, 4)
@@ -100,6 +106,53 @@ def test_backends_equal_the_reference_forward_and_backward(backend, decomposed, 
         torch.testing.assert_close(result, expected)
 
 
+def masked_attention(query, key, value, decay, scale):
+    """A backend as somebody may add it: torch's fused attention with the decay as its mask."""
+    dtype = decay.gate.dtype
+    query, key, tokens = (x.to(dtype) for x in (query, key, value))
+    return F.scaled_dot_product_attention(query, key, tokens, decay.bias(), scale=scale).to(value.dtype)
+
+
+def test_a_new_backend_is_one_function_and_one_line_in_the_table(monkeypatch):
+    monkeypatch.setitem(BACKENDS, "masked", masked_attention)
+    test_none_is_plain_attention_in_one_and_in_two_passes("masked")
+    test_half_precision_keeps_the_decay_in_fp32("masked")
+    for variant in ("context", "fixed", "content", "raster"):
+        for decomposed in (False, True):
+            test_backends_equal_the_reference_forward_and_backward("masked", decomposed, variant)
+
+
+def test_only_the_reference_computes_raster_and_no_decay(monkeypatch):
+    def attend(*_):
+        raise AssertionError("This backend must not be called.")
+
+    monkeypatch.setitem(BACKENDS, "dense", attend)
+    for variant in ("raster", "none"):
+        spatial_decay_attention(*inputs(), GRID, variant=variant, backend="dense")
+
+
+@pytest.mark.parametrize("variant", ["context", "raster"])
+def test_functions_as_backends_receive_the_decay_of_each_pass(variant):
+    decays = []
+
+    def attend(query, key, value, decay, scale):
+        assert scale == 0.5
+        decays.append(decay)
+        return BACKENDS["reference"](query, key, value, decay, scale)
+
+    tensors = inputs()
+    for decomposed in (False, True):
+        output = spatial_decay_attention(*tensors, GRID, variant=variant, decomposed=decomposed, backend=attend)
+        torch.testing.assert_close(
+            output, spatial_decay_attention(*tensors, GRID, variant=variant, decomposed=decomposed)
+        )
+    assert [decay.grid_size for decay in decays] == [GRID, (1, 4), (3, 1)]
+    assert [decay.gate.shape for decay in decays] == [(2, 2, 12), (6, 2, 4), (8, 2, 3)]
+    assert {decay.variant for decay in decays} == {variant}
+    spatial_decay_attention(*tensors, GRID, variant="none", backend=lambda *args: decays.append(args[3]))
+    assert decays[-1] is None
+
+
 @pytest.mark.parametrize("scratch", [0, 1152, 2304])
 def test_blocks_of_heads_give_what_all_heads_give(monkeypatch, scratch):
     monkeypatch.setattr(blockwise, "SCRATCH_BYTES", scratch)
@@ -124,7 +177,7 @@ def test_exports_hold_torchs_own_operators():
 
 def test_the_blockwise_operator_keeps_torchs_rules_for_operators():
     query, key, value, gate, alpha = inputs()
-    half_decay, distance = half_decay_and_distance(gate.detach(), alpha.detach(), GRID, "context")
+    half_decay, distance = Decay(gate.detach(), alpha.detach(), GRID).half_decay_and_distance()
     arguments = (query, key, value, half_decay.requires_grad_(), distance, 0.5)
     torch.library.opcheck(torch.ops.sdt_diffusion.blockwise_attention.default, arguments)
 

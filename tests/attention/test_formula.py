@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdt_diffusion.attention import SPATIAL_DECAY_VARIANTS, check_variant, spatial_decay
+from sdt_diffusion.attention import SPATIAL_DECAY_VARIANTS, Decay, check_variant, spatial_decay
 
 VARIANTS = [variant for variant in SPATIAL_DECAY_VARIANTS if variant != "none"]
 grids = st.tuples(st.integers(1, 5), st.integers(1, 5))
@@ -72,6 +72,28 @@ def test_constant_gates_give_rmts_decay():
     index = torch.stack(torch.meshgrid(torch.arange(3), torch.arange(4), indexing="ij"), -1).reshape(12, 2)
     mask = (index[:, None] - index[None]).abs().sum(-1) * rmt[:, None, None]
     torch.testing.assert_close(spatial_decay(gate, torch.ones(2).double(), (3, 4), "fixed")[0], mask)
+
+
+@given(grids, st.sampled_from(["context", "fixed", "content"]), st.integers(0, 99))
+def test_half_decay_and_distance_multiply_to_the_decay(grid, variant, seed):
+    decay = Decay(*gate_and_alpha(grid, seed), grid, variant)
+    half_decay, distance = decay.half_decay_and_distance()
+    product = (half_decay[..., :, None] + half_decay[..., None, :]) * distance
+    torch.testing.assert_close(product, decay.bias())
+    torch.testing.assert_close(product, spatial_decay(*decay))
+
+
+def test_raster_has_no_distance_to_factor_out():
+    decay = Decay(*gate_and_alpha((2, 3), 0), (2, 3), "raster")
+    assert decay.bias().shape == (2, 3, 6, 6)
+    with pytest.raises(ValueError, match=r"'raster' has no distance to factor out: use `bias\(\)`"):
+        decay.half_decay_and_distance()
+
+
+def test_decays_cannot_be_changed():
+    decay = Decay(*gate_and_alpha((2, 3), 0), (2, 3))
+    with pytest.raises(AttributeError):
+        decay.variant = "raster"
 
 
 def test_unknown_variant_is_refused_with_the_known_ones():

@@ -5,11 +5,10 @@ import pytest
 from PIL import Image
 
 from sdt_diffusion.data.raw_images import RawImageArguments
-from sdt_diffusion.evaluation.fid import FidArguments, compare
+from sdt_diffusion.evaluation.fid import FidArguments, FidSamplingArguments, compare
 from sdt_diffusion.metrics.extraction import summarise
 from sdt_diffusion.metrics.extractors import build_extractor
 from sdt_diffusion.metrics.summary import save_summary
-from sdt_diffusion.sampling.arguments import SamplingArguments
 
 PIXELS = build_extractor("pixels")
 SAMPLING = {"num_samples": 30, "num_inference_steps": 2, "batch_size": 8}
@@ -19,7 +18,7 @@ def evaluate(output, sampling=None, **arguments):
     arguments = {"kid_subset_size": 20, "kid_subsets": 3, **arguments}
     args = FidArguments(output=output, **{name: value for name, value in arguments.items() if name != "image_args"})
     image_args = arguments.get("image_args", RawImageArguments())
-    table = compare(args, SamplingArguments(**(sampling or {})), PIXELS, image_args)
+    table = compare(args, FidSamplingArguments(**(sampling or {})), PIXELS, image_args)
     return json.loads(output.read_text()), table
 
 
@@ -39,7 +38,7 @@ def real(tmp_path):
 
 @pytest.fixture
 def model(make_pipe, tmp_path):
-    make_pipe().save_pretrained(tmp_path / "model")
+    make_pipe(guidance_scale=1.5).save_pretrained(tmp_path / "model")
     return tmp_path / "model"
 
 
@@ -140,7 +139,7 @@ def test_bad_requests_are_refused_before_anything_is_written(model, real, tmp_pa
         ({"reference": str(real), "samples": str(real), "samples_npz": tmp_path / "a.zip"}, r"must end in .npz"),
         ({"reference": str(real), "samples": str(real), "sampling": sampling}, "Give either --model"),
         ({"reference": str(real), "samples": str(real), "sampling": {"seed": 3}}, "--seed is for sampling by --model"),
-        ({"reference": str(real), "sampling": {"model": "./no"}}, "--model: ./no holds no pipeline"),
+        ({"reference": str(real), "sampling": {"model": "./no"}}, "model: ./no holds no pipeline"),
         (
             {"reference": str(real), "samples": str(real), "output": real / "0.png" / "a.json"},
             "No file can be written",

@@ -1,9 +1,12 @@
 import dataclasses
+import json
 
 import pytest
-from diffusers import DiffusionPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 
+from sdt_diffusion import SDTPipeline
 from sdt_diffusion.hub import HubArguments, create_hub_repo, share_folder
+from sdt_diffusion.utils.fingerprint import fingerprint
 from tests.hub.hub_stand_in import TOKEN, HubStandIn
 
 
@@ -19,7 +22,7 @@ def arguments(**given):
     return HubArguments(**{"push_to_hub": True, "hub_model_id": "me/flowers", "hub_token": TOKEN, **given})
 
 
-def test_what_arrives_is_the_model_and_its_card_and_nothing_else(hub, finished_run, tmp_path):
+def test_only_the_model_and_its_card_arrive(hub, finished_run, tmp_path):
     share_folder(arguments(), finished_run.folder)
     arrived = hub.repositories["me/flowers"]
     assert set(arrived) == {
@@ -48,6 +51,21 @@ def test_a_classifiers_weights_arrive(hub, finished_run):
     assert {"config.json", "preprocessor_config.json"} < set(hub.repositories["me/flowers"])
 
 
+def test_configs_tell_nothing_of_the_machine(finished_run, make_model, tiny_vae, tmp_path):
+    tiny_vae.save_pretrained(tmp_path / "my vaes" / "vae")
+    vae = AutoencoderKL.from_pretrained(tmp_path / "my vaes" / "vae")
+    pipe = SDTPipeline(make_model(in_channels=4), FlowMatchEulerDiscreteScheduler(), vae)
+    pipe.save_pretrained(finished_run.folder)
+    config = finished_run.folder / "vae" / "config.json"
+    assert str(tmp_path) in config.read_text()  # diffusers notes where it loaded the VAE from
+    share_folder(HubArguments(), finished_run.folder)
+    for path in finished_run.folder.rglob("*"):
+        assert path.suffix not in (".json", ".md") or str(tmp_path) not in path.read_text()
+    assert json.loads(config.read_text())["_name_or_path"] == ".../vae"
+    again = DiffusionPipeline.from_pretrained(finished_run.folder)
+    assert fingerprint(again.transformer, again.vae) == fingerprint(pipe.transformer, vae)
+
+
 def test_without_push_to_hub_nothing_is_asked_of_it(hub, finished_run):
     share_folder(HubArguments(), finished_run.folder)
     assert hub.requests == []
@@ -62,14 +80,14 @@ def test_the_repository_has_the_folders_name_by_default_and_may_be_private(hub, 
 
 @pytest.mark.parametrize("wrong", [{"hub_model_id": "others/flowers"}, {"hub_token": "hf_another"}])
 def test_a_repository_that_may_not_be_written_is_refused(hub, tmp_path, wrong):
-    with pytest.raises(ValueError, match=r"--push_to_hub: the repository .*/flowers cannot be made or opened"):
+    with pytest.raises(ValueError, match=r"push_to_hub: the repository .*/flowers cannot be made or opened"):
         create_hub_repo(arguments(**wrong), tmp_path)
 
 
 def test_a_hub_that_does_not_answer_is_refused(monkeypatch, tmp_path):
     with HubStandIn() as gone:
         gone.replace_the_hub(monkeypatch)
-    with pytest.raises(ValueError, match=r"--push_to_hub: the repository me/flowers cannot be made or opened"):
+    with pytest.raises(ValueError, match=r"push_to_hub: the repository me/flowers cannot be made or opened"):
         create_hub_repo(arguments(), tmp_path)
 
 
@@ -79,10 +97,10 @@ def test_offline_it_is_refused(tmp_path):
 
 
 def test_bad_names_and_missing_tokens_are_refused_before_anything(monkeypatch):
-    with pytest.raises(ValueError, match=r"--hub_model_id: .*a/b/c"):
+    with pytest.raises(ValueError, match=r"^hub_model_id: .*a/b/c"):
         arguments(hub_model_id="a/b/c")
     monkeypatch.setattr("sdt_diffusion.hub.push.get_token", lambda: None)
-    with pytest.raises(ValueError, match=r"log in by `hf auth login`, or set HF_TOKEN, or give --hub_token"):
+    with pytest.raises(ValueError, match=r"log in by `hf auth login`, set HF_TOKEN, or give hub_token"):
         arguments(hub_token=None)
     assert dataclasses.asdict(HubArguments())["push_to_hub"] is False  # without pushing it takes neither
 

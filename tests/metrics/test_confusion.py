@@ -65,6 +65,5 @@ def test_numbers_have_other_names_in_the_log_of_a_training_run():
     record = to_log(numbers)
     assert (record["test_accuracy"], record["test_images"]) == (2 / 3, 3)
     assert from_log({"step": 3, **record}) == numbers
-    assert from_log({"kind": "classifier_training", "step": 3, **numbers}) == numbers
     assert "test_accuracy_top5" not in to_log({**numbers, "top5": None})
     assert from_log({"step": 3, "loss": 0.5, "learning_rate": 1e-4}) == {}

@@ -19,7 +19,8 @@ MAKE_REFERENCE = [sys.executable, "eval/make_reference.py"]
 
 @pytest.fixture
 def model(make_pipe, make_model, tmp_path):
-    make_pipe(transformer=make_model(in_channels=1)).save_pretrained(tmp_path / "model")
+    pipe = make_pipe(transformer=make_model(in_channels=1), guidance_scale=1.5)
+    pipe.save_pretrained(tmp_path / "model")
     return tmp_path / "model"
 
 

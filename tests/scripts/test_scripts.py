@@ -38,7 +38,7 @@ def test_training_leaves_a_pipeline_pictures_a_log_and_its_config(trained):
     output_dir, result = trained
     for name in ("samples.png", "loss_curve.png", "samples/step-0000020.png"):
         assert np.array(Image.open(output_dir / name)).std() > 1
-    assert [record["step"] for record in read_log(output_dir)] == [5, 10, 15, 20, 25, 30]
+    assert [record["step"] for record in read_log(output_dir) if "loss" in record] == [5, 10, 15, 20, 25, 30]
     assert "learning_rate: 0.001" in (output_dir / "training_config.yaml").read_text()
     assert list((output_dir / "logs").rglob("*tfevents*"))
     accuracy = json.loads((output_dir / "results.json").read_text())["label_accuracy"]
@@ -116,7 +116,7 @@ def test_a_run_that_diverges_stops_and_saves_no_pipeline(tmp_path):
         (["--resolution", "9"], "sample_size 9x9 is not divisible by patch_size 2"),
         (["--dataset", "/nowhere"], "There is no file or folder /nowhere"),
         (["--resume_from_checkpoint", "checkpoint-7"], "There is no checkpoint checkpoint-7"),
-        (["--num_validation_images", "0"], "--num_validation_images must be at least 1, not 0"),
+        (["--num_validation_images", "0"], "num_validation_images must be at least 1, not 0"),
         (["--lr_scheduler", "steep"], "'steep' is not a valid SchedulerType"),
         (["--model_overrides", '{"sample_size": [8, 16]}'], "sample_size follow from the data set and --resolution"),
     ],

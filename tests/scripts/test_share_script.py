@@ -1,4 +1,4 @@
-"""train/share.py, and sharing at the end of the training scripts."""
+"""Share by train/share.py, and at the end of the training scripts."""
 
 import sys
 
@@ -40,7 +40,7 @@ def test_a_training_run_is_pushed_without_checkpoints_and_token(tmp_path, monkey
     assert "license: mit" in (folder / "README.md").read_text() != card
 
 
-def test_without_a_repository_that_may_be_written_not_a_step_is_made(tmp_path, monkeypatch):
+def test_without_a_repository_that_can_be_written_no_step_is_made(tmp_path, monkeypatch):
     folder = tmp_path / "digits"
     sharing = ["--push_to_hub", "--hub_model_id", "others/digits", "--hub_token", TOKEN]
     with HubStandIn() as hub:
@@ -54,7 +54,7 @@ def test_a_malformed_name_is_refused_before_anything_is_written(tmp_path, capsys
     main = load_main("train/train_dit.py")
     with pytest.raises(SystemExit):
         main(["--output_dir", str(tmp_path / "out"), "--push_to_hub", "--hub_model_id", "a/b/c", "--hub_token", TOKEN])
-    assert "--hub_model_id: " in capsys.readouterr().err
+    assert "error: hub_model_id: " in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -267,3 +267,25 @@ class TestBadInput:
             pipe([0], callback_on_step_end_tensor_inputs=["noise"])
         with pytest.raises(ValueError, match=r"`latents` has shape \(1, 3, 4, 4\); \(1, 3, 8, 8\) is needed"):
             pipe([0], latents=torch.zeros(1, 3, 4, 4))
+
+
+def test_sampling_settings_are_saved_and_used(make_pipe, tmp_path):
+    make_pipe(guidance_scale=1.5, num_inference_steps=3).save_pretrained(tmp_path)
+    pipe = DiffusionPipeline.from_pretrained(tmp_path)
+    pipe.set_progress_bar_config(disable=True)
+    settings = []
+
+    def record(pipe, step, timestep, tensors):
+        settings.append((pipe.guidance_scale, pipe.num_timesteps))
+
+    def images(**kwargs):
+        generator = torch.Generator().manual_seed(0)
+        return pipe([1], generator=generator, output_type="np", callback_on_step_end=record, **kwargs).images
+
+    own = images()
+    assert settings == [(1.5, 3)] * 3
+    assert np.array_equal(own, images(guidance_scale=1.5, num_inference_steps=3))
+    settings.clear()
+    images(guidance_scale=1.0, num_inference_steps=2)
+    assert settings == [(1.0, 2)] * 2
+    assert pipe.sampling_settings() == {"guidance_scale": 1.5, "num_inference_steps": 3}

@@ -1,11 +1,13 @@
 import accelerate
-import diffusers
 import pytest
 import torch
 from diffusers import DiTTransformer2DModel, FirstBlockCacheConfig
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry, attention_backend
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from sdt_diffusion import SDTTransformer2DModel
 from sdt_diffusion.attention import SPATIAL_DECAY_VARIANTS
+from sdt_diffusion.blocks import set_decay_backend
 from sdt_diffusion.sdt import PRESETS
 from sdt_diffusion.sdt.transformer_sdt import position_embedding
 from tests.conftest import TINY, randomise
@@ -120,6 +122,19 @@ def test_position_embedding_is_rescaled_to_the_trained_extent(make_model):
     torch.testing.assert_close(finer[::2, ::2], trained)
 
 
+def test_each_model_owns_its_position_embedding(make_model):
+    models = [make_model(), make_model()]
+    grids = [(8, 8), (4, 12)]
+    expected = [models[1](*batch(size=size)).sample for size in grids]
+    with torch.no_grad():
+        models[0](*batch(size=(4, 12)))
+        models[0].pos_embed.pos_embed.fill_(torch.nan)
+    for model in (models[1], make_model()):
+        for size, output in zip(grids, expected, strict=True):
+            torch.testing.assert_close(model(*batch(size=size)).sample, output)
+    assert position_embedding(32, (4, 4), (4, 4)).data_ptr() != position_embedding(32, (4, 4), (4, 4)).data_ptr()
+
+
 def test_position_embedding_encodes_x_then_y_as_sine_then_cosine(make_model):
     embedding = make_model(sample_size=(8, 16)).pos_embed.pos_embed[0].view(4, 8, 32).double()
     omega = 1 / 10000 ** (torch.arange(8, dtype=torch.float64) / 8)
@@ -204,18 +219,92 @@ def test_compiles_without_a_graph_break_and_never_again(make_model, variant):
                 compiled(other, t, y).sample.sum().backward()
 
 
-@pytest.mark.parametrize("variant", ["context", "raster", "none"])
-def test_diffusers_attention_backends_give_the_same_output(make_model, variant):
-    model = make_model(spatial_decay=variant)
-    images, timestep, labels = batch()
-    expected = model(images, timestep, labels).sample
-    active = diffusers.models.attention_dispatch._AttentionBackendRegistry._active_backend
-    try:
-        model.set_attention_backend("native")
+@pytest.mark.parametrize("sample_size", [(8, 8), (8, 12)])
+def test_one_graph_with_dynamic_sizes_serves_the_trained_and_other_grids(make_model, sample_size):
+    torch.compiler.reset()
+    model = make_model(sample_size=sample_size)
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
+    # A compiler takes sizes that are equal at first to be always equal: after square grids, test square grids.
+    others = [(16, 16), (4, 4)] if sample_size == (8, 8) else [(16, 4), (4, 6), (20, 8)]
+    with torch.no_grad():
+        for size in (sample_size, *others):
+            images, timestep, labels = batch(size=size)
+            expected = model(images, timestep, labels).sample
+            torch.testing.assert_close(compiled(images, timestep, labels).sample, expected, rtol=1e-4, atol=1e-4)
+    assert counter.frame_count == 1
+
+
+class TestDiffusersAttentionBackends:
+    @pytest.fixture(autouse=True)
+    def restored_backend(self):
+        """`set_attention_backend` also changes the default of the process."""
+        active = _AttentionBackendRegistry._active_backend
+        yield
+        _AttentionBackendRegistry._active_backend = active
+
+    @pytest.fixture
+    def masks(self, monkeypatch):
+        """The masks that diffusers' `_native_math` has received."""
+        masks, attend = [], _AttentionBackendRegistry._backends["_native_math"]
+
+        def record(query, key, value, attn_mask=None, **kwargs):
+            masks.append(attn_mask)
+            return attend(query, key, value, attn_mask=attn_mask, **kwargs)
+
+        monkeypatch.setitem(_AttentionBackendRegistry._backends, "_native_math", record)
+        return masks
+
+    @pytest.mark.parametrize("variant", ["context", "raster", "none"])
+    def test_backends_of_the_model_give_the_same_output(self, make_model, variant):
+        model = make_model(spatial_decay=variant)
+        expected = model(*batch()).sample
         assert not torch.equal(expected, torch.zeros_like(expected))
-        torch.testing.assert_close(model(images, timestep, labels).sample, expected, rtol=1e-4, atol=1e-4)
-    finally:  # diffusers makes it the process's default
-        diffusers.models.attention_dispatch._AttentionBackendRegistry._active_backend = active
+        model.set_attention_backend("native")
+        torch.testing.assert_close(model(*batch()).sample, expected, rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.parametrize("options", [{}, {"decomposed": True}, {"spatial_decay": "raster"}])
+    def test_the_context_is_honored(self, make_model, masks, options):
+        model = make_model(**options)
+        expected = model(*batch()).sample
+        assert not masks
+        with attention_backend("_native_math"):
+            torch.testing.assert_close(model(*batch()).sample, expected, rtol=1e-4, atol=1e-4)
+        passes = 4 if "decomposed" in options else 2
+        assert [mask.max() <= 0 and mask.min() < 0 for mask in masks] == [True] * passes
+        assert torch.equal(model(*batch()).sample, expected)
+        assert len(masks) == passes
+
+    def test_none_has_no_mask_in_the_context(self, make_model, masks):
+        model = make_model(spatial_decay="none")
+        expected = model(*batch()).sample
+        with attention_backend("_native_math"):
+            torch.testing.assert_close(model(*batch()).sample, expected, rtol=1e-4, atol=1e-4)
+        assert masks == [None, None]
+
+    def test_a_backend_of_ours_that_was_chosen_for_the_model_wins(self, make_model, masks):
+        model = make_model()
+        set_decay_backend(model, "dense")
+        with attention_backend("_native_math"):
+            model(*batch())
+        assert not masks
+
+    # The requirements of these are checked when the context is entered, and are not installed here.
+    @pytest.mark.parametrize("name", ["flash", "flash_varlen", "_flash_3", "sage", "_native_flash", "_native_npu"])
+    def test_backends_that_would_lose_the_decay_are_refused(self, make_model, name):
+        _AttentionBackendRegistry.set_active_backend(AttentionBackendName(name))
+        with pytest.raises(ValueError, match=f"'{name}' cannot add the spatial decay.*native, _native_math"):
+            make_model()(*batch())
+
+    def test_the_context_makes_no_graph_break(self, make_model):
+        torch.compiler.reset()
+        model = make_model()
+        expected = model(*batch()).sample
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        for _ in range(2):
+            with attention_backend("_native_math"):
+                torch.testing.assert_close(compiled(*batch()).sample, expected, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(compiled(*batch()).sample, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_first_block_cache_hooks_find_the_blocks(make_model):

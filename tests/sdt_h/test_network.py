@@ -45,9 +45,9 @@ def test_presets_are_the_papers():
         network = SDTHNetwork(**preset_config("SDT-H-S"))
     blocks = [block for stage in network.stages for block in stage.blocks]
     assert [stage.blocks[0].attn.decomposed for stage in network.stages] == [True, True, False, False]
-    assert blocks[0].drop_path.probability == 0
-    assert blocks[-1].drop_path.probability == pytest.approx(0.15)
-    assert blocks[14].drop_path.probability == pytest.approx(0.15 * 14 / 28)
+    assert isinstance(blocks[0].drop_path, torch.nn.Identity)
+    assert blocks[-1].drop_path.drop_prob == pytest.approx(0.15)
+    assert blocks[14].drop_path.drop_prob == pytest.approx(0.15 * 14 / 28)
 
 
 def test_starts_as_rmt():

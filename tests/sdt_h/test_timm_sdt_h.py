@@ -31,7 +31,7 @@ def test_timm_finds_the_models(name, millions):
 def test_what_the_training_script_calls():
     model = small(drop_rate=0.1, drop_path_rate=0.2, in_chans=1, global_pool="avg").train()
     assert model.num_classes == 5
-    assert model.stages[2].blocks[0].drop_path.probability == pytest.approx(0.2)
+    assert model.stages[2].blocks[0].drop_path.drop_prob == pytest.approx(0.2)
     config = resolve_data_config({"input_size": (1, 96, 96)}, model=model)
     assert config["input_size"] == (1, 96, 96)
     assert config["interpolation"] == "bicubic"

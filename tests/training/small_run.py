@@ -14,10 +14,12 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
 from sdt_diffusion import SDTTransformer2DModel
-from sdt_diffusion.data import DataArguments
 from sdt_diffusion.training import run as training_run
-from sdt_diffusion.training.config import OptimizationArguments, RunArguments
+from sdt_diffusion.training.config import RunArguments, TrainingConfig, TrainingSet
+from sdt_diffusion.training.ema import EMAArguments
+from sdt_diffusion.training.loop import train
 from sdt_diffusion.training.objectives import DiffusionLoss, ObjectiveArguments, build_objective
+from sdt_diffusion.training.optimizer import OptimizationArguments
 from tests.conftest import TINY
 
 
@@ -50,7 +52,7 @@ def sharded(build_accelerator):
 
 
 def main(output_dir, strategy, *values):
-    run = RunArguments(
+    run_args = RunArguments(
         output_dir=output_dir,
         report_to="none",
         cpu_threads=1,
@@ -65,22 +67,19 @@ def main(output_dir, strategy, *values):
     )
     # With its usual epsilon AdamW makes full steps of gradients that are nothing but rounding errors.
     optimization = OptimizationArguments(
-        learning_rate=1e-2, adam_epsilon=1e-4, lr_scheduler="cosine", lr_warmup_steps=2, ema_profile="power"
+        learning_rate=1e-2, adam_epsilon=1e-4, lr_scheduler="cosine", lr_warmup_steps=2
     )
     torch.manual_seed(0)
     model = SDTTransformer2DModel(**TINY)
     loss = DiffusionLoss(build_objective(ObjectiveArguments()), class_dropout_prob=0.5)
     build = training_run.build_accelerator
     with mock.patch.object(training_run, "build_accelerator", sharded(build) if strategy == "fsdp2" else build):
-        training = training_run.Training(
-            *(model, "transformer", loss, Images(), run, optimization, DataArguments(), (run, optimization)),
-            further_values=loss.by_timestep,
-        )
-    for _ in training.steps():
-        pass
-    if training.accelerator.is_main_process:
-        training.trained_model.save_pretrained(training.output_dir / "product")
-    training.finish()
+        config = TrainingConfig(run_args, optimization, EMAArguments(ema_profile="power"))
+        run = training_run.TrainingRun(model, "transformer", TrainingSet(Images()), config)
+    train(run, loss)
+    if run.accelerator.is_main_process:
+        run.trained_model.save_pretrained(run.output_dir / "product")
+    run.finish()
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ def test_a_checkpoint_is_whole_and_knows_its_step(tmp_path):
 def test_a_failed_save_leaves_nothing_and_keeps_what_there_was(tmp_path):
     save_checkpoint(tmp_path, 1, save)
     with pytest.raises(
-        CheckpointError, match=r"checkpoint-2 could not be written: No space left .* checkpoint-1 is whole"
+        CheckpointError, match=r"checkpoint-2 could not be written: No space left .* checkpoint-1 is complete"
     ):
         save_checkpoint(tmp_path, 2, fail, total_limit=1)
     assert names(tmp_path) == ["checkpoint-1"]
@@ -127,9 +127,9 @@ class TestTheOutputFolder:
         write_config(tmp_path, self.config)
         check_output_dir(tmp_path, self.config, resume=False)  # nothing came of it yet
         save_checkpoint(tmp_path, 1, save)
-        with pytest.raises(ValueError, match=r"already holds this run.*--resume_from_checkpoint latest"):
+        with pytest.raises(ValueError, match=r"already holds this run.*resume_from_checkpoint latest"):
             check_output_dir(tmp_path, self.config, resume=False)
-        check_output_dir(tmp_path, {**self.config, "max_train_steps": 20}, resume=True)
+        check_output_dir(tmp_path, {**self.config, "max_train_steps": 20}, resume=True, may_differ=["max_train_steps"])
 
     @pytest.mark.parametrize("name", ["model_index.json", "checkpoint-4"])
     def test_somebody_elses_work_is_refused(self, tmp_path, name):

@@ -1,3 +1,6 @@
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -12,10 +15,10 @@ from sdt_diffusion.training.config import RunArguments
     [
         ("cuda", True, None, "bf16"),
         ("cuda", True, "no", "bf16"),
-        ("cuda", True, "fp16", None),
-        ("cuda", False, None, None),
-        ("cpu", True, None, None),
-        ("mps", True, None, None),
+        ("cuda", True, "fp16", "fp16"),
+        ("cuda", False, None, "no"),
+        ("cpu", True, None, "no"),
+        ("mps", True, None, "no"),
     ],
 )
 def test_bf16_is_the_default_where_an_accelerator_has_it(monkeypatch, device, bf16, told, expected):
@@ -25,15 +28,61 @@ def test_bf16_is_the_default_where_an_accelerator_has_it(monkeypatch, device, bf
     monkeypatch.setattr(distributed, "is_bf16_available", lambda: True)  # counts what CUDA would only emulate
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: bf16 or including_emulation)
     monkeypatch.setattr(distributed, "process_state", lambda: SimpleNamespace(device=torch.device(device)))
-    assert distributed.default_precision() == expected
+    assert distributed.resolve_precision(None) == expected
 
 
 @pytest.mark.parametrize(("allowed", "precision"), [(True, "high"), (False, "highest")])
 def test_tf32_is_used_where_it_is_allowed(tmp_path, allowed, precision):
     assert torch.get_float32_matmul_precision() == "highest"
     try:
-        run = RunArguments(output_dir=str(tmp_path), allow_tf32=allowed, report_to="none", cpu_threads=1)
+        arguments = {"mixed_precision": "no", "report_to": "none", "cpu_threads": 1}
+        run = RunArguments(output_dir=str(tmp_path), allow_tf32=allowed, **arguments)
         distributed.build_accelerator(run)
         assert torch.get_float32_matmul_precision() == precision
     finally:
         torch.set_float32_matmul_precision("highest")
+
+
+def test_a_precision_that_is_asked_for_wins(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    assert distributed.resolve_precision("no") == "no"
+
+
+#: Starts a process as `accelerate launch` does, with OMP_NUM_THREADS=1 unless it is set, and prints its threads.
+LAUNCH = """
+import os, subprocess, sys
+code = "from sdt_diffusion.training.distributed import default_threads; print(default_threads())"
+environment = {"OMP_NUM_THREADS": "1", **os.environ, "ACCELERATE_MIXED_PRECISION": "no"}
+print(subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True).stdout)
+"""
+
+
+def threads_under_accelerate_launch(**environment):
+    inherited = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
+    command = [sys.executable, "-c", LAUNCH]
+    result = subprocess.run(command, env=inherited | environment, capture_output=True, text=True, check=True)
+    return int(result.stdout)
+
+
+def test_omp_num_threads_is_respected_unless_accelerate_launch_has_set_it(monkeypatch):
+    for name in ("OMP_NUM_THREADS", "ACCELERATE_MIXED_PRECISION", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    cores = distributed.default_threads()
+    assert threads_under_accelerate_launch() == cores
+    assert threads_under_accelerate_launch(OMP_NUM_THREADS="1") == 1
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert distributed.default_threads() == 3
+
+
+@pytest.mark.parametrize(
+    ("tracker", "message"),
+    [
+        ("wandb", r'report_to wandb needs .*pip install "sdt_diffusion\[trackers\]"'),
+        ("wb", "must be 'none' or one of"),
+    ],
+)
+def test_a_tracker_that_is_not_there_is_refused(monkeypatch, tracker, message):
+    monkeypatch.setattr("sdt_diffusion.training.config.get_available_trackers", lambda: ["tensorboard"])
+    RunArguments(report_to="tensorboard")
+    with pytest.raises(ValueError, match=message):
+        RunArguments(report_to=tracker)

@@ -3,6 +3,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
+from sdt_diffusion.training import objectives
 from sdt_diffusion.training.objectives import DiffusionLoss, ObjectiveArguments, build_objective
 from sdt_diffusion.utils.seeding import Draws
 
@@ -87,7 +88,7 @@ def test_loss_of_predicting_zero_is_the_targets_power(objective):
 
 @pytest.mark.parametrize("args", [{"objective": "flow", "snr_gamma": 5.0}, {"objective": "ddpm", "logit_std": 2.0}])
 def test_arguments_of_the_other_objective_are_refused(args):
-    with pytest.raises(ValueError, match=f"does not apply to --objective {args['objective']}"):
+    with pytest.raises(ValueError, match=f"does not apply to objective {args['objective']}"):
         ObjectiveArguments(**args)
 
 
@@ -119,19 +120,21 @@ def test_the_error_is_told_by_ranges_of_timesteps(objective):
         for low in (0, 250, 500, 750)
         if ((model.timestep // 250) == low // 250).any()
     }
-    found = loss.by_timestep(lambda sums: sums)
+    found = loss.pop_values()
     assert found == pytest.approx(expected)
-    assert loss.by_timestep(lambda sums: sums) == {}
+    assert loss.pop_values() == {}
 
 
-def test_the_error_by_timestep_is_of_all_processes_and_of_what_is_finite():
+def test_the_error_by_timestep_is_of_all_processes_and_of_what_is_finite(monkeypatch):
     loss = DiffusionLoss(build_objective(ObjectiveArguments()), num_buckets=1)
     clean = torch.zeros(8, 1, 2, 2)
     clean[3] = torch.nan
     loss(Zero(), clean, None, draws_for(8))
     noise = build_objective(ObjectiveArguments()).noised(torch.zeros(8, 1, 2, 2), draws_for(8)).target
     expected = noise[[0, 1, 2, 4, 5, 6, 7]].square().mean().item()
-    found = loss.by_timestep(lambda sums: sums * 2)  # two processes that saw the same
+    # As if two processes had seen the same.
+    monkeypatch.setattr(objectives, "reduce", lambda sums, reduction: sums * 2)
+    found = loss.pop_values()
     assert found["loss_by_timestep/0000-0999"] == pytest.approx(expected)
 
 
@@ -150,3 +153,26 @@ def test_saved_scheduler_fits_the_objective_also_after_from_config(args, tmp_pat
         torch.testing.assert_close(swapped.alphas_cumprod, objective.noise_scheduler.alphas_cumprod)
         assert swapped.config.prediction_type == "v_prediction"
     assert objective.sampling_scheduler(pixels=True).config.clip_sample
+
+
+def test_another_objective_is_a_class_and_a_line_in_the_table(monkeypatch):
+    class Constant:
+        options = ()
+        num_train_timesteps = 10
+
+        def __init__(self, args):
+            self.args = args
+
+        def noised(self, clean, draws):
+            return objectives.Noised(clean, draws.uniform() * 10, torch.ones_like(clean), torch.ones(len(clean)))
+
+    monkeypatch.setitem(objectives.OBJECTIVES, "constant", Constant)
+    objective = build_objective(ObjectiveArguments(objective="constant"))
+    assert DiffusionLoss(objective)(Zero(), torch.zeros(4, 1, 2, 2), None, draws_for(4)) == 1
+    with pytest.raises(ValueError, match="snr_gamma does not apply to objective constant"):
+        ObjectiveArguments(objective="constant", snr_gamma=5.0)
+
+
+def test_an_unknown_objective_is_refused():
+    with pytest.raises(ValueError, match="objective must be one of flow, ddpm, not 'score'"):
+        ObjectiveArguments(objective="score")

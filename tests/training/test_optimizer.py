@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from sdt_diffusion.training.config import OptimizationArguments
-from sdt_diffusion.training.optimizer import build_lr_schedule, build_optimizer
+from sdt_diffusion.training.optimizer import OptimizationArguments, build_lr_schedule, build_optimizer
 
 
 def rates(args, groups=None, steps=100):
@@ -43,5 +42,5 @@ def test_what_is_frozen_is_left_out():
 
 
 def test_a_least_rate_above_the_peak_is_refused():
-    with pytest.raises(ValueError, match=r"--min_lr 0.1 is above --learning_rate 0.01"):
+    with pytest.raises(ValueError, match=r"min_lr 0.1 is above learning_rate 0.01"):
         OptimizationArguments(learning_rate=0.01, min_lr=0.1)

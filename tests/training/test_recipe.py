@@ -14,7 +14,9 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.modeling_outputs import ImageClassifierOutputWithNoAttention
 
-from sdt_diffusion.training.config import OptimizationArguments, RunArguments
+from sdt_diffusion.training.classifier_model import ClassifierModelArguments
+from sdt_diffusion.training.config import RunArguments
+from sdt_diffusion.training.optimizer import OptimizationArguments
 from sdt_diffusion.training.recipe import (
     ClassificationLoss,
     RecipeArguments,
@@ -23,6 +25,7 @@ from sdt_diffusion.training.recipe import (
     train_transform,
 )
 from sdt_diffusion.training.train_classifier import evaluate_classifier
+from sdt_diffusion.utils.arguments import fields_with
 from sdt_diffusion.utils.seeding import Stream, seeded_cpu_generators
 from tests.sdt_h.small import small_model
 
@@ -166,8 +169,16 @@ def test_mixed_images_have_mixed_labels(kind):
 
 def test_epochs_become_steps():
     run, optimization = RunArguments(train_batch_size=4, gradient_accumulation_steps=2), OptimizationArguments()
-    RecipeArguments(num_train_epochs=3, lr_warmup_epochs=0.5).resolve_epochs(run, optimization, 100, num_processes=2)
+    recipe = RecipeArguments(num_train_epochs=3, lr_warmup_epochs=0.5)
+    run, optimization = recipe.resolve_epochs(run, optimization, 100, num_processes=2)
     assert (run.max_train_steps, optimization.lr_warmup_steps) == (19, 4)
+
+
+def test_a_resumed_run_may_change_its_length_and_its_memory():
+    assert fields_with("resumable", RecipeArguments, ClassifierModelArguments) == {
+        "num_train_epochs",
+        "gradient_checkpointing",
+    }
 
 
 def test_layer_decay_of_sdt_h():

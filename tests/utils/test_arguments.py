@@ -1,12 +1,27 @@
+import dataclasses
+import importlib
+import json
+import pkgutil
+from pathlib import Path
+
 import pytest
 import yaml
 
+import sdt_diffusion
 from sdt_diffusion.data import DataArguments
 from sdt_diffusion.evaluation.fid import FidArguments
 from sdt_diffusion.training.config import OptimizationArguments, RunArguments
 from sdt_diffusion.training.recipe import RecipeArguments
 from sdt_diffusion.training.train_dit import ModelArguments
-from sdt_diffusion.utils.arguments import merged, parse_arguments
+from sdt_diffusion.utils.arguments import (
+    RECIPES_FOLDER,
+    exit_on_error,
+    fields_with,
+    json_object,
+    merged,
+    parse_arguments,
+    require_at_least,
+)
 
 TYPES = (ModelArguments, DataArguments, OptimizationArguments, RunArguments)
 
@@ -67,34 +82,79 @@ def test_the_written_config_is_one_that_can_be_read(config):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("learning_rat: 1\nseeds: 2", "run.yaml: unknown key(s) learning_rat, seeds; known: adam_beta1"),
+        (
+            "learning_rat: 1\nseeds: 2",
+            "run.yaml: unknown key(s) learning_rat (did you mean learning_rate?), seeds (did you mean seed?)",
+        ),
         ("seed: many", "argument --seed: invalid int value: 'many'"),
         ("spatial_decay: spiral", "invalid choice: 'spiral' (choose from"),
         ("- seed", "must hold a mapping"),
+        ("seed", "must hold a mapping"),
         ("seed: [", "is not valid YAML"),
+        ("seed: !!python/name:os.system", "is not valid YAML"),
+        ("seed: \xff\ud800", "is not valid YAML"),
+        ("[1]: 2", "is not valid YAML"),
+        ("seed: {a: 1}", "run.yaml: seed must be a single value, not {'a': 1}"),
+        ("seed: [1, 2]", "run.yaml: seed must be a single value, not [1, 2]"),
+        ("seed: []", "run.yaml: seed must be a single value, not []"),
+        ("output_dir: {a: 1}", "run.yaml: output_dir must be a single value, not {'a': 1}"),
+        ("output_dir: {2020-01-01: 1}", "run.yaml: output_dir must be a single value, not {datetime"),
+        ("model_overrides: [1]", "run.yaml: model_overrides must be a single value, not [1]"),
+        ("model_overrides: {a: 2020-01-01}", "run.yaml: model_overrides cannot be written as JSON"),
+        ("ema_sigma_rel: [0.1, [0.2]]", "run.yaml: ema_sigma_rel must be a list of single values, not [0.1, [0.2]]"),
+        ("ema_sigma_rel: [0.1, null]", "run.yaml: ema_sigma_rel must be a list of single values, not [0.1, None]"),
+        ("ema_sigma_rel: {a: 1}", "run.yaml: ema_sigma_rel must be a list of single values, not {'a': 1}"),
+        ("ema_sigma_rel: []", "--ema_sigma_rel/--ema-sigma-rel: expected at least one argument"),
+        ("ema_sigma_rel: [a]", "--ema_sigma_rel/--ema-sigma-rel: invalid float value: 'a'"),
+        ("yes: 1", "run.yaml: unknown key(s) yes"),
+        ("1: 1", "run.yaml: unknown key(s) 1"),
+        ("null: 1", "run.yaml: unknown key(s) None"),
     ],
 )
-def test_bad_yaml_is_refused_with_the_reason(config, capsys, text, message):
-    with pytest.raises(SystemExit):
-        parse("--config", str(config(text)))
-    assert message in capsys.readouterr().err
+def test_bad_yaml_is_refused_in_one_line_with_the_reason(config, capsys, text, message):
+    path = config("")
+    path.write_bytes(text.encode(errors="surrogatepass"))
+    with pytest.raises(SystemExit) as caught:
+        parse("--config", str(path))
+    assert caught.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--learning_rat", "1"], "unknown argument(s) --learning_rat 1"),
-        (["--learn", "1"], "unknown argument(s) --learn 1"),
-        (["--config", "nowhere.yaml"], "there is no file nowhere.yaml"),
-        (["--seed", "-1"], "--seed must be at least 0, not -1"),
-        (["--logging_steps", "0"], "--logging_steps must be at least 1, not 0"),
-        (["--learning_rate", "nan"], "--learning_rate must be at least 0, not nan"),
+        (["--learning_rat", "1"], "unknown argument(s) --learning_rat (did you mean --learning_rate?)"),
+        (["--learn", "1"], "unknown argument(s) --learn (did you mean --learning_rate?)"),
+        (["--learning-rat=1"], "unknown argument(s) --learning-rat (did you mean --learning-rate?)"),
+        (["--xyzzy", "1"], "unknown argument(s) --xyzzy; --help lists all"),
+        (["1"], "unexpected argument(s) 1"),
+        (["--seed", "many"], "argument --seed: invalid int value: 'many'"),
+        (["--config"], "argument --config: expected one argument"),
+        (
+            ["--config", "nowhere.yaml"],
+            "no file nowhere.yaml, and the recipes are cifar10_classifier, digits",
+        ),
+        (["--config", "digit"], "there is no file digit, and the recipes are cifar10_classifier, digits"),
+        (["--seed", "-1"], "error: seed must be at least 0, not -1"),
+        (["--logging_steps", "0"], "error: logging_steps must be at least 1, not 0"),
+        (["--learning_rate", "nan"], "error: learning_rate must be at least 0, not nan"),
     ],
 )
-def test_bad_flags_are_refused_with_the_reason(capsys, argv, message):
-    with pytest.raises(SystemExit):
+def test_bad_flags_are_refused_in_one_line_with_the_reason(capsys, argv, message):
+    with pytest.raises(SystemExit) as caught:
         parse(*argv)
-    assert message in capsys.readouterr().err
+    assert caught.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_a_mistyped_required_flag_is_named(capsys):
+    with pytest.raises(SystemExit):
+        parse_arguments((FidArguments,), ["--reference", "digits", "--outptu", "a.json"])
+    assert "unknown argument(s) --outptu (did you mean --output?)" in capsys.readouterr().err
 
 
 def test_model_arguments_override_the_preset():
@@ -127,3 +187,135 @@ def test_lists_of_a_yaml_file_are_lists(config):
         (RecipeArguments,), ["--config", str(config("scale: [0.5, 1]")), "--scale", "0.1", "1"]
     )
     assert recipe.scale == [0.1, 1.0]
+
+
+def test_underscores_and_hyphens_are_the_same():
+    assert parse("--max-train-steps", "3") == parse("--max_train_steps=3")
+    assert parse("--no-use-ema")["use_ema"] is parse("--no_use_ema")["use_ema"] is False
+
+
+def test_empty_and_missing_values_of_a_yaml_file_leave_the_defaults(config):
+    path = config("metrics: []\nsamples: null\nreference: digits\noutput: a.json\n")
+    (args,) = parse_arguments((FidArguments,), ["--config", str(path)])
+    assert (args.metrics, args.samples) == ([], None)
+    assert parse("--config", str(config("# nothing\n"))) == parse()
+
+
+def test_yaml_merge_keys_are_merged(config):
+    assert parse("--config", str(config("<<: {seed: 3}\ntrain_batch_size: 2\n")))["seed"] == 3
+
+
+@pytest.mark.parametrize("name", ["digits", "digits.yaml", str(RECIPES_FOLDER / "digits.yaml")])
+def test_a_recipe_of_the_package_is_found_by_its_name(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "digits").mkdir()  # a folder of this name, such as a run's, is no recipe
+    expected = yaml.safe_load((RECIPES_FOLDER / "digits.yaml").read_text())
+    (values,) = parse_arguments((RunArguments,), ["--config", str(_only_keys_of(RunArguments, expected, tmp_path))])
+    monkeypatch.setattr("sdt_diffusion.utils.arguments.RECIPES_FOLDER", tmp_path / "recipes")
+    if Path(name).is_absolute():
+        name = str(tmp_path / "recipes" / "digits.yaml")
+    (found,) = parse_arguments((RunArguments,), ["--config", name])
+    assert found == values != RunArguments()
+
+
+def _only_keys_of(dataclass_type, values, folder):
+    names = {field.name for field in dataclasses.fields(dataclass_type)}
+    path = folder / "recipes" / "digits.yaml"
+    path.parent.mkdir()
+    path.write_text(yaml.safe_dump({key: value for key, value in values.items() if key in names}))
+    return path
+
+
+def test_a_file_comes_before_a_recipe_of_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "digits").write_text("seed: 77\n")
+    assert parse("--config", "digits")["seed"] == 77
+
+
+def help_text(capsys, *types, **kwargs):
+    with pytest.raises(SystemExit) as caught:
+        parse_arguments(types, ["--help"], **kwargs)
+    assert caught.value.code == 0
+    return " ".join(capsys.readouterr().out.split())
+
+
+def test_help_shows_the_defaults_and_leaves_the_description_as_it_is(capsys):
+    @dataclasses.dataclass
+    class Arguments:
+        needed: int = dataclasses.field(metadata={"help": "Needed."})
+        share: str = dataclasses.field(default="50%", metadata={"help": "Share."})
+        widths: list[float] = dataclasses.field(default_factory=lambda: [0.05, 0.1], metadata={"help": "Widths."})
+        names: list[str] = dataclasses.field(default_factory=list, metadata={"help": "Names."})
+        limit: int | None = dataclasses.field(default=None, metadata={"help": "Limit.", "resumable": True})
+        average: bool = dataclasses.field(default=True, metadata={"help": "Average."})
+
+    Arguments.__annotations__ = {f.name: f.type for f in dataclasses.fields(Arguments)}
+    with pytest.raises(SystemExit):
+        parse_arguments((Arguments,), ["--help"], description="First.\n\n    indented")
+    out = capsys.readouterr().out
+    assert "\n    indented" in out
+    words = " ".join(out.split())
+    for said in (
+        "Needed. --share",
+        "Share. (default: 50%)",
+        "Widths. (default: 0.05 0.1)",
+        "Names. --limit",
+        "Limit. --average",
+        "Average. (default: True)",
+        "Turn off --average. --config",
+    ):
+        assert said in words
+
+
+def all_argument_types():
+    for module in pkgutil.walk_packages(sdt_diffusion.__path__, "sdt_diffusion."):
+        for value in vars(importlib.import_module(module.name)).values():
+            if isinstance(value, type) and dataclasses.is_dataclass(value) and value.__name__.endswith("Arguments"):
+                yield value
+
+
+def test_every_flag_of_every_script_is_explained_and_shows_its_default(capsys):
+    types = set(all_argument_types())
+    assert {DataArguments, FidArguments, RecipeArguments, RunArguments} <= types
+    for each in types:
+        words = help_text(capsys, each)
+        for field in dataclasses.fields(each):
+            assert field.metadata.get("help"), f"{each.__name__}.{field.name}"
+            if isinstance(field.default, (int, float)):
+                assert f"(default: {field.default})" in words
+        assert "default: None" not in words
+
+
+def test_fields_are_found_by_their_mark():
+    @dataclasses.dataclass
+    class Marked:
+        a: int = dataclasses.field(default=1, metadata={"help": "A.", "resumable": True})
+        b: int = dataclasses.field(default=1, metadata={"help": "B."})
+
+    assert fields_with("resumable", Marked, RecipeArguments) >= {"a"}
+    assert fields_with("resumable", Marked()) == {"a"}
+
+
+def test_marks_of_fields_are_not_handed_to_argparse():
+    marked = dataclasses.make_dataclass(
+        "Marked", [("a", int, dataclasses.field(default=1, metadata={"help": "A.", "resumable": True}))]
+    )
+    (args,) = parse_arguments((marked,), ["--a", "3"])
+    assert args.a == 3
+
+
+def test_the_library_speaks_of_parameters():
+    with pytest.raises(ValueError, match=r"^num_images must be at least 1, not 0\.$"):
+        require_at_least(type("Arguments", (), {"num_images": 0}), 1, "num_images")
+    with pytest.raises(ValueError, match=r"^overrides must be a JSON object, not \[\]\.$"):
+        json_object("[]", "overrides")
+    assert json_object(None, "overrides") == {}
+    assert json_object(json.dumps({"a": 1}), "overrides") == {"a": 1}
+
+
+def test_errors_that_the_user_can_correct_end_in_one_line():
+    with pytest.raises(SystemExit) as caught, exit_on_error(ValueError):
+        raise ValueError("too small")
+    assert caught.value.code == "Error: too small"  # which Python prints, and exits with 1
+    with pytest.raises(KeyError), exit_on_error(ValueError):
+        raise KeyError("a bug")

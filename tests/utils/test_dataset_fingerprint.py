@@ -41,7 +41,7 @@ def test_a_changed_folder_has_another_fingerprint(folder, change):
     assert fingerprint_files(str(folder)) != before
 
 
-def test_files_count_by_name_and_size_and_not_by_what_is_beside_them(tmp_path):
+def test_files_count_by_name_and_size_and_their_neighbors_do_not_count(tmp_path):
     for name in ("x-0.tar", "x-1.tar", "y.tar"):
         (tmp_path / name).write_bytes(b"123")
     names = ("x-0.tar", "x-1.tar", "x-*.tar")
@@ -54,7 +54,7 @@ def test_files_count_by_name_and_size_and_not_by_what_is_beside_them(tmp_path):
     assert [old == new for old, new in zip(before, after, strict=True)] == [True, False, False]
 
 
-def test_files_that_datasets_puts_beside_its_own_do_not_count(tmp_path):
+def test_files_that_datasets_caches_beside_a_data_set_do_not_count(tmp_path):
     table(["ant", "bee"], label=Value("string")).save_to_disk(tmp_path / "saved")
     before = fingerprint_files(str(tmp_path / "saved"))
     load_from_disk(str(tmp_path / "saved")).class_encode_column("label")
@@ -63,5 +63,5 @@ def test_files_that_datasets_puts_beside_its_own_do_not_count(tmp_path):
 
 
 @pytest.mark.parametrize("dataset", ["digits", "owner/a-name-on-the-hub"])
-def test_what_is_no_file_has_none(dataset):
+def test_a_data_set_that_is_not_on_disk_has_no_fingerprint(dataset):
     assert fingerprint_files(dataset) is None

@@ -8,7 +8,14 @@ import pytest
 from safetensors import SafetensorError
 
 from sdt_diffusion.utils import files
-from sdt_diffusion.utils.files import FolderLock, check_new, check_writable, move_into, write_atomically
+from sdt_diffusion.utils.files import (
+    FolderLock,
+    check_new,
+    check_writable,
+    move_into,
+    shorten_path,
+    write_atomically,
+)
 
 
 def names(folder):
@@ -45,7 +52,7 @@ def test_a_full_disk_says_which_file_it_was(tmp_path):
         ("Error while serializing: InvalidTensorView", errno.EIO),
     ],
 )
-def test_what_safetensors_cannot_write_is_an_error_of_the_file(tmp_path, text, number):
+def test_errors_of_safetensors_name_the_file(tmp_path, text, number):
     def full(partial):
         partial.write_text("half")
         raise SafetensorError(text)
@@ -56,7 +63,7 @@ def test_what_safetensors_cannot_write_is_an_error_of_the_file(tmp_path, text, n
     assert names(tmp_path) == []
 
 
-def test_a_folder_that_takes_no_files_is_found_out_early(tmp_path):
+def test_a_folder_that_cannot_be_written_is_refused_early(tmp_path):
     check_writable(tmp_path / "new" / "folder")
     assert list((tmp_path / "new" / "folder").iterdir()) == []
     (tmp_path / "file").write_text("")
@@ -64,7 +71,7 @@ def test_a_folder_that_takes_no_files_is_found_out_early(tmp_path):
         check_writable(tmp_path / "file")
 
 
-def test_a_file_that_is_there_is_not_written_again(tmp_path):
+def test_an_existing_file_is_not_written_again(tmp_path):
     check_new(tmp_path / "curve.png", ".png")
     (tmp_path / "curve.png").write_text("precious")
     with pytest.raises(ValueError, match=r"curve\.png exists already; give another name, or delete it"):
@@ -97,7 +104,7 @@ def test_moving_into_a_folder_replaces_only_what_is_new(tmp_path):
 
 @pytest.fixture
 def start(tmp_path):
-    """Starts a process that locks the folder, and says so."""
+    """Start a process that locks the folder, and says so."""
     started = []
 
     def run(*, then):
@@ -142,7 +149,7 @@ def test_a_worker_that_outlives_a_killed_process_does_not_hold_its_lock(start, t
         os.kill(worker, 9)
 
 
-def test_a_lock_that_was_deleted_while_it_was_waited_for_is_none(tmp_path, monkeypatch):
+def test_a_lock_file_that_was_deleted_in_between_is_made_again(tmp_path, monkeypatch):
     lockf, calls = files.fcntl.lockf, []
 
     def released_in_between(descriptor, operation):
@@ -169,3 +176,29 @@ def test_nothing_is_locked_where_there_are_no_locks(tmp_path, monkeypatch, missi
     with FolderLock(tmp_path):
         pass
     assert names(tmp_path) == []
+
+
+def test_paths_are_told_without_the_machine(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "someone"))
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    work, home = Path.cwd(), Path.home()
+    for path, short in (
+        (f"{work}/runs/a", "runs/a"),
+        (str(work), "."),
+        (f"{home}/data", "~/data"),
+        (str(home), "~"),
+        (f"{home}er/data", ".../data"),
+        ("/data/images/*.tar", ".../*.tar"),
+        ("/data/my images (train)", ".../my images (train)"),
+        ("runs/a", "runs/a"),
+        ("owner/name", "owner/name"),
+        (f'{{"file": "{work}/a"}}', '{"file": "a"}'),
+        (["/data/a", f"{home}/b", 3], [".../a", "~/b", 3]),
+        (None, None),
+        (1.5, 1.5),
+    ):
+        assert shorten_path(path) == short
+    assert shorten_path(f"{home}/data", home="HOME:") == "HOME:data"
+    monkeypatch.setenv("HOME", "/")
+    assert shorten_path("/data/a") == ".../a"

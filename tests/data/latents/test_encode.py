@@ -351,7 +351,7 @@ class TestBadInput:
             check_vae(tiny_vae, folder, manifest)
 
     def test_settings_that_cannot_be(self, tmp_path):
-        with pytest.raises(ValueError, match="--shard_size must be at least 1, not 0"):
+        with pytest.raises(ValueError, match="shard_size must be at least 1, not 0"):
             EncodingArguments(tmp_path, "a-vae", shard_size=0)
         with pytest.raises(ValueError, match="--pretrained_vae_model_name_or_path must name the VAE"):
             EncodingArguments(tmp_path)

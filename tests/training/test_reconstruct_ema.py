@@ -1,11 +1,10 @@
 import pytest
 import torch
 
-from sdt_diffusion.training.ema import (
-    WeightAverage,
+from sdt_diffusion.training.ema import WeightAverage, power_profile
+from sdt_diffusion.training.reconstruct_ema import (
     drop_snapshots_after,
     list_snapshots,
-    power_profile,
     reconstruct,
     save_snapshot,
 )
@@ -22,7 +21,7 @@ def run(tmp_path):
         weights["weight"] += torch.randn(64, generator=generator)
         weights["count"] += 1
         for average in (*stored.values(), wanted):
-            average.step(step)
+            average.update(step)
         if step % 50 == 0:
             for sigma_rel, average in stored.items():
                 save_snapshot(tmp_path, step, sigma_rel, average.tensors)
@@ -53,13 +52,13 @@ def test_snapshots_of_steps_that_come_again_are_dropped(run):
 
 def test_what_cannot_be_combined_is_refused(run, tmp_path):
     folder = run[0]
-    with pytest.raises(ValueError, match=r"32 snapshots come no nearer to sigma_rel 0.01 than \d+% of its profile"):
+    with pytest.raises(ValueError, match=r"32 snapshots reproduce the profile of .* 0.01 with an error of \d+%"):
         reconstruct(folder, 0.01)
     with pytest.raises(ValueError, match=r"no snapshot of step 401 .* there are 50, 100"):
         reconstruct(folder, 0.1, step=401)
     with pytest.raises(ValueError, match="sigma_rel must lie between"):
         reconstruct(folder, 0.5)
-    with pytest.raises(ValueError, match="holds no snapshots: train with --ema_profile power"):
+    with pytest.raises(ValueError, match="holds no snapshots: train with ema_profile power"):
         reconstruct(tmp_path / "other", 0.1)
     damaged = list_snapshots(folder)[3].path
     damaged.write_bytes(damaged.read_bytes()[:-8])

@@ -1,15 +1,15 @@
 import torch
 
-from sdt_diffusion.training.state import RunningStatistics
+from sdt_diffusion.training.state import BatchNormStatistics
 
 
 def test_a_batch_that_is_not_finite_leaves_no_trace():
     model = torch.nn.Sequential(torch.nn.BatchNorm2d(3), torch.nn.Conv2d(3, 3, 1)).train()
-    statistics = RunningStatistics(model, num_processes=1)
-    statistics.keep()
+    statistics = BatchNormStatistics(model, num_processes=1)
+    statistics.remember()
     model(torch.randn(4, 3, 8, 8))
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    statistics.keep()
+    statistics.remember()
     model(torch.full((4, 3, 8, 8), torch.inf))
     assert not model[0].running_mean.isfinite().all()
     statistics.restore()
@@ -18,8 +18,8 @@ def test_a_batch_that_is_not_finite_leaves_no_trace():
 
 
 def test_models_without_them_are_left_alone():
-    statistics = RunningStatistics(torch.nn.Linear(2, 2), num_processes=4)
-    statistics.keep()
+    statistics = BatchNormStatistics(torch.nn.Linear(2, 2), num_processes=4)
+    statistics.remember()
     statistics.restore()
     statistics.average()
     assert statistics.tensors == []

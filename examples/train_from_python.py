@@ -1,0 +1,43 @@
+"""Train a tiny model on the digits from Python, without the script, and sample from it.
+
+    python examples/train_from_python.py outputs/from_python
+"""
+
+import sys
+
+from sdt_diffusion import SDTPipeline, SDTTransformer2DModel
+from sdt_diffusion.data import DataArguments
+from sdt_diffusion.data.latents.training_data import open_training_data
+from sdt_diffusion.training.config import RunArguments, TrainingConfig, TrainingSet
+from sdt_diffusion.training.ema import EMAArguments
+from sdt_diffusion.training.loop import train
+from sdt_diffusion.training.objectives import DiffusionLoss, ObjectiveArguments, build_objective
+from sdt_diffusion.training.optimizer import OptimizationArguments
+from sdt_diffusion.training.run import TrainingRun
+
+
+def main(output_dir, max_train_steps=300):
+    data = open_training_data(DataArguments(dataset="digits"), vae_name=None, default_sample_size=8, seed=0)
+    model = SDTTransformer2DModel.from_preset("SDT-digits", num_layers=2)
+    objective = build_objective(ObjectiveArguments(objective="flow"))
+    config = TrainingConfig(
+        RunArguments(
+            output_dir=output_dir,
+            train_batch_size=64,
+            max_train_steps=int(max_train_steps),
+            mixed_precision="no",
+            report_to="none",
+        ),
+        OptimizationArguments(learning_rate=1e-3),
+        EMAArguments(ema_decay=0.99),
+    )
+    run = TrainingRun(model, "transformer", TrainingSet(data.images, data.augment), config)
+    train(run, DiffusionLoss(objective, class_dropout_prob=0.1))
+    pipe = SDTPipeline(run.trained_model.eval(), objective.sampling_scheduler(pixels=True), guidance_scale=1.5)
+    pipe(list(range(10)), num_inference_steps=10).images[3].resize((64, 64)).save(run.output_dir / "three.png")
+    pipe.save_pretrained(run.output_dir / "pipeline")
+    run.finish()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

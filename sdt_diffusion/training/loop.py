@@ -1,0 +1,129 @@
+"""The training loop: one step, from the batch to the checkpoint, in one place."""
+
+import math
+import time
+from typing import Protocol
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from ..utils.seeding import Draws
+from .distributed import Interrupted, StopRequest, full_tensor
+from .monitor import Window
+from .run import TrainingRun
+
+
+class Loss(Protocol):
+    """What `train` minimizes."""
+
+    def __call__(self, model: nn.Module, images: torch.Tensor, labels: torch.Tensor, draws: Draws) -> torch.Tensor:
+        """Return the mean loss of a batch, a scalar; all its random numbers come from `draws`."""
+
+    def pop_values(self) -> dict[str, float]:
+        """Return what to log besides the loss, over all processes, since the last call; all processes call it."""
+
+
+class Validation(Protocol):
+    """What `train` does every `validation_steps`: pictures, accuracies, held-out losses."""
+
+    def __call__(self, run: TrainingRun) -> dict[str, float]:
+        """Judge `run.trained_model`, and return what to log; all processes call it."""
+
+
+def train(run: TrainingRun, loss: Loss, validate: Validation | None = None) -> None:
+    """Train to `max_train_steps`.
+
+    Args:
+        run: The run, new or resumed.
+        loss: What to minimize.
+        validate: Called every `validation_steps` and at the end.
+
+    Raises:
+        NonFiniteLossError: If too many consecutive steps were skipped.
+        CheckpointError: If a checkpoint cannot be written.
+        Interrupted: After SIGTERM, when the step under way and its checkpoint are done.
+    """
+    config, accelerator, model = run.config, run.accelerator, run.model
+    window, batches = Window(), run.batches()
+    first_step, last_step = run.step, config.run.max_train_steps
+    max_norm = config.optimization.max_grad_norm or math.inf
+    progress_bar = tqdm(
+        total=last_step, initial=run.step, desc="Training", unit="step", disable=not accelerator.is_local_main_process
+    )
+    with progress_bar, StopRequest() as stop_request:
+        if validate is not None and _validation_is_missing(run):
+            _validate(run, validate)
+        while run.step < last_step:
+            window.resume()
+            model.train()
+            run.batch_norms.remember()
+            losses = []
+            for batch in range(config.run.gradient_accumulation_steps):
+                images, labels = next(batches)  # (B, ...), (B,)
+                draws = run.draws(batch)
+                with accelerator.accumulate(model):  # processes exchange gradients in the last batch
+                    batch_loss = loss(model, images, labels, draws)
+                    accelerator.backward(batch_loss)
+                losses.append(batch_loss.detach().float())
+
+            norm = full_tensor(accelerator.clip_grad_norm_(model.parameters(), max_norm))
+            loss_value, norm, stop = run.mean_over_processes(losses, norm, stop_request.received)
+            finite = run.guard.admits(run.step + 1, loss_value, norm)
+
+            run.set_learning_rates(run.step)
+            if finite or accelerator.scaler is not None:  # fp16's scaler skips such a step itself and lowers its scale
+                run.optimizer.step()
+            run.optimizer.zero_grad()
+            if finite:
+                run.batch_norms.average()
+            else:
+                run.batch_norms.restore()
+            if run.step == first_step:
+                run.claim_folder()
+            run.step += 1
+            stop = stop and run.step < last_step
+
+            for average in run.averages.values():
+                average.update(run.step)
+
+            window.add(loss_value, norm)
+            progress_bar.update()
+            if run.is_due(config.run.logging_steps):
+                values = run.record_window(window) | loss.pop_values()
+                run.record(values)
+                progress_bar.set_postfix_str(
+                    f"loss {values.get('loss', math.nan):.4f}, {values['images_per_second']:.0f} images/s"
+                )
+
+            if validate is not None and not stop and run.is_due(config.validation_steps):
+                _validate(run, validate)
+
+            if stop or run.is_due(config.run.checkpointing_steps):
+                run.save_checkpoint()
+            if config.ema.ema_snapshot_steps and run.is_due(config.ema.ema_snapshot_steps):
+                run.save_snapshots()
+
+            if stop:
+                accelerator.print(
+                    f"Stopped by SIGTERM after step {run.step}, which checkpoint-{run.step} holds. Continue with "
+                    "--resume_from_checkpoint latest."
+                )
+                run.finish()
+                raise Interrupted
+    run.gather()
+
+
+def _validate(run: TrainingRun, validate: Validation) -> None:
+    started = time.perf_counter()
+    run.gather()
+    run.trained_model.eval()
+    values = validate(run)
+    run.record({**values, "validation_seconds": time.perf_counter() - started})
+
+
+def _validation_is_missing(run: TrainingRun) -> bool:
+    """Return whether the step a run starts from is to be validated and was not, because a kill came before it."""
+    due = run.is_due(run.config.validation_steps) if run.step else run.config.validate_first
+    missing = due and not run.log.has(run.step, "validation_seconds")
+    return bool(run.accelerator.reduce(torch.tensor(float(missing), device=run.accelerator.device), "sum"))

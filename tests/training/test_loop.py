@@ -1,0 +1,162 @@
+import math
+import os
+import signal
+
+import pytest
+import torch
+
+from sdt_diffusion.training.checkpoint import find_checkpoint, read_manifest
+from sdt_diffusion.training.distributed import Interrupted
+from sdt_diffusion.training.monitor import NonFiniteLossError
+from sdt_diffusion.training.objectives import DiffusionLoss, ObjectiveArguments, build_objective
+from tests.training.helpers import build_run, mean_loss, trained, weights_of
+
+
+class Watcher:
+    """A validation that notes the step, the checkpoints there are, and the weights."""
+
+    def __init__(self, then=None):
+        self.steps, self.checkpoints, self.weights, self.then = [], [], [], then
+
+    def __call__(self, run):
+        self.steps.append(run.step)
+        self.checkpoints.append(sorted(path.name for path in run.output_dir.glob("checkpoint-*")))
+        self.weights.append(weights_of(run))
+        if self.then is not None:
+            self.then(run)
+        return {"seen": float(run.step)}
+
+
+EVERY_STEP = {"validation_steps": 1}
+
+
+def test_validates_every_step_before_its_checkpoint(tmp_path):
+    watcher = Watcher()
+    run = trained(build_run(tmp_path / "out", config=EVERY_STEP), validate=watcher)
+    assert watcher.steps == [1, 2, 3, 4, 5, 6]
+    assert watcher.checkpoints[3] == ["checkpoint-2"]
+    assert sorted(path.name for path in run.output_dir.glob("checkpoint-*")) == [
+        "checkpoint-2",
+        "checkpoint-4",
+        "checkpoint-6",
+    ]
+    assert [record["seen"] for record in run.log.records if "seen" in record] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize(("interval", "expected"), [(0, [6]), (4, [4, 6])])
+def test_validates_when_due_and_at_the_end(tmp_path, interval, expected):
+    watcher = Watcher()
+    trained(build_run(tmp_path / "out", config={"validation_steps": interval}), validate=watcher)
+    assert watcher.steps == expected
+
+
+def test_validates_before_the_first_step_if_asked_to(tmp_path):
+    watcher = Watcher()
+    trained(build_run(tmp_path / "out", config={"validation_steps": 3, "validate_first": True}), validate=watcher)
+    assert watcher.steps == [0, 3, 6]
+
+
+def test_a_validation_that_a_kill_prevented_is_made_on_resuming(tmp_path):
+    def resume(watcher):
+        config = {"validation_steps": 4}
+        trained(build_run(tmp_path / "out", resume_from_checkpoint="latest", config=config), validate=watcher)
+
+    trained(build_run(tmp_path / "out", max_train_steps=4))  # checkpoint-4, and no validation
+    watcher = Watcher()
+    resume(watcher)
+    assert watcher.steps == [4, 6]
+    again = Watcher()
+    resume(again)
+    assert again.steps == []
+
+
+def test_sampling_in_between_changes_nothing(tmp_path):
+    def disturb(run):
+        torch.rand(run.step)  # draws from the global generator, as sampling would
+        run.unwrapped_model.eval()
+
+    undisturbed = trained(build_run(tmp_path / "out"))
+    disturbed = trained(build_run(tmp_path / "other", config=EVERY_STEP), validate=Watcher(disturb))
+    for a, b in zip(weights_of(undisturbed), weights_of(disturbed), strict=True):
+        assert torch.equal(a, b)
+
+
+def spoiled(loss, model, what):
+    if what == "loss":
+        return loss * math.nan
+    return loss + (model.proj_out_2.bias.sum() * 0).sqrt()  # a finite value with an infinite gradient
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient norm"])
+def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path, what):
+    def compute_loss(model, images, labels, draws):
+        loss = mean_loss(model, images, labels, draws)
+        return spoiled(loss, model, what) if run.step == 3 else loss
+
+    watcher, run = Watcher(), build_run(tmp_path / "out", logging_steps=1, config=EVERY_STEP)
+    trained(run, compute_loss, watcher)
+    after = dict(zip(watcher.steps, watcher.weights, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(after[3], after[4], strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(after[4], after[6], strict=True))
+    records = [record for record in run.log.records if "learning_rate" in record]
+    assert ["loss" in record for record in records] == [True] * 3 + [False] + [True] * 2
+    assert [record.get("skipped_steps") for record in records] == [None] * 3 + [1] * 3
+    assert read_manifest(run.output_dir / "checkpoint-6")["state"]["guard"]["skipped"] == 1
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient norm"])
+def test_too_many_such_steps_end_the_run_and_change_nothing(tmp_path, what):
+    def compute_loss(model, images, labels, draws):
+        loss = mean_loss(model, images, labels, draws)
+        return loss if run.step < 3 else spoiled(loss, model, what)
+
+    watcher, run = Watcher(), build_run(tmp_path / "out", max_skipped_steps=2, config=EVERY_STEP)
+    with pytest.raises(NonFiniteLossError, match=rf"The {what} is (nan|inf) at step 6, and 2 step\(s\) before it"):
+        trained(run, compute_loss, watcher)
+    assert watcher.steps == [1, 2, 3, 4, 5]
+    assert all(torch.equal(a, b) for a, b in zip(watcher.weights[2], weights_of(run), strict=True))
+
+
+def test_accumulation_makes_one_step_of_several_batches(tmp_path):
+    sizes = []
+
+    def compute_loss(model, images, labels, draws):
+        sizes.append(len(images))
+        return mean_loss(model, images, labels, draws)
+
+    run = trained(build_run(tmp_path / "out", gradient_accumulation_steps=3), compute_loss)
+    assert run.step == 6
+    assert sizes == [4] * 18
+
+
+def test_one_large_batch_is_as_good_as_two_small_ones(tmp_path):
+    """The noise of an image follows from its place in the step, and not from its batch."""
+    loss = DiffusionLoss(build_objective(ObjectiveArguments()), class_dropout_prob=0.5)
+    # With its usual epsilon AdamW makes full steps of gradients that are nothing but rounding errors.
+    optimization = {"adam_epsilon": 1e-4}
+    small = trained(build_run(tmp_path / "s", optimization=optimization, gradient_accumulation_steps=2), loss)
+    large = trained(build_run(tmp_path / "l", optimization=optimization, train_batch_size=8), loss)
+    for a, b in zip(weights_of(small), weights_of(large), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
+def test_sigterm_saves_and_ends_with_the_signals_code(tmp_path):
+    run = build_run(tmp_path / "out", config=EVERY_STEP)
+    watcher = Watcher(lambda run: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Interrupted) as stop:
+        trained(run, validate=watcher)
+    assert stop.value.code == 143
+    assert watcher.steps == [1]
+    assert find_checkpoint(run.output_dir, "latest").name == "checkpoint-2"
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_records_say_how_far_how_fast_and_with_how_much_memory(tmp_path):
+    config = {"flops_per_image": 1e6}
+    run = trained(build_run(tmp_path / "out", logging_steps=3, config=config))
+    first, second = (record for record in run.log.records if "loss" in record)
+    assert (first["step"], second["step"]) == (3, 6)
+    assert first["epoch"] == pytest.approx(3 * 4 / 20)
+    assert second["tflops_per_second"] == pytest.approx(3e6 * second["images_per_second"] / 1e12)
+    assert 0 < first["elapsed_seconds"] < second["elapsed_seconds"]
+    assert second["memory_gib"] > 0

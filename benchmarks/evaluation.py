@@ -1,11 +1,11 @@
-"""Evaluation: the Frechet distance against its peers, and peak memory against the number of images.
+"""Measure the Frechet distance against its peers, and the peak memory of evaluation against the number of images.
 
-The contestants take turns in one process; medians and ratios are what counts. Peak memory is that of a process of its
-own for each number of images, over what it had after importing: all metrics, with a stand-in network that has the
-dimensions of Inception's features and none of its cost.
+The contestants take turns in one process; compare medians and ratios. Peak memory is measured for all metrics in a new
+process for each number of images, over its memory after importing, with a stand-in for Inception that has the
+dimensions of its features and little of its cost.
 
     python benchmarks/evaluation.py
-    python benchmarks/evaluation.py --counts 1000 50000      # precision and recall of 50,000 take their time
+    python benchmarks/evaluation.py --counts 1000 50000      # precision and recall of 50,000 images take long
 """
 
 import argparse
@@ -25,21 +25,24 @@ from scipy import linalg
 from tqdm import tqdm
 
 from sdt_diffusion.data.raw_images import RawImages
-from sdt_diffusion.metrics.extraction import summarise
+from sdt_diffusion.metrics.comparison import frechet_distance
+from sdt_diffusion.metrics.extraction import summarize
 from sdt_diffusion.metrics.extractors import FeatureExtractor
-from sdt_diffusion.metrics.frechet import GaussianStatistics, frechet_distance
+from sdt_diffusion.metrics.features import GaussianStatistics
 from sdt_diffusion.metrics.registry import METRICS, compute_metrics
 
 BASELINE = "SciPy's sqrtm (clean-fid)"
 
 
 def by_sqrtm(first, second):
+    """Return the Frechet distance by the square root of a matrix."""
     difference = first.mean - second.mean
     root = linalg.sqrtm(first.covariance @ second.covariance)
     return difference @ difference + np.trace(first.covariance + second.covariance - 2 * root.real)
 
 
 def by_eigvals(first, second):
+    """Return the Frechet distance by the eigenvalues of a matrix that is not symmetric."""
     difference = first.mean - second.mean
     eigenvalues = np.linalg.eigvals(first.covariance @ second.covariance).astype(complex)
     return (
@@ -51,13 +54,14 @@ CONTESTANTS = {BASELINE: by_sqrtm, "NumPy's eigvals (torch-fidelity)": by_eigval
 
 
 def spread_features(count, dim, seed):
-    """Features whose covariance has eigenvalues over six orders of magnitude, as Inception's."""
+    """Draw features whose covariance has eigenvalues over six orders of magnitude, as Inception's."""
     random = np.random.default_rng(seed)
     rotation = linalg.qr(random.standard_normal((dim, dim)))[0]
     return random.standard_normal((count, dim)) * np.exp(-7 * np.arange(dim) / dim) @ rotation + 0.01 * seed
 
 
 def benchmark_frechet(dim, rounds):
+    """Print times and values of the Frechet distances, below and at full rank."""
     print(f"| Frechet distance, D = {dim} | images | s | times as fast | value |\n|---|---|---|---|---|")
     for count in (dim // 2, 3 * dim):
         features = [spread_features(count, dim, seed) for seed in (0, 1)]
@@ -67,7 +71,7 @@ def benchmark_frechet(dim, rounds):
         for _ in tqdm(range(rounds), desc=f"{count} images", leave=False):
             for name, distance in CONTESTANTS.items():
                 start = time.perf_counter()
-                values[name] = distance(*map(replace, pair))  # copies: ours keep their roots
+                values[name] = distance(*map(replace, pair))  # copies, because ours caches roots
                 times[name].append(time.perf_counter() - start)
         medians = {name: statistics.median(seconds) for name, seconds in times.items()}
         for name, median in medians.items():
@@ -102,13 +106,16 @@ class StandIn(FeatureExtractor):
         self.maps = {kind: torch.randn(192, dim, generator=generator) / 14 for kind, dim in dims.items()}
 
     def prepare(self, image):
+        """Return the pixels of an image in 0 to 1."""
         return torch.from_numpy(image.reshape(-1)).float() / 255
 
     def __call__(self, batch):
+        """Return random projections."""
         return {kind: (batch @ projection).relu() for kind, projection in self.maps.items()}
 
 
 def peak_memory(count, threads):
+    """Return peak memory in MiB over imports, and seconds, of an evaluation in a new process."""
     queue = multiprocessing.get_context("spawn").Queue()
     process = multiprocessing.get_context("spawn").Process(target=_evaluate, args=(queue, count, threads))
     process.start()
@@ -126,7 +133,7 @@ def _evaluate(queue, count, threads):
     start = time.perf_counter()
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder, contextlib.redirect_stderr(io.StringIO()):
         sides = [
-            summarise(RandomImages(count), extractor, ("pool", "spatial"), limit, 10, Path(folder))
+            summarize(RandomImages(count), extractor, ("pool", "spatial"), limit, 10, Path(folder))
             for limit in (None, 10_000)
         ]
         compute_metrics(list(METRICS), *sides)
@@ -139,6 +146,7 @@ def _resident_kib(field):
 
 
 def main():
+    """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--no_frechet", action="store_true")
     parser.add_argument("--dim", type=int, default=2048)

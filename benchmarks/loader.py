@@ -1,8 +1,8 @@
-"""Loading latents: a cache against a file for every image, and memory over a pass of several GB.
+"""Measure loading latents: a cache against a file for every image, and memory over a pass of several GB.
 
-Both are made in a temporary folder, of random numbers, and go through the stream and the DataLoader of training. The
-contestants take turns; medians and ratios are what counts. Memory is all that is resident of the process that reads, a
-fresh one or its worker, at the quarters of a pass.
+Both are made of random numbers in a temporary folder, and go through the stream and the DataLoader of training. The
+contestants take turns; compare medians and ratios. Memory is the resident memory of the process that reads, a new one
+or its worker, at the quarters of a pass.
 
     python benchmarks/loader.py
     python benchmarks/loader.py --gigabytes 1 --rounds 3
@@ -34,7 +34,7 @@ BASELINE = "a .npy file for every image"
 
 
 class FilePerImage:
-    """What fast-DiT trains from: a file for every image, without mirrors."""
+    """A file for every image, without mirror images, as fast-DiT has it."""
 
     def __init__(self, folder, count):
         self.folder, self.count = folder, count
@@ -61,9 +61,9 @@ class MappedCache(LatentCache):
 
 
 def make_cache(folder: Path, count: int, shard_size: int) -> None:
-    """A cache, written as the real ones are."""
+    """Write a cache of random latents."""
     random = np.random.default_rng(0)
-    settings = {**dict.fromkeys(READ_SETTINGS), "dtype": "float16", "num_rows": count}  # of no VAE
+    settings = {**dict.fromkeys(READ_SETTINGS), "dtype": "float16", "num_rows": count}  # without a VAE
     writer = CacheWriter(folder, {**settings, "class_names": [str(label) for label in range(1000)]})
     writer.claim()
     for shard, start in enumerate(tqdm(range(0, count, shard_size), desc="Writing", leave=False)):
@@ -74,20 +74,20 @@ def make_cache(folder: Path, count: int, shard_size: int) -> None:
 
 
 def make_files(folder: Path, count: int) -> None:
-    """A file for every image."""
+    """Write a file for every image."""
     folder.mkdir()
     for index in tqdm(range(count), desc="Writing", leave=False):
         np.save(folder / f"{index}.npy", np.random.default_rng(index).standard_normal(SHAPE, dtype=np.float32))
 
 
 def batches(images, augment, num_workers: int, num_images: int) -> Iterator[list[torch.Tensor]]:
-    """Batches as the training loop gets them."""
+    """Iterate over batches as the training loop gets them."""
     stream = ShuffledStream(images, 0, augment, start=0, stop=num_images)
     return iter(DataLoader(stream, batch_size=BATCH_SIZE, num_workers=num_workers))
 
 
 def latents_per_second(images, augment, num_workers, num_batches) -> float:
-    """Speed after the first batches, for which workers have to be started."""
+    """Return the speed after the first batches, for which workers have to be started."""
     warm_up = 2 * num_workers + 1
     loader = batches(images, augment, num_workers, BATCH_SIZE * (warm_up + num_batches))
     for _ in itertools.islice(loader, warm_up):
@@ -98,6 +98,7 @@ def latents_per_second(images, augment, num_workers, num_batches) -> float:
 
 
 def benchmark_speed(folder: Path, num_files: int, args) -> None:
+    """Print latents per second of the contestants."""
     cache = LatentCache(folder / "cache", mirrors=True)
     contestants = {
         BASELINE: (FilePerImage(folder / "files", num_files), None),
@@ -117,7 +118,7 @@ def benchmark_speed(folder: Path, num_files: int, args) -> None:
 
 
 def benchmark_memory(folder: Path) -> None:
-    """What is resident of the process that reads, after the first batch and at the quarters of a pass."""
+    """Print the resident memory of the process that reads, after the first batch and at the quarters of a pass."""
     print("\n| MiB after | | a batch | 25% | 50% | 75% | 100% of the cache |\n|---|---|---|---|---|---|---|")
     contestants = [
         ("cache", LatentCache, 0),
@@ -126,14 +127,14 @@ def benchmark_memory(folder: Path) -> None:
     ]
     for name, kind, num_workers in contestants:
         spawn = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(1, mp_context=spawn) as fresh:  # with nothing of the contestants before
+        with ProcessPoolExecutor(1, mp_context=spawn) as fresh:  # nothing is left of the contestants before
             measured = fresh.submit(resident_over_a_pass, kind, folder / "cache", num_workers).result()
         what = "worker" if num_workers else "process"
         print(f"| {name} | {what} | " + " | ".join(f"{value:.0f}" for value in measured) + " |", flush=True)
 
 
 def resident_over_a_pass(kind, folder: Path, num_workers: int) -> list[float]:
-    """Resident MiB of the process that reads: the worker, if there is one."""
+    """Return resident MiB of the process that reads, which is the worker if there is one."""
     torch.set_num_threads(1)
     images = kind(folder, mirrors=True)
     num_batches = len(images) // BATCH_SIZE
@@ -148,6 +149,7 @@ def resident_over_a_pass(kind, folder: Path, num_workers: int) -> list[float]:
 
 
 def main():
+    """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=4, help="Size of the cache.")
     parser.add_argument("--files", type=int, default=20_000, help="Number of .npy files.")

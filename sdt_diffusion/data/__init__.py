@@ -1,14 +1,14 @@
-"""Labelled images from the formats that `datasets` reads, latents of a cache, and the stream of either."""
+"""Labeled images in the formats that `datasets` reads, cached latents, and a shuffled stream of either."""
 
 from .decoding import CorruptImageError
-from .images import DataArguments, LabelledImages, load_images
+from .images import DataArguments, LabeledImages, load_images
 from .latents.cache import LatentCache
 from .stream import RandomFlip, RandomMirror, SeededTransform, ShuffledStream
 
 __all__ = [
     "CorruptImageError",
     "DataArguments",
-    "LabelledImages",
+    "LabeledImages",
     "LatentCache",
     "RandomFlip",
     "RandomMirror",

@@ -1,55 +1,55 @@
-"""Encoded images to tensors or pictures."""
+"""Decode images to tensors or pictures."""
 
 import io
 import re
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 
-#: Endings of files that are read as images.
+#: Endings of image files.
 IMAGE_ENDINGS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"})
 #: Channels of images -> their mode.
 IMAGE_MODES = {1: "L", 3: "RGB"}
 
 
 class CorruptImageError(ValueError):
-    """An image of the data set that cannot be decoded; the message names it."""
+    """An image of the data set cannot be decoded; the message names it."""
 
 
 class ImageDecoder:
-    """Decodes images as `datasets.Image(decode=False)` gives them, so that an error can name the culprit.
+    """Decodes images as `datasets.Image(decode=False)` returns them, so that an error can name the file.
 
     Args:
         resolution: Side in pixels of the square that images are cropped to; `None` with `as_pictures`.
         image_mode: "RGB" or "L".
-        as_pictures: Give PIL images of that mode, otherwise as they are, for transforms that crop by themselves.
+        as_pictures: Return PIL images of that mode, of any size, for transforms that crop by themselves.
     """
 
     def __init__(self, resolution: int | None, image_mode: str, as_pictures: bool = False):
         self.resolution, self.image_mode, self.as_pictures = resolution, image_mode, as_pictures
 
     def __call__(self, image: dict | None, row: int, dataset: str) -> torch.Tensor | Image.Image:
-        """Decodes one image.
+        """Decode one image.
 
         Args:
             image: Its `bytes`, or the `path` of its file.
-            row: Its row, for messages.
+            row: Its row in the data set, for messages.
             dataset: What the data set is called, for messages.
 
         Returns:
             A picture, or a tensor in -1 to 1 of shape (channels, resolution, resolution).
 
         Raises:
-            CorruptImageError: If that cannot be done.
+            CorruptImageError: If it cannot be decoded.
         """
         image = image or {"bytes": None, "path": None}
         try:
             return self._decode(io.BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"])
         except UnidentifiedImageError:
-            problem = "it is no image that Pillow knows"
+            problem = "Pillow does not know its format"
         except Exception as error:
-            problem = error if any(image.values()) else "there is none"
+            problem = str(error) if any(image.values()) else "the row has no image"
         path = f" ({image['path']})" if image.get("path") else ""
         raise CorruptImageError(f"Cannot read the image of row {row}{path} of {dataset}: {problem}")
 
@@ -57,29 +57,29 @@ class ImageDecoder:
         with Image.open(source) as opened:
             check_bit_depth(opened)
             picture = opened.convert(self.image_mode)
-        return picture if self.as_pictures else self._to_tensor(center_crop(picture, self.resolution))
+        if self.as_pictures or self.resolution is None:
+            return picture
+        pixels = torch.from_numpy(np.array(center_crop(picture, self.resolution)))  # (H, W) or (H, W, 3)
+        pixels = pixels.reshape(self.resolution, self.resolution, len(self.image_mode))  # (H, W, C)
+        return pixels.permute(2, 0, 1).float() / 127.5 - 1  # (C, H, W)
 
-    def _to_tensor(self, image: Image.Image) -> torch.Tensor:
-        pixels = torch.from_numpy(np.array(image)).reshape(self.resolution, self.resolution, len(self.image_mode))
-        return pixels.permute(2, 0, 1).float() / 127.5 - 1
 
-
-def check_bit_depth(image: Image.Image) -> None:
-    """Refuses an image of more than 8 bits a channel, which would be cut down to them.
+def check_bit_depth(image: ImageFile.ImageFile) -> None:
+    """Refuse an image of more than 8 bits per channel, of which Pillow would drop the lower bits.
 
     Args:
-        image: As `Image.open` gives it, before its pixels are read.
+        image: As `Image.open` returns it, before its pixels are read.
 
     Raises:
-        ValueError: Says its mode.
+        ValueError: If it has more; says its mode.
     """
-    # Pillow reads colours of 16 bits as RGB; only the layout of the file's bytes tells, such as RGB;16B.
+    # Pillow reads colors of 16 bits as RGB; only the layout of the bytes in the file, such as RGB;16B, shows it.
     if image.mode.startswith(("I", "F")) or any(re.search(";16[BLN]", str(tile)) for tile in image.tile):
-        raise ValueError(f"mode {image.mode} has more than 8 bits a channel; convert it to 8 bits")
+        raise ValueError(f"mode {image.mode} has more than 8 bits per channel; convert it to 8 bits")
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
-    """ADM's rule: halve by box filter while twice as large, resize the short side bicubically, crop the centre."""
+    """Crop a square as ADM does: halve while twice as large, resize the short side bicubically, crop the center."""
     if image.size == (size, size):
         return image
     while min(image.size) >= 2 * size:

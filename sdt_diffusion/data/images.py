@@ -1,10 +1,12 @@
-"""Labelled images from scikit-learn's digits, a folder, parquet, arrow or tar files, or the Hub."""
+"""Labeled images from scikit-learn's digits, a folder, parquet, arrow or tar files, or the Hub."""
 
+import json
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -12,8 +14,15 @@ from PIL import Image
 
 from .decoding import IMAGE_ENDINGS, ImageDecoder
 
-#: File ending -> reader of the `datasets` library.
-FILE_FORMATS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
+#: File ending -> a reader of the `datasets` library, or a function of the files' paths that returns a
+#: `datasets.Dataset`. A new format is one line here.
+FILE_FORMATS: dict[str, str | Callable[[list[str]], Any]] = {
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".tar": "webdataset",
+}
+
+Arguments = TypeVar("Arguments", bound="ImageArguments")
 
 
 @dataclass
@@ -30,17 +39,31 @@ class ImageArguments:
     dataset_split: str | None = field(default="train", metadata={"help": "Split to read."})
     image_column: str | None = field(default=None, metadata={"help": "Column of the images; found by its type."})
     label_column: str | None = field(default=None, metadata={"help": "Column of the labels; found by its type."})
+    class_names: str | None = field(
+        default=None,
+        metadata={
+            "help": "File of names for classes that the data set calls otherwise, such as n01440764: .json as "
+            "torchvision's imagenet_class_index.json, or lines 'n01440764 tench, Tinca tinca'."
+        },
+    )
     resolution: int | None = field(
         default=None, metadata={"help": "Side of the images in pixels; what the model preset is for by default."}
     )
     image_mode: Literal["RGB", "L"] | None = field(
-        default=None, metadata={"help": "Colour or grey; L for digits, RGB for all else by default."}
+        default=None, metadata={"help": "Color or gray; L for digits, RGB for all else by default."}
     )
 
-    def fill_in(self, default_resolution: int | None) -> None:
-        """Decides what was left open: side of the images in pixels, and colour or grey."""
-        self.resolution = self.resolution or default_resolution
-        self.image_mode = self.image_mode or default_image_mode(self.dataset)
+    def resolved(self: Arguments, default_resolution: int | None) -> Arguments:
+        """Return a copy in which the resolution and the image mode are decided.
+
+        Args:
+            default_resolution: Side of the images in pixels where the arguments leave it open.
+        """
+        return replace(
+            self,
+            resolution=self.resolution or default_resolution,
+            image_mode=self.image_mode or default_image_mode(self.dataset),
+        )
 
 
 @dataclass
@@ -48,56 +71,56 @@ class DataArguments(ImageArguments):
     """What to train on."""
 
     random_flip: bool = field(default=False, metadata={"help": "Mirror every other image."})
-    dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that load images."})
+    dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that load images.", "resumable": True})
 
 
-class LabelledImages:
-    """Images decoded on access, with their labels: cropped to a square, as float tensors in -1 to 1, or as pictures.
+class LabeledImages:
+    """Images with their labels, decoded on access: float tensors in -1 to 1, cropped to a square, or pictures.
 
     Args:
         dataset: A `datasets.Dataset`.
         image_column: Column of type `datasets.Image`.
-        label_column: Column of integers or `datasets.ClassLabel`.
-        resolution: Side of the square in pixels; `None` with `as_pictures`.
-        image_mode: "RGB" or "L".
-        name: What to call the data set in messages.
-        as_pictures: Give PIL images of that mode, otherwise as they are, for transforms that crop by themselves.
+        label_column: Column of integers, strings or `datasets.ClassLabel`.
+        arguments: The data set's name, resolution, image mode and file of class names; see `ImageArguments.resolved`.
+        as_pictures: Return PIL images of that mode, of any size, for transforms that crop by themselves.
+
+    Attributes:
+        arguments: The arguments.
+        labels: Label of each image, shape (images,).
+        class_names: Names of the classes, in the order of the labels.
+        stored_class_names: What the data set calls them: other than `class_names` where a file renames them.
 
     Raises:
-        ValueError: If the data set is empty or its labels are not 0 to num_classes - 1.
+        ValueError: If the data set is empty, its labels are not 0 to num_classes - 1, or a class has no name in the
+            file of class names.
     """
 
     def __init__(
-        self,
-        dataset,
-        image_column: str,
-        label_column: str,
-        resolution: int | None,
-        image_mode: str,
-        name: str,
-        as_pictures: bool = False,
+        self, dataset, image_column: str, label_column: str, arguments: ImageArguments, as_pictures: bool = False
     ):
         from datasets import ClassLabel, Image
 
+        self.arguments, name = arguments, arguments.dataset
         if len(dataset) == 0:
             raise ValueError(f"The data set {name} is empty.")
         feature = dataset.features[label_column]
         if not isinstance(feature, ClassLabel) and "string" in feature.dtype:
             dataset = dataset.class_encode_column(label_column)
             feature = dataset.features[label_column]
-        self.dataset = dataset.cast_column(image_column, Image(decode=False))  # decoding by hand can name the culprit
-        self.image_column, self.label_column, self.name = image_column, label_column, name
-        self.image_mode = image_mode
-        self.decode = ImageDecoder(resolution, image_mode, as_pictures)
+        # Images are decoded here and not by `datasets`, so that an error can name the file.
+        self.dataset = dataset.cast_column(image_column, Image(decode=False))
+        self.image_column, self.label_column = image_column, label_column
+        self.decode = ImageDecoder(arguments.resolution, arguments.image_mode, as_pictures)
         labels = dataset[label_column][:]
         for row, label in enumerate(labels):
             if not isinstance(label, int):
-                raise ValueError(f"{name}, row {row}: {label!r} in column {label_column!r} is no label.")
+                raise ValueError(f"{name}, row {row}: {label!r} in column {label_column!r} is not a label.")
         self.labels = np.asarray(labels)
         if isinstance(feature, ClassLabel):
-            self.class_names = list(feature.names)
+            self.stored_class_names = list(feature.names)
         else:
-            self.class_names = [str(label) for label in range(int(self.labels.max()) + 1)]
+            self.stored_class_names = [str(label) for label in range(int(self.labels.max()) + 1)]
+        self.class_names = rename_classes(self.stored_class_names, arguments.class_names, name)
         outside = np.flatnonzero((self.labels < 0) | (self.labels >= self.num_classes))
         if len(outside):
             row = int(outside[0])
@@ -107,6 +130,11 @@ class LabelledImages:
             )
 
     @property
+    def name(self) -> str:
+        """What the data set is called in messages."""
+        return self.arguments.dataset
+
+    @property
     def num_classes(self) -> int:
         """Number of classes."""
         return len(self.class_names)
@@ -114,13 +142,13 @@ class LabelledImages:
     @property
     def num_channels(self) -> int:
         """Channels of the images."""
-        return len(self.image_mode)
+        return len(self.arguments.image_mode)
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitems__(self, indices: Sequence[int]) -> list[tuple[torch.Tensor | Image.Image, int]]:
-        """Images, as tensors of shape (channels, resolution, resolution), and labels, read in one go."""
+        """Return images and labels, read in one go; tensors have the shape (channels, resolution, resolution)."""
         images = self.dataset[list(indices)][self.image_column]
         return [
             (self.decode(image, index, self.name), int(self.labels[index]))
@@ -132,31 +160,30 @@ class LabelledImages:
 
 
 def default_image_mode(dataset: str) -> Literal["RGB", "L"]:
-    """Grey for the digits, colour for all else."""
+    """Return gray for the digits, color for all else."""
     return "L" if dataset == "digits" else "RGB"
 
 
-def load_images(args: ImageArguments, default_resolution: int | None, as_pictures: bool = False) -> LabelledImages:
-    """Opens the data set that the arguments name.
+def load_images(args: ImageArguments, default_resolution: int | None, as_pictures: bool = False) -> LabeledImages:
+    """Open the data set that the arguments name.
 
     Args:
-        args: The arguments, into which the values that they left open are filled.
+        args: The arguments, which stay as they are; those of the images returned are complete.
         default_resolution: Side of the images in pixels where the arguments leave it open.
-        as_pictures: See `LabelledImages`.
+        as_pictures: See `LabeledImages`.
 
     Raises:
         FileNotFoundError: If a path does not exist.
         ValueError: If nothing can be read there, or the columns cannot be told.
     """
-    args.fill_in(default_resolution)
+    args = args.resolved(default_resolution)
     dataset = read_dataset(args)
     image_column, label_column = find_image_column(dataset, args), find_label_column(dataset, args)
-    shape = (args.resolution, args.image_mode)
-    return LabelledImages(dataset, image_column, label_column, *shape, args.dataset, as_pictures)
+    return LabeledImages(dataset, image_column, label_column, args, as_pictures)
 
 
 def load_digits_dataset():
-    """scikit-learn's 1,797 handwritten digits, 8x8 grey pixels, as a `datasets.Dataset` like any other."""
+    """Return scikit-learn's 1,797 handwritten digits, 8x8 gray pixels, as a `datasets.Dataset`."""
     from datasets import ClassLabel, Dataset, Features
     from datasets import Image as ImageFeature
     from sklearn.datasets import load_digits
@@ -169,11 +196,11 @@ def load_digits_dataset():
 
 
 def read_dataset(args: ImageArguments, streaming: bool = False):
-    """The `datasets.Dataset` that the arguments name; without a split, the only one there is.
+    """Return the `datasets.Dataset` that the arguments name; without a split, the only one there is.
 
     Args:
         args: The arguments.
-        streaming: Give an `IterableDataset`, which reads files as they lie, in passing, without a copy of them.
+        streaming: Return an `IterableDataset`, which reads the files in order without copying them first.
 
     Raises:
         FileNotFoundError: If a path does not exist.
@@ -193,15 +220,17 @@ def read_dataset(args: ImageArguments, streaming: bool = False):
         if files and files[0].is_file():
             if path.suffix not in FILE_FORMATS:
                 raise ValueError(f"{path}: only {', '.join(FILE_FORMATS)} files and folders can be read.")
-            data_files = [str(file) for file in files]
-            return load_dataset(FILE_FORMATS[path.suffix], data_files=data_files, split="train", streaming=streaming)
+            reader, data_files = FILE_FORMATS[path.suffix], [str(file) for file in files]
+            if callable(reader):
+                return _streamed(reader(data_files), streaming)
+            return load_dataset(reader, data_files=data_files, split="train", streaming=streaming)
         if (path / "dataset_info.json").is_file():  # written by Dataset.save_to_disk
             return _streamed(load_from_disk(str(path)), streaming)
         splits = load_dataset(str(path) if path.is_dir() else name, split=split, streaming=streaming)
         if split is not None:
             return splits
         if len(splits) > 1:
-            raise ValueError(f"it has the splits {', '.join(splits)}: name one by --dataset_split")
+            raise ValueError(f"it has the splits {', '.join(splits)}: name one as dataset_split")
         return next(iter(splits.values()))
     except Exception as error:
         raise ValueError(f"Cannot read the data set {name} (split {split!r}): {error}") from error
@@ -212,62 +241,136 @@ def _streamed(dataset, streaming):
 
 
 def find_image_column(dataset, args: ImageArguments) -> str:
-    """The column of images: the one that the arguments name, or the only one of that type.
+    """Return the column of images: the one that the arguments name, or the only one of that type.
 
     Raises:
         ValueError: If there is none or more than one.
     """
     from datasets import Image as ImageFeature
 
-    return _column(
-        dataset, args, args.image_column, "image", "--image_column", lambda _, f: isinstance(f, ImageFeature)
-    )
+    found = [name for name, feature in dataset.features.items() if isinstance(feature, ImageFeature)]
+    return _column(dataset, args, "image", found)
 
 
 def find_label_column(dataset, args: ImageArguments) -> str:
-    """The column of labels: the one that the arguments name, or the only one by its type or name.
+    """Return the column of labels: the one that the arguments name, or the only one by its type or name.
 
     Raises:
         ValueError: If there is none or more than one.
     """
     from datasets import ClassLabel
 
-    return _column(
-        dataset,
-        args,
-        args.label_column,
-        "label",
-        "--label_column",
-        lambda name, f: isinstance(f, ClassLabel) or name in ("label", "labels", "cls", "class"),
-    )
+    usual = ("label", "labels", "cls", "class")
+    found = [name for name, kind in dataset.features.items() if isinstance(kind, ClassLabel) or name in usual]
+    return _column(dataset, args, "label", found)
 
 
-def _column(dataset, args, given, role, flag, matches):
+def _column(dataset, args, role, found):
+    argument, columns = f"{role}_column", sorted(dataset.features)
+    given = getattr(args, argument)
     if given is not None:
-        if given not in dataset.features:
-            raise ValueError(f"{args.dataset} has no column {given!r} ({flag}); it has {sorted(dataset.features)}.")
+        if given not in columns:
+            raise ValueError(f"{args.dataset} has no column {given!r} ({argument}); it has {columns}.")
         return given
-    found = [name for name, feature in dataset.features.items() if matches(name, feature)]
     if len(found) != 1:
         raise ValueError(
-            f"Cannot tell the {role} column of {args.dataset} ({len(found)} candidates among "
-            f"{sorted(dataset.features)}): give {flag}."
-            + (" In a folder, labels are the names of subfolders." if role == "label" else "")
+            f"Cannot tell the {role} column of {args.dataset} ({len(found)} candidates among {columns}): give "
+            f"{argument}." + (" In a folder, labels are the names of subfolders." if role == "label" else "")
         )
     return found[0]
 
 
-def check_class_folders(folder: Path, class_names: Sequence[str]) -> None:
-    """Refuses empty folders beside those of classes: `datasets` leaves them out, and all that follow would be one off.
-
-    Other folders, such as the Hub's `data/` of parquet files, are none of its business.
+def read_class_names(path: Path) -> dict[str, str]:
+    """Read a file of class names.
 
     Args:
-        folder: The data set's; nothing is checked where there is none.
-        class_names: Of the data set.
+        path: A `.json` file, either of `{"n01440764": "tench, Tinca tinca"}` or, as torchvision's
+            imagenet_class_index.json, of `{"0": ["n01440764", "tench"]}`; or a text file of lines
+            `n01440764 tench, Tinca tinca`.
+
+    Returns:
+        What a data set calls a class, a folder's name or a number, -> its name.
 
     Raises:
-        ValueError: Names them.
+        FileNotFoundError: If there is no such file.
+        ValueError: If it holds something else.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"class_names: there is no file {path}.")
+    try:
+        text = path.read_text(encoding="utf-8")
+        return _names_of_json(json.loads(text)) if path.suffix.lower() == ".json" else _names_of_lines(text)
+    except ValueError as error:
+        raise ValueError(f"class_names: {path} cannot be read: {error}") from error
+
+
+def _names_of_json(values):
+    if not isinstance(values, dict):
+        raise ValueError("it does not hold a JSON object")
+    names = {}
+    for key, value in values.items():
+        if isinstance(value, str):
+            names[key] = value
+        elif isinstance(value, list) and len(value) == 2 and all(isinstance(part, str) for part in value):
+            names[key] = names[value[0]] = value[1]
+        else:
+            raise ValueError(f"{key!r} has neither a name nor a pair of folder and name, but {value!r:.60}")
+    return names
+
+
+def _names_of_lines(text):
+    names = {}
+    for number, line in enumerate(text.splitlines(), 1):
+        parts = line.split(maxsplit=1)
+        if len(parts) == 1:
+            raise ValueError(f"line {number}, {line!r:.60}, has no name")
+        if parts:
+            names[parts[0]] = parts[1].strip()
+    return names
+
+
+def rename_classes(stored: Sequence[str], path: str | None, dataset: str) -> list[str]:
+    """Return the names of classes in a file of class names.
+
+    Args:
+        stored: What the data set calls its classes.
+        path: The file; see `read_class_names`. Without one the names stay.
+        dataset: What the data set is called in messages.
+
+    Returns:
+        The names in the order of `stored`. Those of several classes, such as ImageNet's two cranes, carry what the
+        data set calls them: "crane (n02012849)".
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it cannot be read or lacks classes; names them.
+    """
+    if path is None:
+        return list(stored)
+    names = read_class_names(Path(path).expanduser())
+    missing = [name for name in stored if name not in names]
+    if missing:
+        more = f" and {len(missing) - 10} more" if len(missing) > 10 else ""
+        raise ValueError(
+            f"class_names: {path} has no name for {len(missing)} class(es) of {dataset}: "
+            f"{', '.join(map(repr, missing[:10]))}{more}."
+        )
+    renamed = [names[name] for name in stored]
+    count = Counter(renamed)
+    return [f"{name} ({before})" if count[name] > 1 else name for before, name in zip(stored, renamed, strict=True)]
+
+
+def check_class_folders(folder: Path, class_names: Sequence[str]) -> None:
+    """Refuse empty folders beside those of classes: `datasets` skips them, and later labels would be one too low.
+
+    Other folders, such as the Hub's `data/` of parquet files, are not checked.
+
+    Args:
+        folder: The data set's folder; nothing is checked where there is none.
+        class_names: Names of the class folders, `stored_class_names` of the images.
+
+    Raises:
+        ValueError: If there are any; names them.
     """
     holding = {
         Path(parent)

@@ -1,7 +1,7 @@
-"""Images as they are, 8 bits a channel, for evaluation: from folders, `.npz` files and data sets.
+"""Images without conversion, for evaluation: from folders, `.npz` files and data sets.
 
-Training crops and converts what it is given. Evaluation does not, unless it is told to: an image that is silently
-resized or converted is another image, and its FID another FID.
+Training crops and converts images. Evaluation does so only when asked to, because resizing or converting images
+changes their FID.
 """
 
 import io
@@ -32,16 +32,16 @@ class RawImageArguments:
         metadata={"help": "Prepare images as training does: convert them and crop them to squares of this side."},
     )
     image_mode: Literal["RGB", "L"] | None = field(
-        default=None, metadata={"help": "Colour or grey; L for digits, RGB for all else by default."}
+        default=None, metadata={"help": "Color or gray; L for digits, RGB for all else by default."}
     )
 
 
 class RawImages(ABC):
     """A sequence of images of one size: arrays of shape (height, width, 1 or 3), uint8."""
 
-    #: Where they come from, for messages and records.
+    #: Where the images come from, for messages and records.
     name: str
-    #: What was done to them.
+    #: How the images were converted and cropped.
     preparation: str = "none"
 
     @abstractmethod
@@ -49,23 +49,23 @@ class RawImages(ABC):
 
     @abstractmethod
     def __getitem__(self, index: int) -> np.ndarray:
-        """An image.
+        """Return an image.
 
         Raises:
-            CorruptImageError: If it is not as all images must be; the message names it.
+            CorruptImageError: If it cannot be decoded, or differs from the others in size or mode; names it.
         """
 
     def name_of(self, index: int) -> str:
-        """What to call an image in a message."""
+        """Return what an image is called in messages."""
         return f"image {index} of {self.name}"
 
     @property
     def compression(self) -> str:
-        """The images' file format, where they have one: JPEG's traces are features too."""
+        """The images' file format, which is recorded because compression changes features."""
         return "none"
 
     def describe(self) -> dict[str, Any]:
-        """Source, number, shape and preparation of the images."""
+        """Return source, number, shape, file format and preparation of the images."""
         return {
             "images": self.name,
             "count": len(self),
@@ -79,10 +79,10 @@ class EncodedImages(RawImages):
     """Images in files or in rows of a data set, decoded on access.
 
     Args:
-        name: What to call them all.
+        name: What the images are called in messages and records.
         image_mode: "RGB" or "L".
-        resolution: Convert images to that mode and crop them to squares of this side, as training does; images are
-            taken as they are without it.
+        resolution: Convert images to that mode and crop them to squares of this side, as training does; `None` to
+            take them as they are.
     """
 
     def __init__(self, name: str, image_mode: str, resolution: int | None):
@@ -93,20 +93,22 @@ class EncodedImages(RawImages):
 
     @abstractmethod
     def _source(self, index: int) -> Path | io.BytesIO:
-        """What Pillow opens."""
+        """Return what Pillow opens."""
 
     @property
     def compression(self) -> str:
+        """File format of the first image."""
         with Image.open(self._source(0)) as image:
             return image.format or "none"
 
     def __getitem__(self, index: int) -> np.ndarray:
         try:
-            with Image.open(self._source(index)) as image:
-                self._check(image)
+            with Image.open(self._source(index)) as opened:
+                self._check(opened)
+                image: Image.Image = opened
                 if self.resolution:
-                    image = center_crop(image.convert(self.image_mode), self.resolution)
-                return np.array(image).reshape(image.height, image.width, len(self.image_mode))
+                    image = center_crop(opened.convert(self.image_mode), self.resolution)
+                return np.array(image).reshape(image.height, image.width, len(self.image_mode))  # (H, W, C)
         except Exception as error:
             raise CorruptImageError(f"Cannot use {self.name_of(index)}: {error}") from error
 
@@ -117,24 +119,23 @@ class EncodedImages(RawImages):
         if self.resolution:
             return
         if "transparency" in image.info:
-            raise ValueError("it has a transparent colour; convert it, or have all images converted by --resolution")
+            raise ValueError("it has a transparent color; convert it, or give a resolution to convert all images")
         if image.mode != self.image_mode:
             raise ValueError(
-                f"its mode is {image.mode}, not {self.image_mode}; convert it, or have all images converted and "
-                "cropped as in training by --resolution"
-                + (", or evaluate grey images by --image_mode L" if image.mode == "L" else "")
+                f"its mode is {image.mode}, not {self.image_mode}; convert it, or give a resolution to convert and "
+                "crop all images as in training" + (", or image_mode L for gray images" if image.mode == "L" else "")
             )
         if self._size is None:
             self._size = image.size
         if image.size != self._size:
             raise ValueError(
                 f"it has {image.width}x{image.height} pixels, the first image {self._size[0]}x{self._size[1]}; "
-                "resize the images, or have them cropped as in training by --resolution"
+                "resize the images, or give a resolution to crop all images as in training"
             )
 
 
 class FolderImages(EncodedImages):
-    """The image files in a folder and its subfolders, sorted by path, whatever order the file system lists them in.
+    """The image files in a folder and its subfolders, sorted by path.
 
     Raises:
         ValueError: If there are none.
@@ -142,7 +143,7 @@ class FolderImages(EncodedImages):
 
     def __init__(self, folder: Path, image_mode: str = "RGB", resolution: int | None = None):
         super().__init__(str(folder), image_mode, resolution)
-        # Not rglob, which does not enter linked folders.
+        # rglob does not enter linked folders.
         files = (Path(parent, name) for parent, _, names in os.walk(folder, followlinks=True) for name in names)
         paths = [path for path in files if path.suffix.lower() in IMAGE_ENDINGS]
         self.folder = folder
@@ -156,10 +157,12 @@ class FolderImages(EncodedImages):
 
     @property
     def compression(self) -> str:
+        """File formats by the endings of the files."""
         endings = {Path(name).suffix.lower().removeprefix(".").replace("jpg", "jpeg") for name in self._names}
         return ", ".join(sorted(ending.upper() for ending in endings))
 
     def name_of(self, index: int) -> str:
+        """Return the path of an image."""
         return str(self._source(index))
 
     def _source(self, index):
@@ -187,6 +190,7 @@ class DatasetImages(EncodedImages):
         return len(self.dataset)
 
     def name_of(self, index: int) -> str:
+        """Return row, data set and path of an image."""
         path = self.dataset[index][self.column]["path"]
         return f"row {index} of {self.name}" + (f" ({path})" if path else "")
 
@@ -198,7 +202,7 @@ class DatasetImages(EncodedImages):
 class NpzImages(RawImages):
     """`arr_0` of an `.npz` file in the layout of ADM's evaluation: uint8, shape (n, height, width, 3).
 
-    The array is mapped where it lies in the file, not read into memory.
+    The array is mapped into memory, not read.
 
     Raises:
         ValueError: If there is no such array.
@@ -210,8 +214,8 @@ class NpzImages(RawImages):
         shape = self.array.shape
         if self.array.dtype != np.uint8 or len(shape) != 4 or shape[3] not in (1, 3) or 0 in shape:
             raise ValueError(
-                f"{path}: arr_0 has type {self.array.dtype} and shape {shape}; images are uint8, (n, height, width, "
-                "3), or 1 in the end for grey."
+                f"{path}: arr_0 has type {self.array.dtype} and shape {shape}; images are uint8 of shape "
+                "(n, height, width, 3), or (n, height, width, 1) for gray."
             )
 
     def __len__(self) -> int:
@@ -225,7 +229,7 @@ class SubsetImages(RawImages):
     """Some of the images, drawn at random.
 
     Raises:
-        ValueError: If there are not as many.
+        ValueError: If there are fewer images.
     """
 
     def __init__(self, images: RawImages, count: int, seed: int = 2020):
@@ -241,19 +245,21 @@ class SubsetImages(RawImages):
         return self.images[self.indices[index]]
 
     def name_of(self, index: int) -> str:
+        """Return what the image is called in the whole set."""
         return self.images.name_of(self.indices[index])
 
     def describe(self) -> dict[str, Any]:
+        """Return the description of all images, with the number drawn and the number they were drawn from."""
         return {**self.images.describe(), "count": len(self), "drawn_from": len(self.images)}
 
 
 def map_npz_array(path: Path, key: str) -> np.ndarray:
-    """An array of an `.npz` file, mapped into memory where it lies in the file.
+    """Map an array of an `.npz` file into memory.
 
-    A compressed one is unpacked into a nameless file in the folder for temporary files first.
+    A compressed array is first unpacked into an unnamed temporary file.
 
     Raises:
-        ValueError: If the file is no `.npz` or lacks the array.
+        ValueError: If the file is not a whole `.npz` file or lacks the array.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -266,7 +272,7 @@ def map_npz_array(path: Path, key: str) -> np.ndarray:
                 read_header = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
                 shape, fortran_order, dtype = read_header[version[0]](member)
                 header_size = member.tell()
-                order = "F" if fortran_order else "C"
+                order: Literal["F", "C"] = "F" if fortran_order else "C"
                 if 0 in shape:
                     return np.empty(shape, dtype)
                 if entry.compress_type != zipfile.ZIP_STORED:
@@ -274,7 +280,7 @@ def map_npz_array(path: Path, key: str) -> np.ndarray:
                     shutil.copyfileobj(member, unpacked)
                     return np.memmap(unpacked, dtype=dtype, mode="r", shape=shape, order=order)
     except (zipfile.BadZipFile, OSError, EOFError, RuntimeError, KeyError) as error:
-        raise ValueError(f"{path} is no whole .npz file: {error}") from error
+        raise ValueError(f"{path} is not a whole .npz file: {error}") from error
     with path.open("rb") as file:  # the data follow the entry's own header, whose length is in bytes 26 to 29
         file.seek(entry.header_offset)
         local = file.read(30)
@@ -283,11 +289,11 @@ def map_npz_array(path: Path, key: str) -> np.ndarray:
 
 
 def save_npz_images(path: Path, images: RawImages) -> None:
-    """Writes images as `arr_0` of an `.npz`, the layout that ADM's evaluation reads, one at a time.
+    """Write images, one at a time, as `arr_0` of an `.npz`, the layout that ADM's evaluation reads.
 
     Args:
         path: The file.
-        images: The images. Grey becomes RGB, which evaluators expect.
+        images: The images. Gray ones become RGB, which evaluators expect.
     """
     shape = (*images[0].shape[:2], 3)
     header = {"descr": "|u1", "fortran_order": False, "shape": (len(images), *shape)}
@@ -297,25 +303,28 @@ def save_npz_images(path: Path, images: RawImages) -> None:
             member.write(np.broadcast_to(images[index], shape).tobytes())
 
 
-def refuse_preparation(args: RawImageArguments, what: str) -> None:
-    """Refuses flags that change images where these are what they are.
+def refuse_preparation(args: RawImageArguments, path: Path) -> None:
+    """Refuse arguments that convert images where nothing is converted.
+
+    Args:
+        args: The arguments.
+        path: The file that holds images or statistics.
 
     Raises:
-        ValueError: Names the flag.
+        ValueError: If one of them is given; names it.
     """
     for key in ("resolution", "image_column", "image_mode"):
         if getattr(args, key) is not None:
-            raise ValueError(f"--{key} does nothing to {what}; leave it out.")
+            raise ValueError(f"{key} has no effect on {path}; leave it out.")
 
 
-def open_images(name: str, args: RawImageArguments, flag: str) -> RawImages:
-    """Images by the name of a folder, an `.npz` file or a data set.
+def open_images(name: str, args: RawImageArguments) -> RawImages:
+    """Open images by the name of a folder, an `.npz` file or a data set.
 
     Args:
         name: A folder of images or of `Dataset.save_to_disk`, an `.npz`, `.parquet`, `.arrow` or `.tar` file,
             "digits", or a name on the Hub.
         args: How to read them.
-        flag: Where the name came from, for messages.
 
     Raises:
         FileNotFoundError: If a path does not exist.
@@ -324,8 +333,8 @@ def open_images(name: str, args: RawImageArguments, flag: str) -> RawImages:
     path = Path(name).expanduser()
     if path.suffix.lower() == ".npz":
         if not path.is_file():
-            raise FileNotFoundError(f"{flag}: there is no file {path}.")
-        refuse_preparation(args, f"{flag} {path}")
+            raise FileNotFoundError(f"There is no file {path}.")
+        refuse_preparation(args, path)
         return NpzImages(path)
     image_mode = args.image_mode or default_image_mode(name)
     if path.is_dir() and not (path / "dataset_info.json").is_file():

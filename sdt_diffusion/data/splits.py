@@ -1,4 +1,4 @@
-"""What to train a classifier on, and the images that it never sees."""
+"""The images to train a classifier on, and the images to test it on."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -9,21 +9,21 @@ from typing import Any
 import numpy as np
 
 from ..utils.seeding import Stream, numpy_generator
-from .images import DataArguments, LabelledImages, check_class_folders, load_images
+from .images import DataArguments, LabeledImages, check_class_folders, load_images
 
-#: Split -> the folders that `datasets` takes it from.
+#: Split -> names of the folders that `datasets` takes it from.
 SPLIT_FOLDERS = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
-#: Seed of the split that is held out where there is none; not the run's, so that runs can be compared.
+#: Seed of the images that are held out; not the run's seed, so that runs of different seeds can be compared.
 HELD_OUT_SEED = 0
 
 
 @dataclass
 class ValidationDataArguments:
-    """What to test on. Without a data set or split for it, a fixed part of each class is kept from training."""
+    """What to test on. Without a data set or split for it, a fixed part of each class is held out of training."""
 
     validation_dataset: str | None = field(
         default=None, metadata={"help": "Data set to test on, as --dataset; the same one by default."}
@@ -34,28 +34,28 @@ class ValidationDataArguments:
     )
     validation_fraction: float = field(
         default=0.2,
-        metadata={"help": "Without either: part of every class that is kept from training, the same for all seeds."},
+        metadata={"help": "Without either: part of every class that is held out, the same for all seeds."},
     )
 
     def __post_init__(self):
         if not 0 < self.validation_fraction < 1:
-            raise ValueError(f"--validation_fraction must lie between 0 and 1, not {self.validation_fraction}.")
+            raise ValueError(f"validation_fraction must lie between 0 and 1, not {self.validation_fraction}.")
 
 
 class ImageSubset:
-    """Some of the images of a data set; what they are called in messages stays.
+    """Some of the images of a data set, which keeps its name in messages.
 
     Args:
         images: The data set.
         indices: Which of them.
     """
 
-    def __init__(self, images: LabelledImages, indices: Sequence[int]):
+    def __init__(self, images: LabeledImages, indices: Sequence[int] | np.ndarray):
         self.images, self.indices = images, np.asarray(indices)
 
     @property
     def name(self) -> str:
-        """What to call the data set."""
+        """What the data set is called in messages."""
         return self.images.name
 
     @property
@@ -72,16 +72,17 @@ class ImageSubset:
         return len(self.indices)
 
     def __getitems__(self, indices: Sequence[int]) -> list[tuple[Any, int]]:
+        """Return images and labels, read in one go."""
         return self.images.__getitems__([int(self.indices[index]) for index in indices])
 
 
 def load_splits(
     data: DataArguments, validation: ValidationDataArguments, default_resolution: int
-) -> tuple[LabelledImages, LabelledImages | ImageSubset, LabelledImages | ImageSubset]:
-    """Opens the pictures to train and to test on.
+) -> tuple[LabeledImages, LabeledImages | ImageSubset, LabeledImages | ImageSubset]:
+    """Open the pictures to train and to test on.
 
     Args:
-        data: The data to train on; values left open are filled in.
+        data: The data to train on; `arguments` of the images returned has the values that it leaves open.
         validation: The data to test on.
         default_resolution: See `load_images`.
 
@@ -93,7 +94,7 @@ def load_splits(
         ValueError: If a class has no images, or the classes of the two differ; see also `load_images`.
     """
     images = load_images(data, default_resolution, as_pictures=True)
-    check_class_folders(Path(data.dataset).expanduser(), images.class_names)
+    check_class_folders(Path(data.dataset).expanduser(), images.stored_class_names)
     without = [name for label, name in enumerate(images.class_names) if not (images.labels == label).any()]
     if without:
         raise ValueError(
@@ -104,50 +105,50 @@ def load_splits(
         train, held_out = stratified_split(images.labels, validation.validation_fraction)
         if not len(held_out):
             raise ValueError(
-                f"{images.name} is too small for --validation_fraction {validation.validation_fraction}: no class "
-                "would give an image to test on. Raise it, or give --validation_dataset or --validation_split."
+                f"{images.name} is too small for validation_fraction {validation.validation_fraction}: no class "
+                "has enough images to hold one out. Raise it, or give validation_dataset or validation_split."
             )
         return images, ImageSubset(images, train), ImageSubset(images, held_out)
 
     other = dataclasses.replace(
-        data,
+        images.arguments,
         dataset=validation.validation_dataset or data.dataset,
         dataset_split=validation.validation_split or _validation_split(validation.validation_dataset),
     )
     same_split = other.dataset_split == data.dataset_split or not _has_splits(data.dataset)
     if other.dataset == data.dataset and same_split:
         raise ValueError(
-            f"--validation_dataset and --validation_split name the images of {data.dataset} that are trained on: give "
-            "others, or neither to have a part of each class held out."
+            f"validation_dataset and validation_split name the images of {data.dataset} that are trained on: give "
+            "others, or neither to hold out a part of each class."
         )
     tested = load_images(other, default_resolution, as_pictures=True)
-    check_class_folders(Path(other.dataset).expanduser(), tested.class_names)
+    check_class_folders(Path(other.dataset).expanduser(), tested.stored_class_names)
     check_same_classes(images, tested)
     return images, images, tested
 
 
 def stratified_split(labels: np.ndarray, fraction: float) -> tuple[np.ndarray, np.ndarray]:
-    """Rows to train on and rows to hold out: `fraction` of every class, rounded, always the same ones."""
-    held_out = []
+    """Return the rows to train on and the rows to hold out: `fraction` of every class, always the same ones."""
+    of_classes = []
     for label in np.unique(labels):
         rows = np.flatnonzero(labels == label)
         chosen = numpy_generator(Stream.HELD_OUT, HELD_OUT_SEED, int(label)).permutation(rows)
-        held_out.append(chosen[: min(round(fraction * len(rows)), len(rows) - 1)])
-    held_out = np.sort(np.concatenate(held_out))
+        of_classes.append(chosen[: min(round(fraction * len(rows)), len(rows) - 1)])
+    held_out = np.sort(np.concatenate(of_classes))
     return np.setdiff1d(np.arange(len(labels)), held_out), held_out
 
 
-def check_same_classes(images: LabelledImages, tested: LabelledImages) -> None:
-    """Refuses test data whose labels mean other classes.
+def check_same_classes(images: LabeledImages, tested: LabeledImages) -> None:
+    """Refuse test data whose labels mean other classes.
 
     Raises:
-        ValueError: Names the classes that differ, or the first label beyond the trained ones.
+        ValueError: If they do; names the classes that differ, or the first label beyond the trained ones.
     """
     if tested.class_names == images.class_names:
         return
     numbers = [str(label) for label in range(max(images.num_classes, tested.num_classes))]
     if images.class_names + tested.class_names == numbers[: images.num_classes] + numbers[: tested.num_classes]:
-        # Labels without names: the test data may lack the last classes, but must have no others.
+        # Numbers instead of names: the test data may lack the last classes, but must not have more.
         if tested.num_classes > images.num_classes:
             row = int(np.flatnonzero(tested.labels >= images.num_classes)[0])
             raise ValueError(
@@ -173,7 +174,7 @@ def _has_splits(name):
 
 
 def _validation_split(name):
-    """A folder of class folders is one split, which `datasets` calls "train"."""
+    """Return the split to test on; a folder of class folders is one split, which `datasets` calls "train"."""
     root = Path(name).expanduser()
     has_folder = any((root / folder).is_dir() for folder in SPLIT_FOLDERS["validation"])
     return "train" if root.is_dir() and not has_folder else "validation"

@@ -1,4 +1,4 @@
-"""An endless, reshuffled stream of samples that can start anywhere."""
+"""An endless, reshuffled stream of samples that can start anywhere, and the augmentations of its images."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,7 +11,7 @@ from ..utils.seeding import Stream, numpy_generator, seeded_cpu_generators, torc
 
 
 class RandomFlip:
-    """Mirrors every other image tensor.
+    """Mirrors half of the image tensors.
 
     Args:
         seed: Seed of the run.
@@ -21,22 +21,24 @@ class RandomFlip:
         self.seed = seed
 
     def mirrors(self, position: int) -> bool:
-        """Whether the image at a position is mirrored."""
+        """Return whether the image at a position of the stream is mirrored."""
         return bool(torch_seed(Stream.FLIP, self.seed, position) & 1)
 
     def __call__(self, image: torch.Tensor, position: int) -> torch.Tensor:
+        """Return the image or its mirror image."""
         return image.flip(-1) if self.mirrors(position) else image
 
 
 class RandomMirror(RandomFlip):
-    """Takes, of images that come with their mirrors along the first axis, the one that `RandomFlip` would give."""
+    """Chooses between an image and its mirror image, stacked along the first axis, as `RandomFlip` would."""
 
     def __call__(self, both: torch.Tensor, position: int) -> torch.Tensor:
+        """Return the image, `both[0]`, or its mirror image, `both[1]`."""
         return both[int(self.mirrors(position))]
 
 
 class SeededTransform:
-    """A transform of torchvision's or timm's kind, which draws from the global generators, seeded for every image.
+    """Seeds a transform of torchvision or timm, which draws from the global generators, for every image.
 
     Args:
         transform: Function of an image.
@@ -47,6 +49,7 @@ class SeededTransform:
         self.transform, self.seed = transform, seed
 
     def __call__(self, image: Any, position: int) -> torch.Tensor:
+        """Return the transformed image."""
         with seeded_cpu_generators(Stream.AUGMENTATION, self.seed, position):
             return self.transform(image)
 
@@ -54,19 +57,19 @@ class SeededTransform:
 class ShuffledStream(Dataset):
     """The samples of a data set, epoch after epoch, each in a new order.
 
-    What stands at a position of the stream follows from the seed and the position alone. So a run resumes by starting
-    at the position it had reached: no state of a sampler, worker or random generator needs saving, and the number of
-    workers changes nothing.
+    The sample at a position of the stream depends on the seed and the position alone. So a run resumes by starting at
+    the position it had reached: no state of a sampler, worker or random generator is saved, and the number of workers
+    changes nothing.
 
     Args:
-        images: Has `__len__` and `__getitems__(indices)`, giving (image, label) pairs.
+        images: Has `__len__` and `__getitems__(indices)`, which returns (image, label) pairs.
         seed: Seed of the orders.
-        augment: Function of (image, position), giving the tensor; `None` to leave images as they are.
+        augment: Function of (image, position) that returns the tensor; `None` to leave images as they are.
         start: First position.
         stop: Position after the last.
-        num_repeats: How often a sample stands in a row, augmented anew each time ("Augment your batch", Hoffer et al.
-            2020). An order then lasts that many times longer: no sample is left out, unlike in DeiT's sampler, which
-            drops the rest of an order when it has given as many samples as there are images.
+        num_repeats: How often in a row a sample comes, augmented anew each time ("Augment your batch", Hoffer et al.
+            2020). An epoch is then that many times longer: no sample is left out, unlike in DeiT's sampler, whose
+            epochs stay as long as the data set and so leave samples out.
     """
 
     def __init__(
@@ -88,7 +91,7 @@ class ShuffledStream(Dataset):
     def __getitems__(self, offsets: Sequence[int]) -> list[tuple[torch.Tensor, int]]:
         positions = [self.start + offset for offset in offsets]
         indices = [self._index(position // self.num_repeats) for position in positions]
-        once = list(dict.fromkeys(indices))  # repeats are decoded once
+        once = list(dict.fromkeys(indices))  # decode repeated samples once
         samples = dict(zip(once, self.images.__getitems__(once), strict=True))
         if self.augment is None:
             return [samples[index] for index in indices]

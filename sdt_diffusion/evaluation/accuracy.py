@@ -22,7 +22,7 @@ import torch
 import transformers
 from accelerate import PartialState
 
-from ..data import LabelledImages, load_images
+from ..data import LabeledImages, load_images
 from ..data.images import ImageArguments, check_class_folders
 from ..metrics.confusion import Confusion, PreparedImages, classify
 from ..metrics.extractors.transformers_models import channels_of, image_mode_for, load_classifier
@@ -134,7 +134,7 @@ def evaluate_accuracy(args: AccuracyArguments) -> str | None:
     return f"{format_summary(record)}\n\n{format_classes(record['classes'])}"
 
 
-def open_labeled_images(args: AccuracyArguments, num_channels: int) -> LabelledImages:
+def open_labeled_images(args: AccuracyArguments, num_channels: int) -> LabeledImages:
     """Open the data set; its images stay as they are, except for the model's number of channels.
 
     Raises:

@@ -27,7 +27,7 @@ from ..metrics.extractors.transformers_models import (
     image_mode_for,
     load_classifier,
     prepare_picture,
-    undo_normalisation,
+    undo_normalization,
 )
 from ..plots import DecayRow, DecaySection, plot_decays
 from ..sampling.generate import generate
@@ -124,7 +124,7 @@ def look_at_image(args: DecayArguments, device) -> Look:
         probabilities = model(pixel_values[None].to(device)).logits[0].softmax(dim=0)
     best = int(probabilities.argmax())
     title = f"{args.image.name}, taken for {model.config.id2label[best]!r} ({float(probabilities[best]):.0%})"
-    return title, model, [("", undo_normalisation(pixel_values, processor), decays)]
+    return title, model, [("", undo_normalization(pixel_values, processor), decays)]
 
 
 def look_at_samples(args: DecayArguments, device) -> Look:

@@ -22,7 +22,7 @@ from accelerate import PartialState
 from PIL import Image
 
 from ..data.raw_images import RawImageArguments, RawImages, SubsetImages, open_images, save_npz_images
-from ..metrics.extraction import summarise
+from ..metrics.extraction import summarize
 from ..metrics.extractors import ExtractorArguments, FeatureExtractor, build_extractor
 from ..metrics.registry import (
     FULL_COUNT,
@@ -148,7 +148,7 @@ def compare(
         samples = draw_samples(pipe, sampling_args, num_samples, args.output)
     splits = args.inception_splits if "inception_score" in metrics else 0
     num_features = None if with_features else 0
-    found = summarise(samples, num_features=num_features, inception_splits=splits, desc="Samples", **how)
+    found = summarize(samples, num_features=num_features, inception_splits=splits, desc="Samples", **how)
     if not PartialState().is_main_process:
         return None
 
@@ -183,7 +183,7 @@ def open_samples(name: str, count: int | None, image_args: RawImageArguments) ->
         images = SampleFolder(Path(name))
     else:
         mode = None if Path(name).suffix.lower() == ".npz" else image_args.image_mode
-        images = open_images(name, RawImageArguments(image_mode=mode), "--samples")
+        images = open_images(name, RawImageArguments(image_mode=mode))
     return images if count in (None, len(images)) else SubsetImages(images, count)
 
 

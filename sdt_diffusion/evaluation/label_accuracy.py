@@ -17,14 +17,14 @@ from diffusers import DiffusionPipeline
 
 import sdt_diffusion  # noqa: F401  (lets diffusers find the pipeline's classes)
 
-from ..data import DataArguments, LabelledImages, load_images
+from ..data import DataArguments, LabeledImages, load_images
 from ..sampling.generate import class_labels_for, describe_sampling, generate, stack_samples
 from ..sdt import SDTPipeline
 from ..utils.arguments import parse_arguments, require_at_least
 
 
 def label_accuracy(
-    pipe: SDTPipeline, real: LabelledImages, num_images: int, sampling: dict[str, Any], batch_size: int = 250
+    pipe: SDTPipeline, real: LabeledImages, num_images: int, sampling: dict[str, Any], batch_size: int = 250
 ) -> dict[str, Any]:
     """How many samples an RBF SVM, trained on the real images, takes for the class they were made for.
 
@@ -49,7 +49,7 @@ def label_accuracy(
     }
 
 
-def svm_label_accuracy(real: LabelledImages, samples: np.ndarray, labels: Sequence[int]) -> float:
+def svm_label_accuracy(real: LabeledImages, samples: np.ndarray, labels: Sequence[int]) -> float:
     """Fraction of samples that an RBF support vector machine, trained on the pixels of real images, gives their label.
 
     A measure for small images and data sets, such as the digits.

@@ -5,7 +5,7 @@ from typing import Literal
 
 import numpy as np
 
-from ..data import LabelledImages
+from ..data import LabeledImages
 from ..sdt.pipeline_sdt import labels_of_names
 
 Matching = Literal["auto", "name", "index"]
@@ -63,7 +63,7 @@ def match_labels(
     return labels, "name"
 
 
-def check_labels(images: LabelledImages, labels: Sequence[int], num_labels: int) -> None:
+def check_labels(images: LabeledImages, labels: Sequence[int], num_labels: int) -> None:
     """Refuse classes for which the model has no label.
 
     Raises:

@@ -17,10 +17,9 @@ import torch
 from accelerate import PartialState
 
 from ..data.raw_images import NpzImages, RawImageArguments, RawImages, open_images, refuse_preparation
-from ..metrics.extraction import summarise
+from ..metrics.extraction import summarize
 from ..metrics.extractors import ExtractorArguments, FeatureExtractor, build_extractor
-from ..metrics.registry import check_reference
-from ..metrics.summary import (
+from ..metrics.features import (
     STATISTICS_KEYS,
     FeatureSummary,
     check_summary_path,
@@ -28,6 +27,7 @@ from ..metrics.summary import (
     load_summary,
     save_summary,
 )
+from ..metrics.registry import check_reference
 from ..utils.arguments import errors_in_a_line, parse_arguments, require_at_least
 from ..utils.files import check_writable
 
@@ -55,8 +55,8 @@ class Reference:
             ValueError: If nothing can be read there.
         """
         if not has_statistics(Path(path)):
-            return cls(path, images=open_images(path, image_args, "--reference"))
-        refuse_preparation(image_args, f"--reference {path}")
+            return cls(path, images=open_images(path, image_args))
+        refuse_preparation(image_args, Path(path))
         return cls(path, _images_beside(Path(path)), load_summary(Path(path)))
 
     def check(self, metrics: Sequence[str], extractor: FeatureExtractor) -> None:
@@ -77,12 +77,12 @@ class Reference:
     def summarise(
         self, extractor: FeatureExtractor, statistics: Sequence[str], num_features: int, **kwargs: Any
     ) -> FeatureSummary | None:
-        """The statistics and features asked for, from the file where it has them; see `extraction.summarise`."""
+        """The statistics and features asked for, from the file where it has them; see `extraction.summarize`."""
         kwargs = {"desc": "Reference", **kwargs}
         if self.statistics is None:
-            return summarise(self.images, extractor, statistics, num_features, **kwargs)
+            return summarize(self.images, extractor, statistics, num_features, **kwargs)
         if num_features and self.statistics.features is None:
-            beside = summarise(self.images, extractor, (), num_features, **kwargs)
+            beside = summarize(self.images, extractor, (), num_features, **kwargs)
             self.statistics.features = beside.features if beside else None
         return self.statistics
 
@@ -119,10 +119,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     with errors_in_a_line(ValueError, OSError):
         check_summary_path(args.output)
         check_writable(args.output.parent)
-        images = open_images(args.images, image_args, "--images")
+        images = open_images(args.images, image_args)
         with state.local_main_process_first():  # weights may have to be downloaded
             extractor = build_extractor(extractor_args.extractor, extractor_args.extractor_weights, state.device)
-        summary = summarise(
+        summary = summarize(
             images,
             extractor,
             statistics=[kind for kind in STATISTICS_KEYS if kind in extractor.provides],

@@ -1,1 +1,1 @@
-"""How good samples are."""
+"""Numbers that say how good samples are, and the features they are computed from."""

@@ -1,4 +1,4 @@
-"""From images to what metrics need of them, on all processes, in memory that does not grow with their number."""
+"""Extract from images what metrics need, on all processes, in memory that does not grow with the number of images."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,16 +14,14 @@ from tqdm.auto import tqdm
 from ..data import CorruptImageError
 from ..data.raw_images import RawImages
 from .extractors import FeatureExtractor
-from .features import FeatureFile
-from .frechet import RunningStatistics
+from .features import FeatureFile, FeatureSummary, RunningGaussian
 from .inception_score import RunningInceptionScore
-from .summary import FeatureSummary
 
 #: Seed of the random subset of images whose features are kept.
 SUBSET_SEED = 2020
 
 
-def summarise(
+def summarize(
     images: RawImages,
     extractor: FeatureExtractor,
     statistics: Sequence[str] = ("pool",),
@@ -33,20 +31,20 @@ def summarise(
     num_workers: int = 0,
     desc: str = "Features",
 ) -> FeatureSummary | None:
-    """Extracts features of images and keeps what was asked for.
+    """Extract features of images and summarize them.
 
-    Called by all processes. They share the images batch by batch; the features come together in the order of the
-    images, and the sums are made in that order, whoever extracted them.
+    Called by all processes, which share the batches of images. The features are gathered and added up in the order of
+    the images, so that the number of processes changes nothing.
 
     Args:
         images: The images.
         extractor: The extractor.
-        statistics: Kinds of features of which to take mean and covariance.
+        statistics: Kinds of features whose mean and covariance to compute.
         num_features: Images, at random, whose pooled features to keep; 0 for none, `None` for all.
         inception_splits: Splits of the Inception Score; 0 for none.
-        feature_folder: On which disk to keep features; they leave nothing behind.
+        feature_folder: Folder on the disk to keep features on; no file is left behind.
         num_workers: Processes that read and prepare images.
-        desc: What the progress bar says.
+        desc: Title of the progress bar.
 
     Returns:
         The summary on the main process, `None` on the others.
@@ -56,7 +54,7 @@ def summarise(
         ValueError: If there are too few images, or features that are not finite.
     """
     state = PartialState()
-    gaussians = {kind: RunningStatistics() for kind in statistics}
+    gaussians = {kind: RunningGaussian() for kind in statistics}
     score = RunningInceptionScore(len(images), inception_splits) if inception_splits else None
     kept = _subset(len(images), num_features)
     store = None
@@ -92,11 +90,11 @@ def _subset(count, num_features):
 
 
 def _features_in_order(images, extractor, kinds, num_workers, state) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
-    """Batches of features in the order of the images, on all processes: index of the first, and the features."""
+    """Iterate over batches of features in the order of the images: index of the first image, and the features."""
     size = extractor.batch_size
     batches = [range(start, min(start + size, len(images))) for start in range(0, len(images), size)]
     rounds = -(-len(batches) // state.num_processes)
-    # Who has nothing to do in the last round extracts the last batch once more: all must take part in the gathering.
+    # Gathering needs all processes: those without a batch in the last round extract the last batch again.
     mine = [min(r * state.num_processes + state.process_index, len(batches) - 1) for r in range(rounds)]
     loader = DataLoader(
         _Prepared(images, extractor),
@@ -129,7 +127,7 @@ def _finite(features, images, start):
 
 
 class _Prepared(torch.utils.data.Dataset):
-    """Images as the extractor wants them; errors as items, since a worker would wrap them in its own traceback."""
+    """Images as the extractor wants them; errors are items, because a worker would wrap them in its own traceback."""
 
     def __init__(self, images: RawImages, extractor: FeatureExtractor):
         self.images, self.prepare = images, extractor.prepare
@@ -148,7 +146,7 @@ class _Prepared(torch.utils.data.Dataset):
 
 @contextmanager
 def _exact_arithmetic():
-    """On CUDA: no TF32, which is cuDNN's default and has 10 bits of precision, and the same algorithm every time."""
+    """Turn off TF32 on CUDA, which is cuDNN's default and has 10 bits of precision, and fix the algorithm."""
     matmul = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
     try:

@@ -1,26 +1,59 @@
-"""Samples against a reference: which metrics need what, and their numbers."""
+"""The table of metrics: what each needs, how it is computed, and how its number is presented."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from ..utils.fingerprint import differences
+from .comparison import NEIGHBORHOOD, frechet_distance, kernel_distance, manifold_coverage
 from .extractors import FeatureExtractor
-from .frechet import frechet_distance
-from .kid import kernel_distance
-from .precision_recall import NEIGHBORHOOD, precision_recall
-from .summary import FeatureSummary
+from .features import FeatureSummary
 
 
 @dataclass(frozen=True)
-class Needs:
-    """What a metric needs: of which features it takes Gaussians, or whether it takes the features themselves."""
+class MetricSettings:
+    """Settings of metrics.
 
+    Args:
+        inception_splits: Splits of the Inception Score.
+        kid_subsets: Subsets of KID.
+        kid_subset_size: Images of each set in one.
+        device: Where to compute with features.
+    """
+
+    inception_splits: int = 10
+    kid_subsets: int = 100
+    kid_subset_size: int = 1000
+    device: torch.device | str = "cpu"
+
+
+#: Computes a metric from the summaries of samples and reference: its value, or an average and its standard deviation.
+Compute = Callable[[FeatureSummary, FeatureSummary, MetricSettings], float | tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric of samples against a reference.
+
+    Args:
+        compute: See `Compute`.
+        statistics: Kind of features whose Gaussians it compares, if any: a summary then holds them.
+        features: Whether it compares the pooled features themselves: a summary then holds them.
+        logits: Whether it needs the samples' Inception Score, and no reference.
+        least_images: Fewest images on each side, or the setting that says so.
+        title: Name in tables, if other than the metric's.
+        general_title: Name in tables for extractors other than Inception, if other than the metric's.
+    """
+
+    compute: Compute
     statistics: str | None = None
     features: bool = False
     logits: bool = False
+    least_images: int | str = 2
+    title: str | None = None
+    general_title: str | None = None
 
     @property
     def kind(self) -> str:
@@ -28,13 +61,40 @@ class Needs:
         return self.statistics or ("logits" if self.logits else "pool")
 
 
+def _frechet(kind: str) -> Compute:
+    return lambda samples, reference, settings: frechet_distance(samples.statistics[kind], reference.statistics[kind])
+
+
+def _inception_score(samples, reference, settings):
+    return samples.inception_score
+
+
+def _precision(samples, reference, settings):
+    return manifold_coverage(samples.features, reference.features, device=settings.device)
+
+
+def _recall(samples, reference, settings):
+    return manifold_coverage(reference.features, samples.features, device=settings.device)
+
+
+def _kid(samples, reference, settings):
+    return kernel_distance(samples.features, reference.features, settings.kid_subsets, settings.kid_subset_size)
+
+
+#: Name -> metric. A new metric is one entry here.
 METRICS = {
-    "fid": Needs(statistics="pool"),
-    "sfid": Needs(statistics="spatial"),
-    "inception_score": Needs(logits=True),
-    "precision": Needs(features=True),
-    "recall": Needs(features=True),
-    "kid": Needs(features=True),
+    "fid": Metric(_frechet("pool"), statistics="pool", title="FID", general_title="FD"),
+    "sfid": Metric(_frechet("spatial"), statistics="spatial", title="sFID"),
+    "inception_score": Metric(
+        _inception_score,
+        logits=True,
+        least_images="inception_splits",
+        title="Inception Score",
+        general_title="score",
+    ),
+    "precision": Metric(_precision, features=True, least_images=NEIGHBORHOOD + 1),
+    "recall": Metric(_recall, features=True, least_images=NEIGHBORHOOD + 1),
+    "kid": Metric(_kid, features=True, least_images="kid_subset_size", title="KID", general_title="KD"),
 }
 
 #: Images of a full evaluation.
@@ -42,33 +102,36 @@ FULL_COUNT = 50_000
 
 
 def check_metrics(names: Sequence[str], extractor: FeatureExtractor) -> None:
-    """Refuses metrics that do not exist or that the extractor has no features for.
+    """Refuse metrics that do not exist or that the extractor has no features for.
 
     Raises:
-        ValueError: Says which are possible.
+        ValueError: If there are any; says which are possible.
     """
-    possible = [name for name, needs in METRICS.items() if needs.kind in extractor.provides]
+    possible = [name for name, metric in METRICS.items() if metric.kind in extractor.provides]
     for name in names:
         if name not in METRICS:
-            raise ValueError(f"--metrics {name}: there are {', '.join(METRICS)}.")
+            raise ValueError(f"metrics: there is no {name!r}; there are {', '.join(METRICS)}.")
         if name not in possible:
-            raise ValueError(f"--metrics {name}: the extractor {extractor.name} gives {', '.join(possible)}.")
+            raise ValueError(
+                f"metrics: {name} needs {METRICS[name].kind} features; the extractor {extractor.name} "
+                f"gives {', '.join(possible)}."
+            )
 
 
 def check_reference(
     path: str, reference: FeatureSummary, names: Sequence[str], extractor: FeatureExtractor, has_images: bool
 ) -> None:
-    """Refuses saved statistics that another extractor made, or that lack what the metrics need.
+    """Refuse saved statistics that another extractor made, or that lack what the metrics need.
 
     Args:
-        path: Of the file.
-        reference: What it holds.
+        path: Path of the file, for messages.
+        reference: What the file holds.
         names: Keys of `METRICS`.
         extractor: The extractor.
         has_images: Whether features can be extracted from images beside the statistics.
 
     Raises:
-        ValueError: Says what differs or is missing.
+        ValueError: If so; says what differs or is missing.
     """
     now = {key: value for key, value in extractor.identity.items() if key in reference.provenance}
     found = differences({key: reference.provenance[key] for key in now}, now)
@@ -81,39 +144,41 @@ def check_reference(
                 f"{path}: its {kind} statistics have {len(statistics.mean)} dimensions; {extractor.name} gives {dim}."
             )
     for name in names:
-        needs = METRICS[name]
-        if needs.statistics and needs.statistics not in reference.statistics:
-            raise ValueError(f"--metrics {name}: {path} has no statistics of {needs.statistics} features.")
-        if needs.features and reference.features is None and not has_images:
+        metric = METRICS[name]
+        if metric.statistics and metric.statistics not in reference.statistics:
+            raise ValueError(f"metrics: {name} needs statistics of {metric.statistics} features; {path} has none.")
+        if metric.features and reference.features is None and not has_images:
             raise ValueError(
-                f"--metrics {name}: {path} has no features; make it by eval/make_reference.py with --num_features, or "
-                "name the images themselves."
+                f"metrics: {name} needs features, and {path} has none; make it by eval/make_reference.py with "
+                "num_features, or name the images themselves."
             )
 
 
 def check_counts(
     names: Sequence[str], samples: int, reference: int | None, inception_splits: int, kid_subset_size: int
 ) -> None:
-    """Refuses numbers of images that are too small for a metric, before anything is sampled.
+    """Refuse numbers of images that are too small for a metric, before anything is sampled.
 
     Args:
         names: Keys of `METRICS`.
         samples: Number of samples.
-        reference: Number of the reference's images, or of its features if it has no others; `None` if unknown.
+        reference: Number of the reference's images, or of its features if it has no images; `None` if unknown.
         inception_splits: Splits of the Inception Score.
         kid_subset_size: Images of each set in a subset of KID.
 
     Raises:
-        ValueError: Says what there is and what it takes.
+        ValueError: If there are too few; says how many there are and have to be.
     """
-    least = {"fid": 2, "sfid": 2, "inception_score": inception_splits, "kid": kid_subset_size}
+    settings = MetricSettings(inception_splits=inception_splits, kid_subset_size=kid_subset_size)
     for name in names:
-        needed = least.get(name, NEIGHBORHOOD + 1)
-        sides = {"samples": samples, **({} if METRICS[name].logits else {"images in the reference": reference})}
+        metric, setting = METRICS[name], ""
+        least = metric.least_images
+        if isinstance(least, str):
+            least, setting = getattr(settings, least), f" ({least})"
+        sides = {"samples": samples, **({} if metric.logits else {"images in the reference": reference})}
         for side, count in sides.items():
-            if count is not None and count < needed:
-                flag = " (--kid_subset_size)" if name == "kid" else ""
-                raise ValueError(f"--metrics {name} takes at least {needed} {side}{flag}; there are {count}.")
+            if count is not None and count < least:
+                raise ValueError(f"metrics: {name} takes at least {least} {side}{setting}; there are {count}.")
 
 
 def compute_metrics(
@@ -124,12 +189,12 @@ def compute_metrics(
     kid_subset_size: int = 1000,
     device: torch.device | str = "cpu",
 ) -> dict[str, float]:
-    """The metrics, and the spread of those that are averages.
+    """Compute metrics, and the standard deviation of those that are averages.
 
     Args:
         names: Keys of `METRICS`.
-        samples: Of the samples.
-        reference: Of the reference.
+        samples: Summary of the samples.
+        reference: Summary of the reference.
         kid_subsets: Subsets of KID.
         kid_subset_size: Images of each set in one.
         device: Where to compute with features.
@@ -137,41 +202,36 @@ def compute_metrics(
     Raises:
         ValueError: If there are fewer images than a metric needs, or dimensions differ.
     """
+    settings = MetricSettings(kid_subsets=kid_subsets, kid_subset_size=kid_subset_size, device=device)
     values = {}
     for name in names:
-        kind = METRICS[name].statistics
-        if kind:
-            values[name] = frechet_distance(samples.statistics[kind], reference.statistics[kind])
-    if "inception_score" in names:
-        values["inception_score"], values["inception_score_std"] = samples.inception_score
-    if "precision" in names or "recall" in names:
-        both = precision_recall(samples.features, reference.features, device=device)
-        values |= {name: value for name, value in zip(("precision", "recall"), both, strict=True) if name in names}
-    if "kid" in names:
-        values["kid"], values["kid_std"] = kernel_distance(
-            samples.features, reference.features, kid_subsets, kid_subset_size, device=device
-        )
-    # What is beyond these digits depends on how many threads made the sums.
+        value = METRICS[name].compute(samples, reference, settings)
+        if isinstance(value, tuple):
+            values[name], values[f"{name}_std"] = value
+        else:
+            values[name] = value
+    # Further digits depend on the number of threads.
     return {name: float(f"{value:.9g}") for name, value in values.items()}
 
 
 def label(name: str, count: int, extractor: FeatureExtractor) -> str:
-    """A metric's name for a table: with the number of samples, and the extractor where it is not Inception.
+    """Return a metric's name for a table, with the number of samples, and the extractor where it is not Inception.
 
-    FID-5k is not FID: the fewer samples, the higher it is.
+    The number of samples belongs to the name, because FID rises as it falls.
     """
-    title = {"fid": "FID", "sfid": "sFID", "inception_score": "Inception Score", "kid": "KID"}.get(name, name)
-    if not extractor.is_inception:
-        title = {"fid": "FD", "inception_score": "score", "kid": "KD"}.get(name, name)
-        title = f"{title}({extractor.name.split()[0]})"
+    metric = METRICS[name]
+    if extractor.is_inception:
+        title = metric.title or name
+    else:
+        title = f"{metric.general_title or name}({extractor.name.split()[0]})"
     return f"{title}-{count // 1000}k" if count % 1000 == 0 else f"{title}-{count}"
 
 
 def warnings_about(samples: FeatureSummary, reference: FeatureSummary, names: Sequence[str]) -> list[str]:
-    """What a reader of the numbers should know."""
+    """Return what a reader of the numbers should know."""
     warnings = []
     count = samples.provenance["count"]
-    if count < FULL_COUNT and {"fid", "sfid"} & set(names):
+    if count < FULL_COUNT and any(METRICS[name].statistics for name in names):
         warnings.append(f"{count} samples: not comparable with numbers of {FULL_COUNT}, which are lower as a rule.")
     for whose, summary in (("samples'", samples), ("reference's", reference)):
         for kind, statistics in summary.statistics.items():
@@ -181,22 +241,22 @@ def warnings_about(samples: FeatureSummary, reference: FeatureSummary, names: Se
                     f"{len(statistics.mean)} dimensions, of {statistics.count or 'an unknown number of'} images."
                 )
     if not reference.provenance:
-        warnings.append("The reference does not say how it was made: extractor and resizing are taken on trust.")
+        warnings.append("The reference does not say how it was made: its extractor and resizing are not verified.")
     formats = [summary.provenance.get("format", "") for summary in (samples, reference)]
     if all(formats) and formats[0] != formats[1] and any("JPEG" in some for some in formats):
-        warnings.append(f"JPEG on one side ({' against '.join(formats)}): its traces are features too.")
-    shapes = [summary.provenance.get("shape") for summary in (samples, reference)]
+        warnings.append(f"JPEG on one side ({' against '.join(formats)}): its compression changes features too.")
+    shapes = [tuple(summary.provenance.get("shape", ())) for summary in (samples, reference)]
     if all(shapes) and shapes[0] != shapes[1]:
-        warnings.append(f"Samples are of shape {tuple(shapes[0])}, the reference's images {tuple(shapes[1])}.")
+        warnings.append(f"Samples are of shape {shapes[0]}, the reference's images {shapes[1]}.")
     return warnings
 
 
 def format_table(values: dict[str, float], record: dict[str, Any], extractor: FeatureExtractor) -> str:
-    """The numbers, and how they were made, in two columns.
+    """Return a table of the numbers and of how they were made, in two columns.
 
     Args:
-        values: Of `compute_metrics`.
-        record: With the provenance of `samples` and `reference`, `settings` and `warnings`.
+        values: The values that `compute_metrics` returns.
+        record: The provenance of `samples` and `reference`, `settings` and `warnings`.
         extractor: The extractor.
     """
     samples, reference = record["samples"], record["reference"]

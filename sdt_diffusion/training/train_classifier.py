@@ -18,7 +18,7 @@ from pathlib import Path
 from accelerate import Accelerator
 from torch import nn
 
-from ..data import CorruptImageError, DataArguments, LabelledImages, SeededTransform
+from ..data import CorruptImageError, DataArguments, LabeledImages, SeededTransform
 from ..data.splits import ImageSubset, ValidationDataArguments, load_splits
 from ..hub import HubArguments, command_of, create_hub_repo, describe_run, share_run
 from ..metrics.confusion import PreparedImages, classify, from_log, to_log
@@ -42,7 +42,7 @@ from .run import TrainingRun
 
 def evaluate_classifier(
     model: nn.Module,
-    images: LabelledImages | ImageSubset,
+    images: LabeledImages | ImageSubset,
     processor: SDTHImageProcessor,
     accelerator: Accelerator,
     batch_size: int,
@@ -113,6 +113,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         run_args = replace(run_args, mixed_precision=resolve_precision(run_args.mixed_precision))
         data_args = replace(data_args, image_mode=data_args.image_mode or model_args.image_mode)
         images, train_images, test_images = load_splits(data_args, validation_args, model_args.default_resolution)
+        data_args = images.arguments
         run_args, optimization_args = recipe_args.resolve_epochs(
             run_args, optimization_args, len(train_images), process_state().num_processes
         )

@@ -257,6 +257,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sampler_args = sampler_args.with_defaults()
         vae_name = model_args.pretrained_vae_model_name_or_path
         data = open_training_data(data_args, vae_name, model_args.config()["sample_size"], run_args.seed)
+        data_args = data.arguments
         model_args = replace(model_args, pretrained_vae_model_name_or_path=data.vae_name)
         if data.is_cached and validation_args.label_accuracy_samples:
             raise ValueError("label_accuracy_samples needs the images' pixels, and not a cache of latents.")
@@ -284,7 +285,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             data.augment,
             num_workers=data_args.dataloader_num_workers,
             identity=data.identity,
-            relocatable=data.named_by_identity,
+            relocatable=data.relocatable_arguments,
         )
         run = TrainingRun(model, "transformer", training_set, config)
         if run.accelerator.is_main_process:

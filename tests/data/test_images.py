@@ -1,4 +1,5 @@
 import io
+import json
 import struct
 
 import numpy as np
@@ -10,6 +11,7 @@ from PIL import Image
 
 from sdt_diffusion.data import CorruptImageError, DataArguments, load_images
 from sdt_diffusion.data.decoding import ImageDecoder, center_crop
+from sdt_diffusion.data.images import FILE_FORMATS, check_class_folders
 from tests.data.test_raw_images import png_of_16_bits
 
 
@@ -106,7 +108,88 @@ def test_any_mode_becomes_the_one_asked_for(tmp_path, mode):
         assert images[0][0].shape == (channels, 8, 8)
 
 
-def test_sixteen_bits_a_pixel_are_not_too_many(tmp_path):
+def test_the_arguments_stay_and_the_images_carry_complete_ones(folder):
+    arguments = DataArguments(dataset=str(folder), random_flip=True)
+    images = load_images(arguments, default_resolution=8)
+    assert arguments == DataArguments(dataset=str(folder), random_flip=True)
+    assert images.arguments == DataArguments(dataset=str(folder), random_flip=True, resolution=8, image_mode="RGB")
+    assert load_images(DataArguments(), default_resolution=None).arguments.image_mode == "L"
+
+
+NAMES = {
+    "names.json": json.dumps({"cat": "tabby, tabby cat", "dog": "beagle", "elk": "elk"}),
+    "imagenet_class_index.json": json.dumps({"0": ["cat", "tabby, tabby cat"], "1": ["dog", "beagle"]}),
+    "LOC_synset_mapping.txt": "cat tabby, tabby cat\n\ndog  beagle\nelk elk\n",
+}
+
+
+class TestClassNames:
+    @pytest.mark.parametrize("file", NAMES)
+    def test_rename_class_folders(self, folder, tmp_path, file):
+        (tmp_path / file).write_text(NAMES[file])
+        arguments = DataArguments(dataset=str(folder), class_names=str(tmp_path / file))
+        images = load_images(arguments, default_resolution=8)
+        assert images.class_names == ["tabby, tabby cat", "beagle"]
+        assert images.stored_class_names == ["cat", "dog"]
+
+    def test_rename_numbers(self, tmp_path):
+        table([0, 1]).to_parquet(tmp_path / "x.parquet")
+        (tmp_path / "index.json").write_text(NAMES["imagenet_class_index.json"])
+        arguments = DataArguments(dataset=str(tmp_path / "x.parquet"), class_names=str(tmp_path / "index.json"))
+        assert load_images(arguments, default_resolution=8).class_names == ["tabby, tabby cat", "beagle"]
+
+    def test_classes_of_one_name_stay_apart(self, folder, tmp_path):
+        (tmp_path / "names.txt").write_text("cat crane\ndog crane\n")
+        arguments = DataArguments(dataset=str(folder), class_names=str(tmp_path / "names.txt"))
+        assert load_images(arguments, default_resolution=8).class_names == ["crane (cat)", "crane (dog)"]
+
+    @pytest.mark.parametrize(
+        ("file", "text", "message"),
+        [
+            ("names.json", '{"cat": "tabby"}', r"names\.json has no name for 1 class\(es\) of .*images: 'dog'\."),
+            ("names.txt", "cat tabby\ndog", r"names\.txt cannot be read: line 2, 'dog', has no name"),
+            ("names.json", "[1, 2]", r"names\.json cannot be read: it does not hold a JSON object"),
+            ("names.json", '{"cat": ["a", "b", "c"]}', r"names\.json cannot be read: 'cat' has neither a name"),
+            ("names.json", "{", r"names\.json cannot be read: Expecting"),
+        ],
+    )
+    def test_files_that_do_not_fit_are_refused(self, folder, tmp_path, file, text, message):
+        (tmp_path / file).write_text(text)
+        with pytest.raises(ValueError, match=f"class_names: .*{message}"):
+            load_images(DataArguments(dataset=str(folder), class_names=str(tmp_path / file)), default_resolution=8)
+
+    def test_a_missing_file_is_named(self, folder):
+        with pytest.raises(FileNotFoundError, match=r"class_names: there is no file /nowhere/names\.json"):
+            load_images(DataArguments(dataset=str(folder), class_names="/nowhere/names.json"), default_resolution=8)
+
+
+def test_a_data_format_is_added_by_a_line(folder, tmp_path, monkeypatch):
+    """By the name of a reader of `datasets`, or by a function of the files' paths."""
+
+    def read_npz(files):
+        arrays = [np.load(file) for file in files]
+        labels = np.concatenate([array["labels"] for array in arrays])
+        features = Features({"image": ImageFeature(), "label": ClassLabel(num_classes=int(labels.max()) + 1)})
+        pictures = [pixels for array in arrays for pixels in array["images"]]
+        return Dataset.from_dict({"image": pictures, "label": labels.tolist()}, features)
+
+    monkeypatch.setitem(FILE_FORMATS, ".npz", read_npz)
+    monkeypatch.setitem(FILE_FORMATS, ".pq", "parquet")
+    for part in range(2):
+        pixels = np.stack([np.array(picture(2 * part + i)) for i in range(2)])
+        np.savez(tmp_path / f"{part}.npz", images=pixels, labels=[0, part])
+    table([0, 0, 1, 1]).to_parquet(tmp_path / "x.pq")
+    from_folder = load_images(DataArguments(dataset=str(folder)), default_resolution=8)
+    from_npz = load_images(DataArguments(dataset=str(tmp_path / "*.npz")), default_resolution=8)
+    from_parquet = load_images(DataArguments(dataset=str(tmp_path / "x.pq")), default_resolution=8)
+    assert from_npz.labels.tolist() == [0, 0, 0, 1]
+    assert from_parquet.labels.tolist() == from_folder.labels.tolist()
+    for index in range(4):
+        assert torch.equal(from_npz[index][0], from_folder[index][0])
+        assert torch.equal(from_parquet[index][0], from_folder[index][0])
+
+
+def test_images_of_sixteen_bits_per_pixel_are_read(tmp_path):
     """A bitmap of 5, 6 and 5 bits for red, green and blue, which Pillow reads but does not write."""
     header = struct.pack("<2sIII", b"BM", 70, 0, 66) + struct.pack("<IiiHHIIiiII", 40, 1, 1, 1, 16, 3, 4, 0, 0, 0, 0)
     header += struct.pack("<III", 0xF800, 0x7E0, 0x1F)
@@ -178,26 +261,59 @@ class TestBadInput:
             load_images(DataArguments(dataset=str(tmp_path / "x.parquet")), default_resolution=8)
 
     @pytest.mark.parametrize(("label", "dtype"), [(None, "int64"), (0.7, "float64")])
-    def test_labels_that_are_none(self, tmp_path, label, dtype):
+    def test_labels_that_are_not_integers(self, tmp_path, label, dtype):
         table([0, label], label=Value(dtype)).to_parquet(tmp_path / "x.parquet")
-        with pytest.raises(ValueError, match=r"row \d: .* in column 'label' is no label"):
+        with pytest.raises(ValueError, match=r"row \d: .* in column 'label' is not a label"):
             load_images(DataArguments(dataset=str(tmp_path / "x.parquet")), default_resolution=8)
 
     def test_sixteen_bits_are_refused_rather_than_cut(self, folder):
         Image.fromarray(np.full((10, 10), 40_000, np.uint16)).save(folder / "cat" / "a.png")
         images = load_images(DataArguments(dataset=str(folder)), default_resolution=8)
-        with pytest.raises(CorruptImageError, match=r"cat/a\.png.*mode I;16 has more than 8 bits a channel"):
+        with pytest.raises(CorruptImageError, match=r"cat/a\.png.*mode I;16 has more than 8 bits per channel"):
             images[0]
 
-    def test_sixteen_bits_of_colour_are_refused_too(self, folder):
+    def test_sixteen_bits_of_color_are_refused_too(self, folder):
         (folder / "cat" / "a.png").write_bytes(png_of_16_bits())
         images = load_images(DataArguments(dataset=str(folder)), default_resolution=8)
-        with pytest.raises(CorruptImageError, match=r"cat/a\.png.*mode RGB has more than 8 bits a channel"):
+        with pytest.raises(CorruptImageError, match=r"cat/a\.png.*mode RGB has more than 8 bits per channel"):
             images[0]
 
     def test_unknown_column(self, tmp_path):
         table([0, 1]).to_parquet(tmp_path / "x.parquet")
-        with pytest.raises(ValueError, match=r"no column 'picture' \(--image_column\); it has \['img', 'label'\]"):
+        with pytest.raises(ValueError, match=r"no column 'picture' \(image_column\); it has \['img', 'label'\]"):
             load_images(
                 DataArguments(dataset=str(tmp_path / "x.parquet"), image_column="picture"), default_resolution=8
             )
+
+
+@pytest.mark.parametrize("split", [".", "val"])
+def test_empty_class_folders_are_named(tmp_path, split):
+    for name in ("cat", "dog", "elk/old"):
+        (tmp_path / split / name).mkdir(parents=True)
+        Image.new("L", (2, 2)).save(tmp_path / split / name / "a.png")
+    (tmp_path / split / ".cache").mkdir()
+    check_class_folders(tmp_path, ["cat", "dog", "old"])
+    (tmp_path / split / "bee").mkdir()
+    (tmp_path / split / "bee" / "notes.txt").touch()
+    with pytest.raises(ValueError, match=r"^1 class folder\(s\) without an image: .*bee'\. Fill or remove them\.$"):
+        check_class_folders(tmp_path, ["cat", "dog", "old"])
+    check_class_folders(tmp_path, ["ant"])  # classes that are not folders
+
+
+def test_links_to_class_folders_hold_what_they_lead_to(tmp_path):
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        Image.new("L", (2, 2)).save(tmp_path / name / "a.png")
+    (tmp_path / "set").mkdir()
+    for name in ("cat", "dog"):
+        (tmp_path / "set" / name).symlink_to(tmp_path / name)
+    check_class_folders(tmp_path / "set", ["cat", "dog"])
+
+
+def test_many_empty_class_folders_are_counted(tmp_path):
+    (tmp_path / "cat").mkdir()
+    Image.new("L", (2, 2)).save(tmp_path / "cat" / "a.png")
+    for i in range(30):
+        (tmp_path / f"{i}").mkdir()
+    with pytest.raises(ValueError, match=r"^30 class folder.* and 10 more"):
+        check_class_folders(tmp_path, ["cat"])

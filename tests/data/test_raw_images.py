@@ -56,7 +56,7 @@ def test_linked_folders_are_entered(folder, tmp_path):
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed], ids=["stored", "compressed"])
 def test_an_npz_of_adms_layout_is_read(tmp_path, save):
     save(tmp_path / "images.npz", other=np.zeros(5), arr_0=PIXELS)
-    images = open_images(str(tmp_path / "images.npz"), RawImageArguments(), "--samples")
+    images = open_images(str(tmp_path / "images.npz"), RawImageArguments())
     assert len(images) == 4
     assert np.array_equal(images[3], PIXELS[3])
     assert images.name_of(3) == f"image 3 of {tmp_path / 'images.npz'}"
@@ -69,25 +69,25 @@ def test_an_npz_is_written_in_adms_layout(folder, tmp_path):
         assert np.array_equal(archive["arr_0"], PIXELS[[2, 1, 0, 3]])
 
 
-def test_grey_images_are_written_in_three_channels(tmp_path):
-    Image.fromarray(PIXELS[0, ..., 0]).save(tmp_path / "grey.png")
+def test_gray_images_are_written_in_three_channels(tmp_path):
+    Image.fromarray(PIXELS[0, ..., 0]).save(tmp_path / "gray.png")
     save_npz_images(tmp_path / "out.npz", FolderImages(tmp_path, "L"))
     assert np.array_equal(np.load(tmp_path / "out.npz")["arr_0"][0], np.repeat(PIXELS[0, ..., :1], 3, axis=2))
 
 
 def test_data_sets_are_read(tmp_path):
-    digits = open_images("digits", RawImageArguments(), "--reference")
+    digits = open_images("digits", RawImageArguments())
     assert (len(digits), digits[0].shape) == (1797, (8, 8, 1))
     columns = {"picture": [Image.fromarray(pixels) for pixels in PIXELS]}
     dataset = Dataset.from_dict(columns, features=Features({"picture": ImageFeature()}))
     dataset.to_parquet(tmp_path / "images.parquet")
-    images = open_images(str(tmp_path / "images.parquet"), RawImageArguments(), "--reference")
+    images = open_images(str(tmp_path / "images.parquet"), RawImageArguments())
     assert np.array_equal(images[2], PIXELS[2])
     assert images.name_of(2) == f"row 2 of {tmp_path / 'images.parquet'}"
 
 
 def test_with_a_resolution_images_are_prepared_as_in_training(folder):
-    Image.fromarray(PIXELS[0, ..., 0]).resize((40, 20)).save(folder / "d.png")  # grey, and of another size
+    Image.fromarray(PIXELS[0, ..., 0]).resize((40, 20)).save(folder / "d.png")  # gray, and of another size
     images = FolderImages(folder, "RGB", resolution=6)
     assert {images[i].shape for i in range(5)} == {(6, 6, 3)}
 
@@ -131,17 +131,17 @@ def save(pixels, mode=None):
     return (image.convert(mode) if mode else image).save
 
 
-GREY = PIXELS[0, ..., 0]
+GRAY = PIXELS[0, ..., 0]
 BAD = {
-    "greyscale": ("bad.png", save(GREY), "mode is L, not RGB.*--image_mode L"),
+    "grayscale": ("bad.png", save(GRAY), "mode is L, not RGB.*image_mode L"),
     "alpha": ("bad.png", save(PIXELS[0], "RGBA"), "mode is RGBA, not RGB"),
     "palette": ("bad.gif", save(PIXELS[0], "P"), "mode is P, not RGB"),
-    "16 bits": ("bad.png", save(GREY.astype(np.uint16)), "more than 8 bits"),
-    "16 bits of colour": ("bad.png", lambda path: path.write_bytes(png_of_16_bits()), "more than 8 bits"),
-    "a transparent colour": (
+    "16 bits": ("bad.png", save(GRAY.astype(np.uint16)), "more than 8 bits"),
+    "16 bits of color": ("bad.png", lambda path: path.write_bytes(png_of_16_bits()), "more than 8 bits"),
+    "a transparent color": (
         "bad.png",
         lambda path: Image.fromarray(PIXELS[0]).save(path, transparency=(1, 2, 3)),
-        "a transparent colour",
+        "a transparent color",
     ),
     "CMYK": ("bad.jpg", save(PIXELS[0], "CMYK"), "mode is CMYK, not RGB"),
     "animated": ("bad.webp", save_animation, "an animation of 4 frames"),
@@ -165,11 +165,11 @@ def test_a_bad_file_is_named(tmp_path, kind):
 
 def test_folders_and_files_without_images_are_refused(tmp_path):
     with pytest.raises(ValueError, match=f"{tmp_path} holds no image"):
-        open_images(str(tmp_path), RawImageArguments(), "--samples")
-    with pytest.raises(FileNotFoundError, match=r"--samples: there is no file .*nothing.npz"):
-        open_images(str(tmp_path / "nothing.npz"), RawImageArguments(), "--samples")
+        open_images(str(tmp_path), RawImageArguments())
+    with pytest.raises(FileNotFoundError, match=r"There is no file .*nothing.npz"):
+        open_images(str(tmp_path / "nothing.npz"), RawImageArguments())
     with pytest.raises(FileNotFoundError, match="There is no file or folder"):
-        open_images(str(tmp_path / "nothing"), RawImageArguments(), "--samples")
+        open_images(str(tmp_path / "nothing"), RawImageArguments())
 
 
 @pytest.mark.parametrize(
@@ -191,5 +191,5 @@ def test_an_npz_of_something_else_is_refused(tmp_path, arrays, message):
 def test_a_truncated_npz_is_refused(tmp_path):
     np.savez(tmp_path / "bad.npz", arr_0=PIXELS)
     (tmp_path / "bad.npz").write_bytes((tmp_path / "bad.npz").read_bytes()[:1000])
-    with pytest.raises(ValueError, match=r"bad.npz is no whole .npz file"):
+    with pytest.raises(ValueError, match=r"bad.npz is not a whole .npz file"):
         NpzImages(tmp_path / "bad.npz")

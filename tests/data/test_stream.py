@@ -1,8 +1,11 @@
+import random
+
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from sdt_diffusion.data import RandomFlip, ShuffledStream
+from sdt_diffusion.data import RandomFlip, SeededTransform, ShuffledStream
 
 
 class Numbers:
@@ -53,3 +56,45 @@ def test_worker_processes_change_nothing(workers):
     assert torch.cat([labels for _, labels in batches]).tolist() == labels(3, 27)
     expected = torch.stack([image for image, _ in stream.__getitems__(range(24))])
     assert torch.equal(torch.cat([images for images, _ in batches]), expected)
+
+
+def draw(image):
+    """One number of every generator that transforms draw from."""
+    return torch.tensor([image.item(), random.random(), np.random.rand(), torch.rand(1).item()])
+
+
+def augmented(start, stop, seed=0, num_repeats=3):
+    stream = ShuffledStream(Tens(), 0, SeededTransform(draw, seed), start, stop, num_repeats)
+    return [image for image, _ in stream.__getitems__(range(len(stream)))]
+
+
+class Tens(Numbers):
+    def __getitems__(self, indices):
+        assert len(set(indices)) == len(indices)  # repeats are read once
+        return [(torch.tensor(float(i)), i) for i in indices]
+
+
+def test_draws_follow_from_seed_and_position_alone():
+    torch.manual_seed(0)
+    first = augmented(0, 40)
+    torch.manual_seed(1)
+    assert torch.equal(torch.stack(augmented(0, 40)), torch.stack(first))
+    assert torch.equal(torch.stack(augmented(25, 40)), torch.stack(first[25:]))
+    other = augmented(0, 40, seed=1)
+    assert all((a[1:] != b[1:]).all() for a, b in zip(first, other, strict=True))
+    assert len({tuple(image[1:].tolist()) for image in first}) == 40
+
+
+def test_repeats_stand_in_a_row_each_augmented_anew_and_none_is_left_out():
+    images = torch.stack(augmented(0, 30))
+    shown = images[:, 0].reshape(10, 3)
+    assert (shown == shown[:, :1]).all()
+    assert sorted(shown[:, 0].tolist()) == list(range(10))
+
+
+def test_the_global_generators_are_left_as_they_were():
+    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
+    augmented(0, 4)
+    assert random.getstate() == states[0]
+    assert np.random.get_state()[1].tolist() == states[1]
+    assert torch.equal(torch.get_rng_state(), states[2])

@@ -161,7 +161,7 @@ def test_empty_class_folders_are_refused(tmp_path, folder, saved):
 def test_several_splits_need_a_choice(tmp_path, folder, saved):
     for split in ("train", "test"):
         shutil.copytree(folder, tmp_path / "splits" / split)
-    with pytest.raises(ValueError, match="it has the splits train, test: name one by --dataset_split"):
+    with pytest.raises(ValueError, match="it has the splits train, test: name one as dataset_split"):
         evaluate_accuracy(arguments(tmp_path, tmp_path / "splits"))
     evaluate_accuracy(arguments(tmp_path, tmp_path / "splits", dataset_split="test"))
 

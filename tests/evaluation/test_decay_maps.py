@@ -91,7 +91,7 @@ def test_a_missing_image_is_named(tmp_path, classifier):
 
 def test_an_image_of_sixteen_bits_is_refused_rather_than_cut(tmp_path, classifier):
     Image.fromarray(np.full((60, 90), 40_000, np.uint16)).save(classifier["image"])
-    with pytest.raises(ValueError, match=r"--image .*image\.png: mode I;16 has more than 8 bits a channel"):
+    with pytest.raises(ValueError, match=r"--image .*image\.png: mode I;16 has more than 8 bits per channel"):
         draw_decays(DecayArguments(output=tmp_path / "decay.png", **classifier))
 
 

@@ -6,9 +6,9 @@ from PIL import Image
 
 from sdt_diffusion.data.raw_images import RawImageArguments
 from sdt_diffusion.evaluation.fid import FidArguments, FidSamplingArguments, compare
-from sdt_diffusion.metrics.extraction import summarise
+from sdt_diffusion.metrics.extraction import summarize
 from sdt_diffusion.metrics.extractors import build_extractor
-from sdt_diffusion.metrics.summary import save_summary
+from sdt_diffusion.metrics.features import save_summary
 
 PIXELS = build_extractor("pixels")
 SAMPLING = {"num_samples": 30, "num_inference_steps": 2, "batch_size": 8}
@@ -72,7 +72,7 @@ def test_saved_statistics_give_the_numbers_of_their_images(real, tmp_path, endin
     from sdt_diffusion.data.raw_images import FolderImages
 
     saved = tmp_path / f"reference.{ending}"
-    save_summary(saved, summarise(FolderImages(real), PIXELS, ("pool",), 22, feature_folder=tmp_path))
+    save_summary(saved, summarize(FolderImages(real), PIXELS, ("pool",), 22, feature_folder=tmp_path))
     arguments = {"samples": str(real), "num_features": 22}
     first, _ = evaluate(tmp_path / "a.json", reference=str(saved), **arguments)
     second, _ = evaluate(tmp_path / "b.json", reference=str(real), **arguments)
@@ -85,12 +85,12 @@ def test_adms_reference_serves_with_its_images(real, tmp_path):
     from sdt_diffusion.data.raw_images import FolderImages
 
     images = FolderImages(real)
-    gaussian = summarise(images, PIXELS).statistics["pool"]
+    gaussian = summarize(images, PIXELS).statistics["pool"]
     arrays = {"mu": gaussian.mean, "sigma": gaussian.covariance, "arr_0": np.stack([images[i] for i in range(25)])}
     np.savez(tmp_path / "VIRTUAL.npz", **arrays)
     record, table = evaluate(tmp_path / "a.json", samples=str(real), reference=str(tmp_path / "VIRTUAL.npz"))
     assert (record["fid"], record["precision"], record["recall"]) == (0, 1, 1)
-    assert "taken on trust" in table
+    assert "are not verified" in table
 
 
 def test_a_reference_of_another_size_is_named(model, real, tmp_path):
@@ -103,7 +103,7 @@ def test_flags_that_would_do_nothing_are_refused(real, tmp_path):
     np.savez(tmp_path / "r.npz", mu=np.zeros(7), sigma=np.eye(7))
     np.savez(tmp_path / "i.npz", arr_0=np.zeros((9, 8, 8, 3), np.uint8))
     for name in ("r.npz", "i.npz"):
-        with pytest.raises(ValueError, match=f"--resolution does nothing to --reference .*{name}"):
+        with pytest.raises(ValueError, match=f"resolution has no effect on .*{name}"):
             evaluate(
                 tmp_path / "a.json",
                 samples=str(real),
@@ -133,7 +133,10 @@ def test_bad_requests_are_refused_before_anything_is_written(model, real, tmp_pa
     sampling = {"model": str(model), **SAMPLING}
     for arguments, message in [
         ({"reference": str(real)}, "Give either --model, to sample from, or --samples"),
-        ({"reference": str(real), "samples": str(real), "metrics": ["sfid"]}, "--metrics sfid: the extractor pixels"),
+        (
+            {"reference": str(real), "samples": str(real), "metrics": ["sfid"]},
+            "metrics: sfid needs spatial features",
+        ),
         ({"reference": str(real), "samples": str(real), "kid_subset_size": 26}, "kid takes at least 26 samples"),
         ({"reference": str(tmp_path / "no"), "samples": str(real)}, "There is no file or folder"),
         ({"reference": str(real), "samples": str(real), "samples_npz": tmp_path / "a.zip"}, r"must end in .npz"),

@@ -4,9 +4,9 @@ import torch
 
 from sdt_diffusion.data import CorruptImageError
 from sdt_diffusion.data.raw_images import RawImages
-from sdt_diffusion.metrics.extraction import summarise
+from sdt_diffusion.metrics.extraction import summarize
 from sdt_diffusion.metrics.extractors.base import FeatureExtractor
-from sdt_diffusion.metrics.inception_score import inception_score
+from tests.metrics.test_inception_score import inception_score
 
 
 class Images(RawImages):
@@ -55,7 +55,7 @@ def features(images):
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_summary_is_that_of_all_features_in_order(tmp_path, num_workers):
     images = Images(29)
-    found = summarise(images, Network(), ("pool",), None, 3, tmp_path, num_workers)
+    found = summarize(images, Network(), ("pool",), None, 3, tmp_path, num_workers)
     assert np.array_equal(found.features[:], features(images))
     np.testing.assert_allclose(found.statistics["pool"].covariance, np.cov(features(images).numpy(), rowvar=False))
     assert found.inception_score == pytest.approx(inception_score(features(images) / 50, 3), rel=1e-12)
@@ -68,13 +68,13 @@ def test_a_summary_is_that_of_all_features_in_order(tmp_path, num_workers):
 
 def test_the_network_sees_full_batches_only():
     network = Network()
-    summarise(Images(17), network)
+    summarize(Images(17), network)
     assert network.sizes == [8, 8, 8]
 
 
 def test_a_subset_of_features_is_random_and_in_order(tmp_path):
     images = Images(29)
-    found = summarise(images, Network(), (), 7, feature_folder=tmp_path).features[:]
+    found = summarize(images, Network(), (), 7, feature_folder=tmp_path).features[:]
     rows = [int(np.flatnonzero((features(images).numpy() == row).all(axis=1))[0]) for row in found]
     assert len(rows) == 7
     assert rows == sorted(set(rows))
@@ -85,12 +85,12 @@ def test_a_subset_of_features_is_random_and_in_order(tmp_path):
 def test_a_bad_image_is_named(num_workers):
     images = Images(29, {20: CorruptImageError("Cannot use images/20.png: broken")})
     with pytest.raises(CorruptImageError, match=r"^Cannot use images/20.png: broken$"):
-        summarise(images, Network(), num_workers=num_workers)
+        summarize(images, Network(), num_workers=num_workers)
 
 
 def test_an_image_whose_features_are_not_finite_is_named():
     with pytest.raises(ValueError, match="The pool features of image 13 of random are not finite"):
-        summarise(Images(29), Network(nan_at=5))
+        summarize(Images(29), Network(nan_at=5))
 
 
 def test_an_image_the_extractor_does_not_take_is_named():
@@ -99,10 +99,10 @@ def test_an_image_the_extractor_does_not_take_is_named():
             raise ValueError("too blue")
 
     with pytest.raises(CorruptImageError, match="Cannot use image 0 of random: too blue"):
-        summarise(Images(5), Picky())
+        summarize(Images(5), Picky())
 
 
 def test_features_leave_no_file_even_when_extraction_fails(tmp_path):
     with pytest.raises(CorruptImageError):
-        summarise(Images(29, {20: CorruptImageError("broken")}), Network(), (), None, feature_folder=tmp_path)
+        summarize(Images(29, {20: CorruptImageError("broken")}), Network(), (), None, feature_folder=tmp_path)
     assert list(tmp_path.iterdir()) == []

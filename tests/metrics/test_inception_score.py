@@ -2,7 +2,14 @@ import pytest
 import torch
 from torch_fidelity.metric_isc import isc_features_to_metric
 
-from sdt_diffusion.metrics.inception_score import RunningInceptionScore, inception_score
+from sdt_diffusion.metrics.inception_score import RunningInceptionScore
+
+
+def inception_score(logits, splits=10):
+    """Of logits in one array."""
+    score = RunningInceptionScore(len(logits), splits)
+    score.update(logits)
+    return score.result()
 
 
 def test_a_perfect_classifier_scores_the_number_of_classes():
@@ -36,5 +43,5 @@ def test_batches_change_nothing():
 
 
 def test_fewer_images_than_splits_are_refused():
-    with pytest.raises(ValueError, match="9 images cannot be cut into 10 splits"):
+    with pytest.raises(ValueError, match="9 images cannot be divided into 10 splits"):
         inception_score(torch.zeros(9, 5))

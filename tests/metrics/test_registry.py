@@ -1,12 +1,20 @@
+import json
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 
-from sdt_diffusion.metrics.extractors import build_extractor
-from sdt_diffusion.metrics.frechet import GaussianStatistics
+from sdt_diffusion.data.raw_images import RawImageArguments, open_images
+from sdt_diffusion.evaluation.fid import main
+from sdt_diffusion.metrics.extraction import summarize
+from sdt_diffusion.metrics.extractors import EXTRACTORS, FeatureExtractor, build_extractor
+from sdt_diffusion.metrics.extractors.base import as_rgb
+from sdt_diffusion.metrics.features import FeatureSummary, GaussianStatistics
 from sdt_diffusion.metrics.registry import (
     METRICS,
+    Metric,
     check_counts,
     check_metrics,
     check_reference,
@@ -15,7 +23,6 @@ from sdt_diffusion.metrics.registry import (
     label,
     warnings_about,
 )
-from sdt_diffusion.metrics.summary import FeatureSummary
 
 PIXELS = build_extractor("pixels")
 
@@ -29,9 +36,12 @@ def summary(count=50_000, dim=4, shift=0.0, **provenance):
 
 def test_metrics_an_extractor_cannot_give_are_refused():
     check_metrics(["fid", "precision", "recall", "kid"], PIXELS)
-    with pytest.raises(ValueError, match="--metrics sfid: the extractor pixels gives fid, precision, recall, kid"):
+    with pytest.raises(
+        ValueError,
+        match="the extractor pixels gives fid, precision, recall, kid",
+    ):
         check_metrics(["fid", "sfid"], PIXELS)
-    with pytest.raises(ValueError, match="--metrics fld: there are fid, sfid"):
+    with pytest.raises(ValueError, match="metrics: there is no 'fld'; there are fid, sfid"):
         check_metrics(["fld"], PIXELS)
 
 
@@ -39,10 +49,10 @@ def test_metrics_an_extractor_cannot_give_are_refused():
     ("metric", "samples", "reference", "message"),
     [
         ("fid", 1, 100, "fid takes at least 2 samples; there are 1"),
-        ("inception_score", 9, None, "inception_score takes at least 10 samples; there are 9"),
+        ("inception_score", 9, None, r"inception_score takes at least 10 samples \(inception_splits\); there are 9"),
         ("fid", 100, 1, "fid takes at least 2 images in the reference; there are 1"),
         ("recall", 100, 3, "recall takes at least 4 images in the reference; there are 3"),
-        ("kid", 999, 5000, r"kid takes at least 1000 samples \(--kid_subset_size\); there are 999"),
+        ("kid", 999, 5000, r"kid takes at least 1000 samples \(kid_subset_size\); there are 999"),
     ],
 )
 def test_too_few_images_are_refused(metric, samples, reference, message):
@@ -66,14 +76,14 @@ def test_statistics_of_another_dimension_are_refused():
 
 def test_what_a_reference_lacks_is_named():
     bare = FeatureSummary(summary().statistics)
-    with pytest.raises(ValueError, match=r"--metrics sfid: r.npz has no statistics of spatial features"):
+    with pytest.raises(ValueError, match=r"metrics: sfid needs statistics of spatial features; r.npz has none"):
         check_reference("r.npz", bare, ["sfid"], PIXELS, has_images=False)
-    with pytest.raises(ValueError, match=r"--metrics kid: r.npz has no features; make it by eval/make_reference.py"):
+    with pytest.raises(ValueError, match=r"kid needs features, and r.npz has none; make it by eval"):
         check_reference("r.npz", bare, ["kid"], PIXELS, has_images=False)
     check_reference("r.npz", bare, ["kid"], PIXELS, has_images=True)
 
 
-def test_numbers_have_the_issues_names_and_only_those_asked_for():
+def test_numbers_are_those_asked_for_under_their_names():
     values = compute_metrics(["fid", "inception_score", "recall", "kid"], summary(), summary(shift=1.0), 2, 10)
     assert list(values) == ["fid", "inception_score", "inception_score_std", "recall", "kid", "kid_std"]
     assert values["fid"] == 4
@@ -94,7 +104,7 @@ def test_numbers_have_the_issues_names_and_only_those_asked_for():
         ("inception_score", 2000, "classifier outputs/inception_v3", "score(classifier)-2k"),
     ],
 )
-def test_a_number_is_labelled_with_its_count(name, count, extractor, expected):
+def test_a_number_is_labeled_with_its_count(name, count, extractor, expected):
     named = SimpleNamespace(name=extractor, is_inception=extractor in ("inception", "cleanfid_clean"))
     assert label(name, count, named) == expected
 
@@ -108,9 +118,9 @@ def test_readers_are_warned():
     assert any("samples' pool features is rank-deficient: rank 3 in 4 dimensions, of 4 images" in text for text in few)
     assert any("Samples are of shape (8, 8, 1)" in text for text in few)
     trusted = warnings_about(summary(), FeatureSummary(summary().statistics), ["fid"])
-    assert any("taken on trust" in text for text in trusted)
+    assert any("are not verified" in text for text in trusted)
     mixed = warnings_about(summary(), summary(format="JPEG"), ["fid"])
-    assert mixed == ["JPEG on one side (PNG against JPEG): its traces are features too."]
+    assert mixed == ["JPEG on one side (PNG against JPEG): its compression changes features too."]
 
 
 def test_the_table_says_how_the_numbers_were_made():
@@ -130,3 +140,51 @@ def test_the_table_says_how_the_numbers_were_made():
         "its features": "7, for precision, recall and KID",
         "note": "careful",
     }
+
+
+def test_a_metric_is_added_by_a_line(tmp_path, monkeypatch):
+    def mmd(samples, reference, settings):
+        """Squared maximum mean discrepancy under a Gaussian kernel."""
+        x, y = samples.features[:].astype(float), reference.features[:].astype(float)
+
+        def kernel(a, b):
+            return np.exp(-((a[:, None] - b[None]) ** 2).sum(axis=2) / a.shape[1]).mean()
+
+        return kernel(x, x) + kernel(y, y) - 2 * kernel(x, y)
+
+    monkeypatch.setitem(METRICS, "mmd", Metric(mmd, features=True, title="MMD", general_title="MMD"))
+
+    random = np.random.default_rng(0)
+    for name, brightness in (("samples", 100), ("real", 150)):
+        (tmp_path / name).mkdir()
+        for index in range(6):
+            pixels = random.integers(brightness, brightness + 100, (4, 4, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / name / f"{index}.png")
+    arguments = ["--samples", tmp_path / "samples", "--reference", tmp_path / "real", "--extractor", "pixels"]
+    main([str(word) for word in [*arguments, "--metrics", "mmd", "--output", tmp_path / "out.json"]])
+    record = json.loads((tmp_path / "out.json").read_text())
+    assert 0.01 < record["mmd"] < 1
+    assert record["labels"] == {"mmd": "MMD(pixels)-6"}
+
+
+def test_an_extractor_is_added_by_a_line(monkeypatch):
+    class MeanColor(FeatureExtractor):
+        """Mean and standard deviation of each channel."""
+
+        name, resize, fingerprint = "mean_color", "none", "none"
+        provides = frozenset({"pool"})
+
+        def __init__(self, weights=None, device="cpu"):
+            self.device = device
+
+        def prepare(self, image):
+            return torch.from_numpy(as_rgb(image)).float() / 255
+
+        def __call__(self, batch):
+            return {"pool": torch.cat([batch.mean(dim=(1, 2)), batch.std(dim=(1, 2))], dim=1)}
+
+    monkeypatch.setitem(EXTRACTORS, "mean_color", MeanColor)
+    images = open_images("digits", RawImageArguments())
+    found = summarize(images, build_extractor("mean_color"))
+    assert found.statistics["pool"].mean.shape == (6,)
+    assert found.provenance["extractor"] == "mean_color"

@@ -72,9 +72,9 @@ def test_checksums_are_verified_on_request(arguments, tmp_path, capsys):
     ("change", "message"),
     [
         (["--dataset", "/nowhere/images"], "There is no file or folder /nowhere/images"),
-        (["--resolution", "33"], "--resolution 33 is not divisible by the VAE's factor 2"),
+        (["--resolution", "33"], "resolution 33 is not divisible by the VAE's factor 2"),
         (["--image_mode", "L"], r"The VAE takes 3 channel\(s\)"),
-        (["--verify", "True"], "manifest.json is no manifest of latents"),
+        (["--verify", "True"], "manifest.json is not a manifest of latents"),
         (["--pretrained_vae_model_name_or_path", "/nowhere/vae"], "/nowhere/vae"),
     ],
 )

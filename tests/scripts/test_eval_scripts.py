@@ -93,7 +93,7 @@ def test_errors_are_one_line(tmp_path):
         ),
         (
             ("--extractor", "inception", "--extractor_weights", "no.pth"),
-            "Error: --extractor_weights: there is no file",
+            "Error: extractor_weights: there is no file",
         ),
     ]:
         command = [*FID, "--samples", folder, "--reference", folder, "--output", output, *arguments]

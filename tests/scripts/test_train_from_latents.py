@@ -43,14 +43,15 @@ def test_training_from_a_cache_is_training_that_encodes_online(tiny_vae, tmp_pat
     online = train("x.parquet", "online", *vae, "--resolution", "16")
     tiny_vae.register_to_config(scaling_factor=9.0)  # the cache remembers what it was
     tiny_vae.save_pretrained(tmp_path / "vae")
-    cached = train("cache", "cached")
+    (tmp_path / "names.txt").write_text("ant weaver ant\nbee bumblebee, bee\ncat tabby\n")
+    cached = train("cache", "cached", "--class_names", str(tmp_path / "names.txt"))
     weights = [load_file(f / "transformer" / "diffusion_pytorch_model.safetensors") for f in (online, cached)]
     assert weights[0].keys() == weights[1].keys()
     for name in weights[0]:
         assert_close(weights[1][name], weights[0][name], atol=1e-5, rtol=1e-4, msg=name)
     pipe = DiffusionPipeline.from_pretrained(cached)
     assert (pipe.vae.config.scaling_factor, pipe.vae.config.shift_factor) == (0.5, 0.25)
-    assert pipe(["bee"], num_inference_steps=1).images[0].size == (16, 16)
+    assert pipe(["bumblebee"], num_inference_steps=1).images[0].size == (16, 16)
 
-    with pytest.raises(SystemExit, match="--label_accuracy_samples needs the images' pixels"):
+    with pytest.raises(SystemExit, match="label_accuracy_samples needs the images' pixels"):
         train("cache", "other", "--label_accuracy_samples", "10")

@@ -1,7 +1,7 @@
 import torch
 
 from sdt_diffusion.sdt.vae import (
-    LatentNormalisation,
+    LatentNormalization,
     decode_latents,
     encode_pixels,
     posterior_moments,
@@ -14,10 +14,10 @@ def test_encoding_samples_the_posterior_scaled_and_shifted(tiny_vae):
     pixels = torch.rand(64, 3, 16, 16) * 2 - 1
     posterior = tiny_vae.encode(pixels).latent_dist
     latents = encode_pixels(tiny_vae, pixels, torch.randn(64, 4, 8, 8))
-    normalised = (latents / 0.5 + 0.25 - posterior.mean) / posterior.std
+    normalized = (latents / 0.5 + 0.25 - posterior.mean) / posterior.std
     assert latents.shape == (64, 4, 8, 8)
-    assert abs(normalised.mean().item()) < 0.05
-    assert abs(normalised.std().item() - 1) < 0.05
+    assert abs(normalized.mean().item()) < 0.05
+    assert abs(normalized.std().item() - 1) < 0.05
 
 
 def test_moments_are_of_the_posterior_and_sampled_with_given_noise(tiny_vae):
@@ -26,24 +26,24 @@ def test_moments_are_of_the_posterior_and_sampled_with_given_noise(tiny_vae):
     moments = posterior_moments(tiny_vae, pixels)
     torch.testing.assert_close(moments, torch.stack([posterior.mean, posterior.std], 1))
     noise = torch.randn(3, 4, 8, 8)
-    normalisation = LatentNormalisation.of(tiny_vae)
+    normalization = LatentNormalization.of(tiny_vae)
     expected = (posterior.mean + posterior.std * noise - 0.25) * 0.5
-    torch.testing.assert_close(sample_posterior(moments, noise, normalisation), expected)
-    torch.testing.assert_close(sample_posterior(moments, None, normalisation), (posterior.mean - 0.25) * 0.5)
+    torch.testing.assert_close(sample_posterior(moments, noise, normalization), expected)
+    torch.testing.assert_close(sample_posterior(moments, None, normalization), (posterior.mean - 0.25) * 0.5)
     torch.testing.assert_close(encode_pixels(tiny_vae, pixels), (posterior.mean - 0.25) * 0.5)
 
 
-def test_a_normalisation_is_undone(tiny_vae):
+def test_a_normalization_is_undone(tiny_vae):
     latents = torch.randn(5)
-    normalisation = LatentNormalisation(scaling_factor=0.2, shift_factor=3.0)
-    torch.testing.assert_close(normalisation.apply(latents), (latents - 3) * 0.2)
-    torch.testing.assert_close(normalisation.undo(normalisation.apply(latents)), latents)
+    normalization = LatentNormalization(scaling_factor=0.2, shift_factor=3.0)
+    torch.testing.assert_close(normalization.apply(latents), (latents - 3) * 0.2)
+    torch.testing.assert_close(normalization.undo(normalization.apply(latents)), latents)
 
 
-def test_decoding_undoes_the_normalisation(tiny_vae):
+def test_decoding_undoes_the_normalization(tiny_vae):
     latents = torch.randn(2, 4, 8, 8)
-    normalised = (latents - 0.25) * 0.5
-    torch.testing.assert_close(decode_latents(tiny_vae, normalised), tiny_vae.decode(latents).sample)
+    normalized = (latents - 0.25) * 0.5
+    torch.testing.assert_close(decode_latents(tiny_vae, normalized), tiny_vae.decode(latents).sample)
 
 
 def test_deep_compression_autoencoders_are_deterministic_and_scale_as_they_say(tiny_dc_vae):

@@ -1,13 +1,13 @@
-"""Latents that were encoded once, in files that are read piece by piece.
+"""A cache of latents: they are encoded once and read from files image by image.
 
 A cache is a folder of
 
 - `shard-00000.safetensors`, ...: `moments` of shape (images, 2, 2, channels, height, width), which are mean and
-  standard deviation of the VAE's posterior, not normalised, for an image and for its mirror; and `labels` of shape
+  standard deviation of the VAE's posterior, not normalized, for an image and for its mirror; and `labels` of shape
   (images,), int64. The header's metadata name the classes.
-- `manifest.json`: how they were made, the VAE's normalisation, the classes, and size and checksum of every shard.
-- `records`: what the manifest is made of, a file for the settings and one for each shard, to go on from and to repair
-  a cache by. Training does not need it.
+- `manifest.json`: how they were made, the VAE's normalization, the classes, and size and checksum of every shard.
+- `records`: the parts of the manifest, one file of settings and one for each shard, by which encoding goes on and a
+  cache is repaired. Training does not need them.
 """
 
 import hashlib
@@ -25,11 +25,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
+from ..images import rename_classes
+
 MANIFEST_FILE = "manifest.json"
 RECORDS_FOLDER, SETTINGS_FILE = "records", "settings.json"
 FORMAT, VERSION = "sdt_diffusion latents", 1
 DTYPES = {"F16": "float16", "F32": "float32"}
-#: What training needs of the settings, beside the type of the latents.
+#: Settings that training needs, besides the type of the latents.
 READ_SETTINGS = ("resolution", "image_mode", "scaling_factor", "shift_factor")
 SHARD_FILE = re.compile(r"shard-\d+\.safetensors")
 #: Shards that a process keeps open; systems allow some 1,000 files.
@@ -37,23 +39,24 @@ MAX_OPEN_FILES = 512
 
 
 class LatentCache:
-    """The posteriors of a data set's images, as training reads them: with memory for what was asked for, and no more.
+    """The posteriors of a data set's images, which are read when they are asked for.
 
-    The files could be mapped into memory, but the pages of a mapping stay with the process until they are needed
-    elsewhere, and an error of the disk would end it without a word.
+    The files are not mapped into memory: the pages of a mapping count as the process's memory until the system takes
+    them back, and an error of the disk would kill the process without a message.
 
     Args:
         folder: The folder.
         mirrors: Read the mirrored image's posterior too.
+        class_names: File of names for the classes; see `rename_classes`.
 
     Raises:
-        ValueError: If it is no cache, of another version, or not whole; the message names the shard.
+        ValueError: If it is not a cache, of another version, or not whole; the message names the shard.
     """
 
-    def __init__(self, folder: Path, mirrors: bool = False):
+    def __init__(self, folder: Path, mirrors: bool = False, class_names: str | None = None):
         self.folder, self.mirrors, self.name = folder, mirrors, str(folder)
         self.manifest = read_manifest(folder)
-        self.class_names: list[str] = self.manifest["class_names"]
+        self.class_names = rename_classes(self.manifest["class_names"], class_names, self.name)
         shards = [_open_shard(folder, record, self.manifest) for record in self.manifest["shards"]]
         self._paths = [folder / record["file"] for record in self.manifest["shards"]]
         self._offsets = [offset for offset, _ in shards]
@@ -74,10 +77,9 @@ class LatentCache:
 
     @property
     def fingerprint(self) -> str:
-        """16 hexadecimal digits that stay when the cache is moved, and change with its latents or what made them.
+        """16 hexadecimal digits that identify the latents and their settings, wherever the cache is.
 
-        They are of the settings, without where the images lay and how many were encoded at a time, and of the shards'
-        checksums.
+        They are the hash of the shards' checksums and of the settings without the data set's path and the batch size.
         """
         settings = {k: v for k, v in self.manifest["settings"].items() if k not in ("dataset", "batch_size")}
         identity = [settings, [record["sha256"] for record in self.manifest["shards"]]]
@@ -87,7 +89,7 @@ class LatentCache:
         return len(self.labels)
 
     def __getitems__(self, indices: Sequence[int]) -> list[tuple[torch.Tensor, int]]:
-        """Moments and labels of some images.
+        """Return moments and labels of some images.
 
         Moments have the shape (2, channels, height, width), or with `mirrors` (2, 2, channels, height, width): of the
         image and its mirror.
@@ -117,14 +119,14 @@ class LatentCache:
 
 
 def is_latent_cache(folder: Path) -> bool:
-    """Whether a folder is a cache: of whatever version, finished or not, damaged or not."""
+    """Return whether a folder is a cache, of any version, finished or not, damaged or not."""
     if (folder / RECORDS_FOLDER / SETTINGS_FILE).is_file():
         return True
     return (folder / MANIFEST_FILE).is_file() and any(folder.glob("shard-*.safetensors"))
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a cache.
+    """Read the manifest of a cache.
 
     Raises:
         ValueError: If there is none, or it is of another version, or damaged; names the file and the key.
@@ -132,7 +134,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST_FILE
     if not (is_latent_cache(folder) and path.is_file()):
         raise ValueError(
-            f"{path} is no manifest of latents: train/encode_latents.py makes them, and writes it when all are there."
+            f"{path} is not a manifest of latents: train/encode_latents.py writes one after it has encoded all images."
         )
     try:
         manifest = json.loads(path.read_text())
@@ -144,13 +146,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             _check_manifest(manifest)
     except ValueError as error:
         raise ValueError(
-            f"{path} is damaged: {error}. Delete it and run the command that made the cache: it is made again "
-            f"of the files in {RECORDS_FOLDER}, and nothing is encoded."
+            f"{path} is damaged: {error}. Delete it and run the command that made the cache: it writes the "
+            f"manifest again from the files in {RECORDS_FOLDER}, without encoding."
         ) from error
     if manifest["version"] != VERSION:
         raise ValueError(
-            f"{path} is of version {manifest['version']!r}, and this program reads version {VERSION}: encode the "
-            "images again, or use the program that made it."
+            f"{path} is of version {manifest['version']!r}, and this release reads version {VERSION}: encode the "
+            "images again, or use the release that made it."
         )
     return manifest
 
@@ -165,15 +167,15 @@ def _check_manifest(manifest):
     for number, record in enumerate(records):
         _require({f"shards[{number}]": record}, "", **{f"shards[{number}]": dict})
         _require(record, f"shards[{number}].", file=str, num_images=int, num_bytes=int, sha256=str, unreadable=list)
-        if not SHARD_FILE.fullmatch(record["file"]):  # nor may it lead out of the folder
-            raise ValueError(f"shards[{number}].file is {record['file']!r}, which is no name of a shard")
+        if not SHARD_FILE.fullmatch(record["file"]):  # a path could lead out of the folder
+            raise ValueError(f"shards[{number}].file is {record['file']!r}, which is not a name of a shard")
     held = sum(record["num_images"] for record in records)
     if held != manifest["num_images"] or not held:
         raise ValueError(f"shards hold {held} images, and num_images is {manifest['num_images']}")
 
 
 def _require(values, prefix, **types):
-    """Refuses values that lack a key, or have something of another type there."""
+    """Refuse values that lack a key, or hold another type there."""
     for key, kind in types.items():
         if key not in values:
             raise ValueError(f"{prefix}{key} is missing")
@@ -182,32 +184,32 @@ def _require(values, prefix, **types):
 
 
 def write_shard(path: Path, moments: torch.Tensor, labels: torch.Tensor, class_names: Sequence[str] | None) -> None:
-    """Writes a shard; see the top of this file.
+    """Write a shard; see the docstring of this module.
 
     Args:
         path: The file.
         moments: Shape (images, 2, 2, channels, height, width).
         labels: Shape (images,).
-        class_names: Names of the classes, if they are known yet.
+        class_names: Names of the classes; `None` if they are not known yet.
     """
     tensors = {"moments": moments.contiguous(), "labels": labels.to(torch.int64)}
     save_file(tensors, path, metadata={"class_names": json.dumps(class_names and list(class_names))})
 
 
 def shard_labels(path: Path) -> np.ndarray:
-    """The labels in a shard."""
+    """Read the labels of a shard."""
     with safe_open(path, framework="numpy") as shard:
         return shard.get_tensor("labels")
 
 
 def has_size(folder: Path, record: dict[str, Any]) -> bool:
-    """Whether a shard is there with the size that the manifest says."""
+    """Return whether a shard exists with the size that its record says."""
     path = folder / record["file"]
     return path.is_file() and path.stat().st_size == record["num_bytes"]
 
 
 def checksum(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal digits."""
+    """Return the SHA-256 of a file, in hexadecimal digits."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -216,7 +218,7 @@ def checksum(path: Path) -> str:
 
 
 def verify(folder: Path, progress: bool = True) -> int:
-    """Compares every byte of a cache with its checksums.
+    """Compare every byte of a cache with its checksums.
 
     Args:
         folder: The cache.
@@ -226,7 +228,7 @@ def verify(folder: Path, progress: bool = True) -> int:
         Number of shards.
 
     Raises:
-        ValueError: Names the shards that are missing, cut off or changed.
+        ValueError: If shards are missing, cut off or changed; names them.
     """
     records = read_manifest(folder)["shards"]
     damaged = [
@@ -243,13 +245,13 @@ def verify(folder: Path, progress: bool = True) -> int:
 
 
 def _open_shard(folder, record, manifest) -> tuple[int, np.ndarray]:
-    """Where the moments lie in the file, and the labels."""
+    """Return the position of the moments in the file, in bytes, and the labels."""
     path = folder / record["file"]
     if not has_size(folder, record):
-        found = f"{path.stat().st_size} bytes long" if path.is_file() else "missing"
+        state = f"{path.stat().st_size} bytes long" if path.is_file() else "missing"
         raise ValueError(
-            f"{path} is {found}, and should have {record['num_bytes']} bytes: run the command that made the cache, it "
-            "encodes what is missing."
+            f"{path} is {state}, and should have {record['num_bytes']} bytes: run the command that made the cache, "
+            "which encodes what is missing."
         )
     expected = [record["num_images"], *manifest["moments_shape"]], manifest["settings"]["dtype"]
     try:
@@ -267,8 +269,8 @@ def _open_shard(folder, record, manifest) -> tuple[int, np.ndarray]:
     if class_names not in (None, manifest["class_names"]):
         differing = sorted(set(class_names) ^ set(manifest["class_names"])) or ["their order"]
         raise ValueError(
-            f"{path} is of other classes than the manifest says ({', '.join(differing[:10])} differ): it belongs to "
-            "another cache."
+            f"{path} has other classes than the manifest ({', '.join(differing[:10])} differ): it belongs to another "
+            "cache."
         )
     if len(labels) and not (labels.min() >= 0 and labels.max() < len(manifest["class_names"])):
         raise ValueError(f"{path} has labels outside 0..{len(manifest['class_names']) - 1}.")

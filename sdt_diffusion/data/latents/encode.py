@@ -1,11 +1,11 @@
-"""Encodes the images of a data set, and their mirrors, into a cache of latents that train_dit.py reads.
+"""Encode the images of a data set, and their mirror images, into a cache of latents that train_dit.py reads.
 
     accelerate launch train/encode_latents.py --dataset DATA --output_dir CACHE --pretrained_vae_model_name_or_path VAE
     accelerate launch train/encode_latents.py ... --dataset "tars/train-*.tar" --streaming True
     python train/encode_latents.py --output_dir CACHE --verify True
 
-The same command goes on where it was interrupted. preview.png, written with the first shard, shows whether the VAE and
-the crop are what they should be.
+The same command goes on where it was interrupted. preview.png, which is written with the first shard, shows images and
+what the VAE makes of them.
 """
 
 import sys
@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 
 from ...plots import image_grid
 from ...sdt.vae import (
-    LatentNormalisation,
+    LatentNormalization,
     check_images_fit,
     decode_raw_latents,
     describe_vae,
@@ -42,6 +42,12 @@ from .cache import read_manifest, verify
 from .rows import ShardBatch, StoredRows, StreamedRows, open_rows, shard_batches
 from .writer import CacheWriter
 
+PREVIEW_FILE = "preview.png"
+#: Images in the preview.
+NUM_SHOWN = 8
+#: Side of the images in pixels where the arguments leave it open.
+DEFAULT_RESOLUTION = 256
+
 
 @dataclass
 class EncodingArguments:
@@ -53,19 +59,22 @@ class EncodingArguments:
     )
     streaming: bool = field(
         default=False,
-        metadata={"help": "Read tar, parquet or the Hub's files in passing; otherwise `datasets` copies them first."},
+        metadata={"help": "Read tar, parquet or the Hub's files in order; otherwise `datasets` copies them first."},
     )
     batch_size: int = field(
         default=32, metadata={"help": "Images that are encoded at a time, and then their mirrors."}
     )
-    shard_size: int = field(default=4096, metadata={"help": "Images in a file; a kill costs at most one a process."})
+    shard_size: int = field(default=4096, metadata={"help": "Images in a file; a killed process loses one at most."})
     dtype: Literal["float16", "float32"] = field(
         default="float16",
-        metadata={"help": "Of the files; float16 is finer than the bfloat16 that networks train in."},
+        metadata={"help": "Type of the latents; float16 is finer than the bfloat16 that networks train in."},
     )
-    vae_dtype: Literal["float32", "bfloat16", "float16"] = field(default="float32", metadata={"help": "Of the VAE."})
+    vae_dtype: Literal["float32", "bfloat16", "float16"] = field(
+        default="float32", metadata={"help": "The VAE's type."}
+    )
     max_unreadable: int = field(
-        default=10, metadata={"help": "Images that may be left out, because they cannot be decoded, before it stops."}
+        default=10,
+        metadata={"help": "Images that may be left out because they cannot be decoded; more are an error."},
     )
     num_threads: int = field(default=4, metadata={"help": "Threads of each process that decode images."})
     verify: bool = field(
@@ -76,20 +85,16 @@ class EncodingArguments:
         require_at_least(self, 1, "batch_size", "shard_size", "num_threads")
         require_at_least(self, 0, "max_unreadable")
         if not self.verify and self.pretrained_vae_model_name_or_path is None:
-            raise ValueError("--pretrained_vae_model_name_or_path must name the VAE to encode with.")
-
-
-#: Images in the preview.
-NUM_SHOWN = 8
+            raise ValueError("pretrained_vae_model_name_or_path must name the VAE to encode with.")
 
 
 class ShardEncoder:
-    """Encodes images and their mirrors.
+    """Encodes images and their mirror images.
 
     Args:
         vae: The VAE.
         latent_shape: Channels, height and width of its latents.
-        dtype: Of the moments.
+        dtype: Type of the moments.
     """
 
     def __init__(self, vae: nn.Module, latent_shape: tuple[int, int, int], dtype: torch.dtype):
@@ -97,10 +102,10 @@ class ShardEncoder:
         self._shown: list[torch.Tensor] = []
 
     def __call__(self, batches: Iterator[ShardBatch]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Encodes the batches of a shard.
+        """Encode the batches of a shard.
 
         Returns:
-            Moments of shape (images, 2, 2, channels, height, width) and labels of shape (images,), of the images that
+            Moments, shape (images, 2, 2, channels, height, width), and labels, shape (images,), of the images that
             could be decoded.
 
         Raises:
@@ -109,30 +114,29 @@ class ShardEncoder:
         moments, labels = [torch.empty(0, 2, 2, *self.latent_shape, dtype=self.dtype)], []
         self._shown = []
         for batch in batches:
-            readable = [i for i, image in enumerate(batch.images) if isinstance(image, torch.Tensor)]
+            pairs = zip(batch.images, batch.labels, strict=True)
+            readable = [(image, label) for image, label in pairs if isinstance(image, torch.Tensor)]
             if not readable:
                 continue
-            pixels = torch.stack([batch.images[i] for i in readable])
+            pixels = torch.stack([image for image, _ in readable])  # (B, channels, resolution, resolution)
             self._shown += pixels[: NUM_SHOWN - len(self._shown)]
-            labels += [batch.labels[i] for i in readable]
+            labels += [label for _, label in readable]
             moments.append(self.moments(pixels))
         return torch.cat(moments), torch.tensor(labels, dtype=torch.int64)
 
     def moments(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Moments of images and of their mirrors, whose pixels are mirrored, on the CPU."""
+        """Return the moments of images and of their mirror images, on the CPU."""
         pixels = pixels.to(self.vae.device)
         both = [posterior_moments(self.vae, side) for side in (pixels, pixels.flip(-1))]
-        moments = torch.stack(both, dim=1).to(self.dtype)
+        moments = torch.stack(both, dim=1).to(self.dtype)  # (B, 2, 2, C, H, W)
         if not moments.isfinite().all():
-            raise ValueError(
-                f"The VAE gives latents that are not finite in {str(self.dtype).removeprefix('torch.')}: give --dtype "
-                "float32, or a finer --vae_dtype."
-            )
+            name = str(self.dtype).removeprefix("torch.")
+            raise ValueError(f"The VAE's latents are not finite in {name}: give dtype float32, or a finer vae_dtype.")
         return moments.cpu()
 
     @torch.no_grad()
     def preview(self, moments: torch.Tensor, labels: torch.Tensor, class_names: list[str] | None) -> Image.Image:
-        """The shard's first images, and what the VAE makes of their latents and of those of their mirrors."""
+        """Draw the shard's first images above their decoded latents and those of their mirror images."""
         if not self._shown:
             return Image.new("RGB", (64, 64), "white")
         means = moments[: len(self._shown), :, 0].to(self.vae.device, torch.float32)
@@ -148,28 +152,23 @@ def _picture(pixels):
     return Image.fromarray(values if values.shape[2] == 3 else values[..., 0])
 
 
-PREVIEW_FILE = "preview.png"
-
-
 def encode_into(
     folder: Path,
     rows: StoredRows | StreamedRows,
     vae: nn.Module,
-    images: ImageArguments,
     args: EncodingArguments,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Fills a folder with the latents of a data set, starting from the shards that it holds already.
+    """Fill a folder with the latents of a data set, starting from the shards that it holds already.
 
-    Called by all processes, each of which encodes its share of the shards. A shard is written when it is done: a run
-    that is killed loses one a process, and the same call encodes the rest.
+    Called by all processes, each of which encodes its share of the shards. A shard is written when it is complete: if
+    the run is killed, each process loses at most one, and the same call encodes the rest.
 
     Args:
         folder: New, empty, or begun by the same call.
         rows: The data set.
-        vae: The VAE, in fp32, whose weights are to be recognised; it is moved to the process's device and
+        vae: The VAE in fp32, in which its weights are identified; it is moved to the process's device and
             `args.vae_dtype`.
-        images: How the data set was opened.
         args: How to encode.
         progress: Whether the main process shows a progress bar.
 
@@ -180,17 +179,17 @@ def encode_into(
         ValueError: If the folder holds something else, another process writes to it, the images do not fit the VAE,
             latents are not finite, or too many images cannot be decoded.
     """
-    state = PartialState()
+    state, images = PartialState(), rows.arguments
     check_images_fit(vae, images.resolution, images.image_mode)
-    writer = CacheWriter(folder, _settings(rows, vae, images, args))
+    writer = CacheWriter(folder, _settings(rows, vae, args))
     with FolderLock(folder) if state.is_main_process else nullcontext():
         if state.is_main_process:
             writer.claim()
         state.wait_for_everyone()
         finished, complete = writer.finished(), writer.is_complete()
-        state.wait_for_everyone()  # none is written before all have looked
+        state.wait_for_everyone()  # all processes have to see the same shards
         if not complete:
-            _encode_missing(writer, finished, rows, vae, images, args, progress)
+            _encode_missing(writer, finished, rows, vae, args, progress)
         state.wait_for_everyone()
         if state.is_main_process:
             _check_unreadable(_unreadable(writer.finished()), args.max_unreadable)
@@ -200,9 +199,9 @@ def encode_into(
     return read_manifest(folder)
 
 
-def _encode_missing(writer, finished, rows, vae, images, args, progress):
-    """Encodes this process's share of the shards that are not there."""
-    state = PartialState()
+def _encode_missing(writer, finished, rows, vae, args, progress):
+    """Encode this process's share of the missing shards."""
+    state, images = PartialState(), rows.arguments
     vae.to(state.device)
     if args.vae_dtype != "float32":
         vae.to(getattr(torch, args.vae_dtype))
@@ -219,13 +218,14 @@ def _encode_missing(writer, finished, rows, vae, images, args, progress):
         for shard, of_shard in groupby(batches, key=lambda batch: batch.shard):
             before = len(unreadable)
             moments, labels = encode(_counted(of_shard, unreadable, args.max_unreadable, bar))
-            if shard == 0:  # seen before all the others are encoded as wrongly
+            if shard == 0:  # early, so that the user sees mistakes before all is encoded
                 preview = encode.preview(moments, labels, rows.class_names)
                 write_atomically(writer.folder / PREVIEW_FILE, preview.save)
             writer.save(shard, moments, labels, unreadable[before:])
 
 
-def _settings(rows, vae, images, args):
+def _settings(rows, vae, args):
+    images = rows.arguments
     return {
         "dataset": images.dataset,
         "dataset_split": images.dataset_split,
@@ -234,18 +234,18 @@ def _settings(rows, vae, images, args):
         "class_names": rows.class_names,
         "resolution": images.resolution,
         "image_mode": images.image_mode,
-        "crop": "centre, by ADM's rule",
+        "crop": "centre, by ADM's rule",  # as spelled in the caches of before
         **describe_vae(vae),
-        **LatentNormalisation.of(vae)._asdict(),
+        **LatentNormalization.of(vae)._asdict(),
         "vae_dtype": args.vae_dtype,
         "dtype": args.dtype,
         "shard_size": args.shard_size,
-        "batch_size": args.batch_size,  # another size rounds otherwise
+        "batch_size": args.batch_size,  # rounding depends on it
     }
 
 
 def _counted(batches, unreadable, limit, bar) -> Iterator[ShardBatch]:
-    """Passes batches on, and stops when too many of their images are unreadable."""
+    """Iterate over the batches, until too many of their images are unreadable."""
     for batch in batches:
         unreadable += [str(image) for image in batch.images if isinstance(image, CorruptImageError)]
         _check_unreadable(unreadable, limit)
@@ -261,12 +261,9 @@ def _check_unreadable(unreadable, limit):
     if len(unreadable) > limit:
         named = "\n".join(unreadable[:20])
         raise ValueError(
-            f"{len(unreadable)} images cannot be decoded, more than --max_unreadable {limit}; repair or remove them, "
-            f"or raise the limit to leave them out:\n{named}"
+            f"{len(unreadable)} images cannot be decoded, more than max_unreadable {limit}; repair or remove "
+            f"them, or raise max_unreadable to leave them out:\n{named}"
         )
-
-
-DEFAULT_RESOLUTION = 256
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -277,12 +274,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.verify:
             print(f"All {verify(args.output_dir)} shards of {args.output_dir} are as they were written.")
             return
-        # Processes wait for each other at the end, where the last may be a shard behind.
+        # At the end processes wait for the slowest, which may have a whole shard left.
         state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))
         vae = AutoModel.from_pretrained(args.pretrained_vae_model_name_or_path).eval().requires_grad_(False)
-        with state.local_main_process_first():  # `datasets` may have to make its copy
+        with state.local_main_process_first():  # `datasets` may have to copy the data set
             rows = open_rows(image_args, args.streaming, DEFAULT_RESOLUTION)
-        manifest = encode_into(args.output_dir, rows, vae, image_args, args)
+        manifest = encode_into(args.output_dir, rows, vae, args)
         if state.is_main_process:
             left_out = manifest["num_unreadable"]
             print(

@@ -1,5 +1,6 @@
-"""Every image of a data set once, in batches of the same images on any number of processes."""
+"""Read every image of a data set once, in batches that hold the same images for any number of processes."""
 
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,11 +12,14 @@ import torch
 from ..decoding import CorruptImageError, ImageDecoder
 from ..images import (
     ImageArguments,
+    LabeledImages,
     check_class_folders,
     find_image_column,
     find_label_column,
     load_images,
+    read_class_names,
     read_dataset,
+    rename_classes,
 )
 
 #: Batches that are decoded ahead of the one in use.
@@ -25,18 +29,19 @@ ROWS_AT_ONCE = 256
 
 
 class StoredRows:
-    """The rows of a data set that can be read from anywhere; the others cost nothing.
+    """The rows of a data set that are read by their number; those that are not wanted are not read.
 
     Args:
         images: The data set.
     """
 
-    def __init__(self, images):
-        self.images, self.name, self.class_names = images, images.name, images.class_names
-        self.num_rows = len(images)
+    def __init__(self, images: LabeledImages):
+        self.images, self.name, self.num_rows = images, images.name, len(images)
+        self.arguments = images.arguments
+        self.class_names, self.stored_class_names = images.class_names, images.stored_class_names
 
     def read(self, wanted: Callable[[int], bool]) -> Iterator[tuple[int, dict, int]]:
-        """Number, encoded image and label of the rows whose number is wanted, in order."""
+        """Iterate over number, encoded image and label of the wanted rows, in order."""
         numbers = [number for number in range(len(self.images)) if wanted(number)]
         for start in range(0, len(numbers), ROWS_AT_ONCE):
             chunk = numbers[start : start + ROWS_AT_ONCE]
@@ -45,38 +50,45 @@ class StoredRows:
 
 
 class StreamedRows:
-    """The rows of a data set that comes by, such as a tar file: those that are not wanted are read, but not decoded.
+    """The rows of a data set that is read in order, such as a tar file; unwanted rows are read but not decoded.
 
     Args:
         dataset: A `datasets.IterableDataset`.
         image_column: Column of type `datasets.Image`.
         label_column: Column of integers or `datasets.ClassLabel`.
-        name: What to call the data set in messages.
+        arguments: The data set's name and file of class names; see `ImageArguments.resolved`.
 
     Raises:
-        ValueError: If the labels are no numbers.
+        ValueError: If the labels are not integers, or a class has no name in the file of class names.
     """
 
-    num_rows: int | None = None  # nobody knows before the end
+    num_rows: int | None = None  # known after the last row
 
-    def __init__(self, dataset, image_column: str, label_column: str, name: str):
+    def __init__(self, dataset, image_column: str, label_column: str, arguments: ImageArguments):
         from datasets import ClassLabel, Image
 
+        self.arguments, self.name = arguments, arguments.dataset
         feature = dataset.features[label_column]
-        self.class_names = list(feature.names) if isinstance(feature, ClassLabel) else None
-        if self.class_names is None and "int" not in str(getattr(feature, "dtype", "")):
+        if isinstance(feature, ClassLabel):
+            self.stored_class_names = list(feature.names)
+        elif "int" in str(getattr(feature, "dtype", "")):
+            self.stored_class_names = _numbers_in(arguments.class_names)
+        else:
             raise ValueError(
-                f"{name}: the labels in column {label_column!r} are no integers, and the names of all classes are not "
-                "known before a stream ends. Leave out --streaming, or name another --label_column."
+                f"{self.name}: the labels in column {label_column!r} are not integers, and the names of all classes "
+                "are not known before a stream ends. Leave out streaming, or give another label_column."
             )
+        self.class_names = self.stored_class_names and rename_classes(
+            self.stored_class_names, arguments.class_names, self.name
+        )
         self.dataset = dataset.cast_column(image_column, Image(decode=False))
-        self.image_column, self.label_column, self.name = image_column, label_column, name
+        self.image_column, self.label_column = image_column, label_column
 
     def read(self, wanted: Callable[[int], bool]) -> Iterator[tuple[int, dict, int]]:
-        """Number, encoded image and label of the rows whose number is wanted, in order; at the end sets `num_rows`.
+        """Iterate over number, encoded image and label of the wanted rows, in order; set `num_rows` at the end.
 
         Raises:
-            ValueError: If a label is none, or the stream breaks off.
+            ValueError: If a label is not one, or a row cannot be read.
         """
         rows = enumerate(self.dataset)
         number = -1
@@ -92,13 +104,13 @@ class StreamedRows:
                 label = row[self.label_column]
                 if not isinstance(label, int) or not 0 <= label < len(self.class_names or range(label + 1)):
                     raise ValueError(
-                        f"{self.name}, row {number}: {label!r} in column {self.label_column!r} is no label."
+                        f"{self.name}, row {number}: {label!r} in column {self.label_column!r} is not a label."
                     )
                 yield number, row[self.image_column], label
 
 
 class ShardBatch(NamedTuple):
-    """Neighbouring rows of one shard."""
+    """Successive rows of one shard."""
 
     shard: int
     images: list[torch.Tensor | CorruptImageError]
@@ -106,24 +118,25 @@ class ShardBatch(NamedTuple):
 
 
 def open_rows(args: ImageArguments, streaming: bool, default_resolution: int) -> StoredRows | StreamedRows:
-    """Opens the data set that the arguments name.
+    """Open the data set that the arguments name.
 
     Args:
-        args: The arguments, into which the values that they left open are filled.
-        streaming: Read it in passing.
+        args: The arguments, which stay as they are; those of the rows returned are complete.
+        streaming: Read the files in order, without copying them first.
         default_resolution: Side of the images in pixels where the arguments leave it open.
 
     Raises:
         FileNotFoundError: If a path does not exist.
         ValueError: If nothing can be read there, or the columns or classes cannot be told.
     """
+    rows: StoredRows | StreamedRows
     if streaming:
-        args.fill_in(default_resolution)
+        args = args.resolved(default_resolution)
         dataset = read_dataset(args, streaming=True)
-        rows = StreamedRows(dataset, find_image_column(dataset, args), find_label_column(dataset, args), args.dataset)
+        rows = StreamedRows(dataset, find_image_column(dataset, args), find_label_column(dataset, args), args)
     else:
         rows = StoredRows(load_images(args, default_resolution))
-    check_class_folders(Path(args.dataset).expanduser(), rows.class_names or ())
+    check_class_folders(Path(args.dataset).expanduser(), rows.stored_class_names or ())
     return rows
 
 
@@ -135,18 +148,18 @@ def shard_batches(
     wanted: Callable[[int], bool],
     num_threads: int,
 ) -> Iterator[ShardBatch]:
-    """The images of some shards, in order, decoded ahead by threads.
+    """Iterate over the images of some shards, in order, decoded ahead by threads.
 
-    A shard is `shard_size` neighbouring rows. A batch starts with the shard or `batch_size` rows later, so that it
-    holds the same images whichever shards are wanted.
+    A shard is `shard_size` successive rows, and its batches are `batch_size` of them, so that a batch holds the same
+    images whichever shards are wanted.
 
     Args:
         rows: The data set.
         decode: The decoder.
         shard_size: Rows of a shard.
         batch_size: Rows of a batch.
-        wanted: Whether a shard, given by its number, is.
-        num_threads: Number of threads. Pillow decodes outside of Python's lock.
+        wanted: Tells whether a shard, by its number, is wanted.
+        num_threads: Threads that decode; Pillow releases Python's lock while it does.
     """
     with ThreadPoolExecutor(num_threads) as pool:
         ahead = deque()
@@ -162,17 +175,24 @@ def shard_batches(
             pool.shutdown(cancel_futures=True)
 
 
+def _numbers_in(class_names):
+    """Return the numbers 0, 1, ... that a file of class names has names for; `None` without a file."""
+    if class_names is None:
+        return None
+    names = read_class_names(Path(class_names).expanduser())
+    numbers = list(itertools.takewhile(names.__contains__, map(str, itertools.count())))
+    if not numbers:
+        raise ValueError(f"class_names: {class_names} names no numbers, which are the labels of the data set.")
+    return numbers
+
+
 def _grouped(rows, shard_size, batch_size) -> Iterator[tuple[int, list[Any]]]:
-    batch, key = [], None
-    for row in rows:
+    def key(row):
         shard, place = divmod(row[0], shard_size)
-        if key not in (None, (shard, place // batch_size)):
-            yield key[0], batch
-            batch = []
-        key = (shard, place // batch_size)
-        batch.append(row)
-    if batch:
-        yield key[0], batch
+        return shard, place // batch_size
+
+    for (shard, _), batch in itertools.groupby(rows, key):
+        yield shard, list(batch)
 
 
 def _decoded(decode, row, name):

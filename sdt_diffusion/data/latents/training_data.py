@@ -1,7 +1,7 @@
-"""What a diffusion model learns to make: pixels, latents that are encoded as training goes, or latents of a cache."""
+"""What a diffusion model is trained on: pixels, latents encoded during training, or latents of a cache."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from diffusers import AutoModel
 from torch import nn
 
 from ...sdt.vae import (
-    LatentNormalisation,
+    LatentNormalization,
     check_images_fit,
     check_vae,
     describe_vae,
@@ -20,23 +20,25 @@ from ...sdt.vae import (
     vae_spatial_scale,
 )
 from ...utils.seeding import Draws
-from .. import DataArguments, LabelledImages, LatentCache, RandomFlip, RandomMirror, load_images
+from .. import DataArguments, LabeledImages, LatentCache, RandomFlip, RandomMirror, load_images
 from .cache import is_latent_cache
 
 
 @dataclass
 class TrainingData:
-    """The images of a run, and the way from what is stored of them to what the model learns to make.
+    """The images of a run, and how batches of them become what the model is trained on.
 
     Args:
+        arguments: The data arguments, complete; see `ImageArguments.resolved`.
         images: The data set; see `ShuffledStream`.
-        vae: The VAE, with the normalisation that decoding has to use; `None` to learn pixels.
+        vae: The VAE, with the normalization that decoding has to use; `None` to train on pixels.
         vae_name: Where the VAE came from.
         augment: See `ShuffledStream`.
         sample_shape: Channels, height and width of what the model makes.
     """
 
-    images: LabelledImages | LatentCache
+    arguments: DataArguments
+    images: LabeledImages | LatentCache
     vae: nn.Module | None
     vae_name: str | None
     augment: Callable[[Any, int], torch.Tensor] | None
@@ -44,16 +46,16 @@ class TrainingData:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What the latents are, wherever the files of VAE and cache lie: a run goes on with no others."""
+        """What identifies the latents, wherever VAE and cache are stored; a run is resumed with the same ones only."""
         if self.vae is None:
             return {}
-        if self.is_cached:  # tells of its VAE too
+        if isinstance(self.images, LatentCache):  # the fingerprint covers the VAE
             return {"cache of latents": self.images.fingerprint}
-        return {**describe_vae(self.vae), **LatentNormalisation.of(self.vae)._asdict()}
+        return {**describe_vae(self.vae), **LatentNormalization.of(self.vae)._asdict()}
 
     @property
-    def named_by_identity(self) -> tuple[str, ...]:
-        """Arguments whose paths may change while the identity stays."""
+    def relocatable_arguments(self) -> tuple[str, ...]:
+        """Arguments that hold paths and may change when a run is resumed, because `identity` is checked instead."""
         if self.vae is None:
             return ()
         return ("pretrained_vae_model_name_or_path", *(["dataset"] if self.is_cached else []))
@@ -64,27 +66,27 @@ class TrainingData:
         return isinstance(self.images, LatentCache)
 
     def clean(self, batch: torch.Tensor, draws: Draws) -> torch.Tensor:
-        """What the model learns to make.
+        """Return what the model is trained to make.
 
         Args:
             batch: Pixels in -1 to 1, or moments of a cache, shape (batch, ...).
             draws: The batch's random numbers, for the noise of the posteriors.
 
         Returns:
-            Pixels, or normalised latents; shape (batch, *sample_shape).
+            Pixels or normalized latents, shape (batch, *sample_shape).
         """
         if self.vae is None:
             return batch
-        moments = batch if self.is_cached else posterior_moments(self.vae, batch)
-        return sample_posterior(moments, draws.normal(self.sample_shape), LatentNormalisation.of(self.vae))
+        moments = batch if self.is_cached else posterior_moments(self.vae, batch)  # (B, 2, C, H, W)
+        return sample_posterior(moments, draws.normal(self.sample_shape), LatentNormalization.of(self.vae))
 
 
 def open_training_data(data: DataArguments, vae_name: str | None, default_sample_size: int, seed: int) -> TrainingData:
-    """Opens the data set, or the cache of latents, that the arguments name.
+    """Open the data set, or the cache of latents, that the arguments name.
 
     Args:
-        data: The data; values left open are filled in.
-        vae_name: Folder or Hub name of the VAE; a cache brings its own, without either the model learns pixels.
+        data: The data arguments, which stay as they are; those of the data returned are complete.
+        vae_name: Folder or Hub name of the VAE; a cache names its own, and without either the data are pixels.
         default_sample_size: Side of what the model makes where `data` leaves the resolution open.
         seed: Seed of the run, for mirrored images.
 
@@ -96,28 +98,31 @@ def open_training_data(data: DataArguments, vae_name: str | None, default_sample
     if is_latent_cache(folder):
         return _open_cache(folder, data, vae_name, seed)
     vae = _load_vae(vae_name)
-    images = load_images(data, default_resolution=default_sample_size * vae_spatial_scale(vae))
+    data = data.resolved(default_sample_size * vae_spatial_scale(vae))
+    images = load_images(data, data.resolution)
     augment = RandomFlip(seed) if data.random_flip else None
     if vae is None:
-        return TrainingData(images, None, None, augment, (images.num_channels, data.resolution, data.resolution))
+        shape = (images.num_channels, data.resolution, data.resolution)
+        return TrainingData(data, images, None, None, augment, shape)
     check_images_fit(vae, data.resolution, data.image_mode)
-    return TrainingData(images, vae, vae_name, augment, latent_shape(vae, data.resolution))
+    return TrainingData(data, images, vae, vae_name, augment, latent_shape(vae, data.resolution))
 
 
 def _open_cache(folder, data, vae_name, seed):
-    images = LatentCache(folder, mirrors=data.random_flip)
+    images = LatentCache(folder, data.random_flip, data.class_names)
     settings = images.manifest["settings"]
-    for key in ("resolution", "image_mode"):
-        if getattr(data, key) not in (None, settings[key]):
-            raise ValueError(f"--{key} {getattr(data, key)}: {folder} was encoded with {settings[key]}.")
-        setattr(data, key, settings[key])
+    encoded = {key: settings[key] for key in ("resolution", "image_mode")}
+    for key, value in encoded.items():
+        if getattr(data, key) not in (None, value):
+            raise ValueError(f"{key} is {getattr(data, key)}, but {folder} was encoded with {value}: leave it out.")
+    data = replace(data, **encoded)
     vae_name = vae_name or images.manifest["vae_name"]
     vae = _load_vae(vae_name)
     check_vae(vae, folder, images.manifest)
-    # Decoding has to undo what training does, whatever the VAE's own config says by now.
-    vae.register_to_config(**{key: settings[key] for key in LatentNormalisation._fields})
+    # Decoding has to undo the normalization of the cache, even if the VAE's config has changed since.
+    vae.register_to_config(**{key: settings[key] for key in LatentNormalization._fields})
     augment = RandomMirror(seed) if data.random_flip else None
-    return TrainingData(images, vae, vae_name, augment, images.latent_shape)
+    return TrainingData(data, images, vae, vae_name, augment, images.latent_shape)
 
 
 def _load_vae(name):

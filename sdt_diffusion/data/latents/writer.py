@@ -1,4 +1,4 @@
-"""A cache of latents in the making."""
+"""Write a cache of latents."""
 
 import json
 from collections.abc import Sequence
@@ -26,15 +26,15 @@ from .cache import (
 
 
 class CacheWriter:
-    """Writes a cache's shards, in any order and by any number of processes, and at last the manifest.
+    """Writes the shards of a cache, in any order and from any number of processes, and then the manifest.
 
-    A folder `records` keeps the settings, and of each shard that is done its size and checksum. The manifest is made
-    of them, and can be again.
+    A folder `records` keeps the settings, and size and checksum of each finished shard. The manifest is made from
+    them.
 
     Args:
         folder: The folder of the cache.
-        settings: What the latents depend on, as JSON can hold it; among it the `dtype`, and the `class_names` and
-            `num_rows` of the data set, or `None` if they are not known.
+        settings: What the latents depend on, of JSON's types, including the `dtype`, and the `class_names` and
+            `num_rows` of the data set, which are `None` if they are not known.
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any]):
@@ -42,7 +42,7 @@ class CacheWriter:
         self.records = folder / RECORDS_FOLDER
 
     def claim(self) -> None:
-        """Makes the folder this run's.
+        """Prepare the folder for this run.
 
         Raises:
             ValueError: If it holds something else, a damaged manifest, or latents of other settings; lists what
@@ -55,46 +55,46 @@ class CacheWriter:
         elif manifest:
             there = manifest["settings"]
         elif self._holds_something_else():
-            raise ValueError(f"{self.folder} holds something else than latents: give another --output_dir.")
+            raise ValueError(f"{self.folder} holds something else than latents: give another output_dir.")
         else:
             there = self.settings
         found = differences(there, self.settings, unquoted=("class_names",))
         if found:
             raise ValueError(
-                f"{self.folder} holds latents made otherwise ({'; '.join(found)}). Delete it, or give another "
-                "--output_dir."
+                f"{self.folder} holds latents of other settings ({'; '.join(found)}). Delete it, or give another "
+                "output_dir."
             )
         check_writable(self.records)
-        if manifest and not path.is_file():  # a copy without its records
+        if manifest and not path.is_file():  # copied without its records
             for record in manifest["shards"]:
                 _write_json(self._record_file(record["file"]), record)
         _write_json(path, self.settings)
 
     def finished(self) -> dict[int, dict[str, Any]]:
-        """Number and record of every shard that is there, in order."""
+        """Return the record of every finished shard by its number, in order."""
         records = {int(path.stem.split("-")[1]): _read_json(path) for path in self.records.glob("shard-*.json")}
         return {shard: records[shard] for shard in sorted(records) if has_size(self.folder, records[shard])}
 
     def num_rows(self) -> int | None:
-        """Rows of the data set. Those of a stream are not known before it was read to its end for a manifest."""
+        """Return the rows of the data set; for a stream `None` until it has been read to its end."""
         num_rows, manifest = self.settings["num_rows"], self._manifest()
         return _num_rows(manifest["shards"]) if num_rows is None and manifest else num_rows
 
     def is_complete(self) -> bool:
-        """Whether no shard is left to be written."""
+        """Return whether all shards are written."""
         return _num_rows(self.finished().values()) == self.num_rows()
 
     def save(self, shard: int, moments: torch.Tensor, labels: torch.Tensor, unreadable: Sequence[str] = ()) -> None:
-        """Writes a shard.
+        """Write a shard.
 
         Args:
             shard: Its number.
             moments: Shape (images, 2, 2, channels, height, width).
             labels: Shape (images,).
-            unreadable: What is wrong with images that were left out.
+            unreadable: Messages about the images that were left out.
         """
         path = self.folder / f"shard-{shard:05d}.safetensors"
-        self._record_file(path.name).unlink(missing_ok=True)  # that of an earlier file must not outlive it
+        self._record_file(path.name).unlink(missing_ok=True)  # it describes the file that is replaced
         write_atomically(path, lambda partial: write_shard(partial, moments, labels, self.settings["class_names"]))
         record = {
             "file": path.name,
@@ -106,19 +106,19 @@ class CacheWriter:
         _write_json(self._record_file(path.name), record)
 
     def finish(self, vae_name: str | None, latent_shape: Sequence[int], num_rows: int) -> None:
-        """Writes the manifest, which makes the shards a cache.
+        """Write the manifest, which makes the shards a cache.
 
         Args:
             vae_name: Where the VAE came from.
             latent_shape: Channels, height and width.
-            num_rows: Rows of the data set, by which shards that are missing at the end are noticed.
+            num_rows: Rows of the data set, which show whether shards are missing at the end.
 
         Raises:
-            ValueError: If shards are missing, or there is no image in them.
+            ValueError: If shards are missing or hold no images.
         """
         finished = self.finished()
         if list(finished) != list(range(len(finished))):
-            raise ValueError(f"{self.folder}: shards are missing between the others; run the same command again.")
+            raise ValueError(f"{self.folder}: shards are missing between others; run the same command again.")
         records = list(finished.values())
         if _num_rows(records) != num_rows:
             raise ValueError(
@@ -127,7 +127,7 @@ class CacheWriter:
             )
         num_images = sum(record["num_images"] for record in records)
         if not num_images:
-            raise ValueError(f"There is no image to be kept in {self.folder}.")
+            raise ValueError(f"No image was encoded into {self.folder}: the data set has none that can be read.")
         labels = np.concatenate([shard_labels(self.folder / record["file"]) for record in records])
         class_names = self.settings["class_names"] or [str(label) for label in range(int(labels.max()) + 1)]
         manifest = {
@@ -145,7 +145,7 @@ class CacheWriter:
         _write_json(self.folder / MANIFEST_FILE, manifest)
 
     def _manifest(self):
-        """The manifest, or `None` where there is none yet."""
+        """Return the manifest, or `None` where there is none yet."""
         is_there = is_latent_cache(self.folder) and (self.folder / MANIFEST_FILE).is_file()
         return read_manifest(self.folder) if is_there else None
 

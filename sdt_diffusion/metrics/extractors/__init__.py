@@ -1,5 +1,6 @@
-"""Networks (or none) whose features metrics compare."""
+"""Extractors of the features that metrics compare."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,7 @@ from .transformers_models import DINOv2, ImageClassifier
 
 @dataclass
 class ExtractorArguments:
-    """What to compare images by."""
+    """Which features to compare images by."""
 
     extractor: str = field(
         default="inception",
@@ -34,8 +35,8 @@ class ExtractorArguments:
 
 __all__ = ["EXTRACTORS", "FeatureExtractor", "build_extractor"]
 
-#: Name -> class, called with weights and device.
-EXTRACTORS = {
+#: Name -> class, which is called with `weights` and `device`. A new extractor is one entry here.
+EXTRACTORS: dict[str, Callable[..., FeatureExtractor]] = {
     "inception": TorchFidelityInception,
     **{f"cleanfid_{mode}": partial(CleanFIDInception, mode) for mode in MODES},
     "dinov2": DINOv2,
@@ -43,7 +44,7 @@ EXTRACTORS = {
 
 
 def build_extractor(name: str, weights: str | None = None, device: torch.device | str = "cpu") -> FeatureExtractor:
-    """An extractor by its name.
+    """Build an extractor.
 
     Args:
         name: A key of `EXTRACTORS`, "pixels", or the folder or Hub name of an image classifier.
@@ -57,12 +58,12 @@ def build_extractor(name: str, weights: str | None = None, device: torch.device 
     if name in EXTRACTORS:
         return EXTRACTORS[name](weights=weights, device=device)
     if weights is not None:
-        raise ValueError(f"--extractor_weights: {name} takes none.")
+        raise ValueError(f"extractor_weights: {name} takes none.")
     if name == "pixels":
         return Pixels(device)
     if not Path(name).is_dir() and (name.startswith((".", "/", "~")) or "/" not in name):
         raise ValueError(
-            f"--extractor {name}: it must be one of {', '.join([*EXTRACTORS, 'pixels'])}, or the folder or Hub name "
+            f"extractor {name!r}: it must be one of {', '.join([*EXTRACTORS, 'pixels'])}, or the folder or Hub name "
             "of an image classifier."
         )
     return ImageClassifier(name, device)

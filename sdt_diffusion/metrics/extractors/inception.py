@@ -36,7 +36,7 @@ class TorchFidelityInception(FeatureExtractor):
         from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 
         path = find_weights(weights, URL_INCEPTION_V3)
-        load_state_dict(path)  # torch-fidelity would run whatever a pickle asks for
+        load_state_dict(path)  # torch-fidelity would run the code in a pickle
         try:
             self.network = FeatureExtractorInceptionV3(
                 "inception", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(path)
@@ -51,14 +51,16 @@ class TorchFidelityInception(FeatureExtractor):
         self._spatial = output[:, :7].permute(0, 2, 3, 1).flatten(1)
 
     def prepare(self, image: np.ndarray) -> torch.Tensor:
+        """Return the RGB values of an image; the network resizes it."""
         return torch.from_numpy(as_rgb(image)).permute(2, 0, 1)
 
     def __call__(self, batch: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return pooled and spatial features, and logits."""
         pool, logits = self.network(batch)
         return {"pool": pool, "spatial": self._spatial, "logits": logits}
 
 
-#: Mode -> how images come to the network's size.
+#: Mode -> how images are resized.
 MODES = {
     "clean": "299x299 bicubic of Pillow, antialiased, not rounded",
     "legacy_tensorflow": "299x299 bilinear as TensorFlow 1",
@@ -96,9 +98,11 @@ class CleanFIDInception(FeatureExtractor):
         self.network.to(device)
 
     def prepare(self, image: np.ndarray) -> torch.Tensor:
+        """Return the image, resized as clean-fid does."""
         return torch.from_numpy(np.array(self._resizer(as_rgb(image)), dtype=np.float32)).permute(2, 0, 1)
 
     def __call__(self, batch: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return pooled features."""
         features = self.network(batch / 255)[0].flatten(1) if self._unit_range else self.network(batch)
         return {"pool": features}
 

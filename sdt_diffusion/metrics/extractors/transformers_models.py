@@ -1,4 +1,4 @@
-"""Networks saved by transformers: DINOv2, and any image classifier, this project's included."""
+"""Extractors saved by transformers: DINOv2 and image classifiers, and how classifiers are loaded and fed."""
 
 import hashlib
 from typing import Any
@@ -36,22 +36,24 @@ class DINOv2(FeatureExtractor):
 
         self.network = load_pretrained(AutoModel, weights or "facebook/dinov2-large", "a DINOv2 model").eval()
         if self.network.config.model_type != "dinov2":
-            raise ValueError(f"--extractor_weights {weights} holds a {self.network.config.model_type}, not a DINOv2.")
+            raise ValueError(f"extractor_weights: {weights} holds a {self.network.config.model_type}, not a DINOv2.")
         self.fingerprint = fingerprint(self.network)
         self.network.to(device)
         self.dims = {"pool": self.network.config.hidden_size}
 
     def prepare(self, image: np.ndarray) -> torch.Tensor:
+        """Return the image, resized and normalized by ImageNet's statistics."""
         resized = Image.fromarray(as_rgb(image)).resize((224, 224), Image.Resampling.BICUBIC)
         pixels = torch.from_numpy(np.array(resized)).permute(2, 0, 1) / 255
         return (pixels - IMAGENET_MEAN) / IMAGENET_STD
 
     def __call__(self, batch: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return the class token."""
         return {"pool": self.network(batch).last_hidden_state[:, 0]}
 
 
 class ImageClassifier(FeatureExtractor):
-    """Logits of an image classifier, and what goes into its last linear layer.
+    """Logits of an image classifier, and the inputs of its last linear layer.
 
     Args:
         folder: Folder or Hub name of a model for `AutoModelForImageClassification` with its image processor.
@@ -84,30 +86,33 @@ class ImageClassifier(FeatureExtractor):
         self._pool = inputs[0]
 
     def prepare(self, image: np.ndarray) -> torch.Tensor:
+        """Return the image as the classifier's image processor makes it."""
         image = as_rgb(image) if self._channels == 3 else image
         if image.shape[2] != self._channels:
             raise ValueError(f"the classifier takes {self._channels} channels, not {image.shape[2]}")
         return self._processor(image, return_tensors="pt", input_data_format="channels_last")["pixel_values"][0]
 
     def __call__(self, batch: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return the inputs of the last linear layer, and the logits."""
         logits = self.network(batch).logits
         return {"pool": self._pool.flatten(1), "logits": logits}
 
     @property
     def identity(self) -> dict[str, str]:
-        return {**super().identity, "extractor": "classifier"}  # the same weights in another folder are the same
+        """What must be equal for features to be comparable; the folder need not be."""
+        return {**super().identity, "extractor": "classifier"}
 
 
 def load_classifier(name: str, dtype: str, device: torch.device | str) -> tuple[nn.Module, Any]:
-    """An image classifier of any architecture that transformers or this project knows, and its image processor.
+    """Load an image classifier of transformers or this project, and its image processor.
 
     Raises:
         FileNotFoundError: If they cannot be loaded.
-        ValueError: If weights are missing: transformers would draw them at random, the classifier of a mere backbone.
+        ValueError: If weights are missing, which transformers would initialize at random.
     """
     from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-    import sdt_diffusion.classification  # noqa: F401 (the Auto classes know this project's classifiers then)
+    import sdt_diffusion.classification  # noqa: F401 (registers this project's classifiers with the Auto classes)
 
     how = {"dtype": getattr(torch, dtype), "output_loading_info": True}
     model, info = load_pretrained(AutoModelForImageClassification, name, "an image classifier", **how)
@@ -117,15 +122,15 @@ def load_classifier(name: str, dtype: str, device: torch.device | str) -> tuple[
 
 
 def channels_of(classifier: nn.Module) -> int:
-    """Channels of a classifier's images."""
+    """Return the number of channels of a classifier's images."""
     return getattr(classifier.config, "num_channels", 3)
 
 
-def load_pretrained(auto_class: type, name: str, what: str, **kwargs: Any) -> Any:
-    """`auto_class.from_pretrained(name, **kwargs)`.
+def load_pretrained(auto_class: Any, name: str, what: str, **kwargs: Any) -> Any:
+    """Call `auto_class.from_pretrained(name, **kwargs)`.
 
     Raises:
-        FileNotFoundError: If that cannot be loaded as `what`; says what to name.
+        FileNotFoundError: If it cannot be loaded as `what`; says what to name instead.
     """
     try:
         return auto_class.from_pretrained(name, **kwargs)
@@ -137,7 +142,7 @@ def load_pretrained(auto_class: type, name: str, what: str, **kwargs: Any) -> An
 
 
 def image_mode_for(num_channels: int) -> str:
-    """The mode that images are converted to for so many channels.
+    """Return the mode of images of a number of channels.
 
     Raises:
         ValueError: If there is none.
@@ -148,14 +153,14 @@ def image_mode_for(num_channels: int) -> str:
 
 
 def prepare_picture(picture: Image.Image, processor: Any, num_channels: int) -> torch.Tensor:
-    """A picture as the model's image processor makes it, shape (num_channels, height, width).
+    """Return a picture as the model's image processor makes it, shape (num_channels, height, width).
 
     Raises:
         ValueError: If the processor makes another number of channels.
     """
     if num_channels == 3:
         pixel_values = processor(picture, return_tensors="pt")["pixel_values"][0]
-    else:  # processors have several ideas of what a grey PIL image is
+    else:  # processors differ in how they read gray PIL images
         pixels = np.array(picture)[:, :, None]
         pixel_values = processor(pixels, return_tensors="pt", input_data_format="channels_last")["pixel_values"][0]
     if len(pixel_values) != num_channels:
@@ -166,11 +171,11 @@ def prepare_picture(picture: Image.Image, processor: Any, num_channels: int) -> 
     return pixel_values
 
 
-def undo_normalisation(pixel_values: torch.Tensor, processor: Any) -> Image.Image:
-    """The picture that a prepared one was before its colours were normalised."""
+def undo_normalization(pixel_values: torch.Tensor, processor: Any) -> Image.Image:
+    """Return the picture of pixel values that an image processor normalized."""
     pixels = pixel_values.float().cpu()
     if getattr(processor, "do_normalize", False):
         mean, std = (torch.tensor(values)[:, None, None] for values in (processor.image_mean, processor.image_std))
         pixels = pixels * std + mean
-    pixels = (pixels.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
-    return Image.fromarray(pixels.squeeze())
+    values = (pixels.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+    return Image.fromarray(values.squeeze())

@@ -130,14 +130,14 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("names", "message"),
         [
-            (["ant", "bee", "dog"], r"of other classes than the manifest says \(cat, dog differ\)"),
-            (["bee", "ant", "cat"], r"of other classes than the manifest says \(their order differ\)"),
+            (["ant", "bee", "dog"], r"other classes than the manifest \(cat, dog differ\)"),
+            (["bee", "ant", "cat"], r"other classes than the manifest \(their order differ\)"),
         ],
     )
     def test_class_names_that_differ_between_shards(self, tmp_path, names, message):
         moments, labels = write_cache(tmp_path)
         write_shard(tmp_path / "shard-00001.safetensors", moments[4:8], labels[4:8], names)
-        with pytest.raises(ValueError, match=rf"shard-00001.safetensors is {message}"):
+        with pytest.raises(ValueError, match=rf"shard-00001.safetensors has {message}"):
             LatentCache(tmp_path)
 
     def test_latents_of_another_type(self, tmp_path):
@@ -167,7 +167,7 @@ class TestBadInput:
         path = tmp_path / "manifest.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), "version": 2, "shards": "elsewhere"}))
         assert is_latent_cache(tmp_path)
-        with pytest.raises(ValueError, match=r"manifest.json is of version 2, and this program reads version 1"):
+        with pytest.raises(ValueError, match=r"manifest.json is of version 2, and this release reads version 1"):
             LatentCache(tmp_path)
 
     @pytest.mark.parametrize(
@@ -189,7 +189,7 @@ class TestBadInput:
             (lambda m: m["shards"].append(7), r"shards\[3\] is 7"),
             (
                 lambda m: m["shards"][0].update(file="../x"),
-                r"shards\[0\]\.file is '\.\./x', which is no name of a shard",
+                r"shards\[0\]\.file is '\.\./x', which is not a name of a shard",
             ),
         ],
     )
@@ -213,11 +213,11 @@ class TestBadInput:
             LatentCache(tmp_path)
 
     @pytest.mark.parametrize("content", [None, "", "{", "[]", '{"num_samples": 3}'])
-    def test_what_is_no_manifest(self, tmp_path, content):
+    def test_a_file_that_is_not_a_manifest(self, tmp_path, content):
         if content is not None:
             (tmp_path / "manifest.json").write_text(content)
         assert not is_latent_cache(tmp_path)
         with pytest.raises(
-            ValueError, match=r"manifest.json is no manifest of latents: train/encode_latents.py makes"
+            ValueError, match=r"manifest.json is not a manifest of latents: train/encode_latents.py writes"
         ):
             LatentCache(tmp_path)

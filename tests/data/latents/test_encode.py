@@ -15,7 +15,7 @@ from sdt_diffusion.data.latents import writer
 from sdt_diffusion.data.latents.cache import checksum, verify
 from sdt_diffusion.data.latents.encode import EncodingArguments, encode_into
 from sdt_diffusion.data.latents.rows import open_rows
-from sdt_diffusion.sdt.vae import LatentNormalisation, check_vae, encode_pixels, sample_posterior
+from sdt_diffusion.sdt.vae import LatentNormalization, check_vae, encode_pixels, sample_posterior
 from tests.data.latents.test_rows import write_tar
 from tests.data.test_images import table
 
@@ -33,7 +33,7 @@ def encode(tiny_vae, tmp_path):
         )
         images = ImageArguments(dataset=str(tmp_path / dataset), resolution=resolution, image_mode=image_mode)
         rows = open_rows(images, args.streaming, 8)
-        encode_into(args.output_dir, rows, vae, images, args, progress=False)
+        encode_into(args.output_dir, rows, vae, args, progress=False)
         return args.output_dir
 
     return run
@@ -50,14 +50,23 @@ def test_cached_posteriors_give_what_encoding_online_gives(encode, tiny_vae, tmp
     pixels = torch.stack([image for image, _ in images.__getitems__(range(10))])
     moments = torch.stack([moments for moments, _ in cache.__getitems__(range(10))])
     assert cache.labels.tolist() == images.labels.tolist()
-    normalisation = LatentNormalisation(*(cache.manifest["settings"][key] for key in LatentNormalisation._fields))
-    assert normalisation == (0.5, 0.25)
+    normalization = LatentNormalization(*(cache.manifest["settings"][key] for key in LatentNormalization._fields))
+    assert normalization == (0.5, 0.25)
     for mirror, shown in enumerate((pixels, pixels.flip(-1))):
         noise = torch.randn(10, 4, 4, 4)
-        found = sample_posterior(moments[:, mirror], noise, normalisation)
+        found = sample_posterior(moments[:, mirror], noise, normalization)
         torch.testing.assert_close(found, encode_pixels(tiny_vae, shown, noise), atol=tolerance, rtol=tolerance)
     mirrored_latents = (moments[:, 0, 0].flip(-1) - moments[:, 1, 0]).abs().max()
     assert mirrored_latents > 0.01  # mirrored latents are not those of the mirror: both have to be kept
+
+
+def test_the_names_of_a_file_are_recorded(tiny_vae, tmp_path):
+    table([0, 1, 2], label=CLASSES).to_parquet(tmp_path / "x.parquet")
+    (tmp_path / "names.txt").write_text("ant weaver ant\nbee bumblebee\ncat tabby\n")
+    images = ImageArguments(dataset=str(tmp_path / "x.parquet"), class_names=str(tmp_path / "names.txt"))
+    args = EncodingArguments(tmp_path / "cache", "a-vae")
+    encode_into(args.output_dir, open_rows(images, False, 8), tiny_vae, args, progress=False)
+    assert LatentCache(tmp_path / "cache").class_names == ["weaver ant", "bumblebee", "tabby"]
 
 
 def test_a_deep_compression_autoencoder_gives_means_without_deviation(encode, tiny_dc_vae, tmp_path):
@@ -202,7 +211,7 @@ def test_an_interruption_keeps_the_shards_that_were_done(encode, tiny_vae, monke
     assert sorted(path.name for path in folder.rglob("*")) == [
         *("preview.png", "records", "settings.json", "shard-00000.json", "shard-00000.safetensors"),
     ]
-    with pytest.raises(ValueError, match="is no manifest of latents"):
+    with pytest.raises(ValueError, match="is not a manifest of latents"):
         LatentCache(folder)
     calls.clear()
     monkeypatch.setattr(tiny_vae, "encode", lambda pixels: calls.append(len(pixels)) or encode_batch(pixels))
@@ -219,23 +228,21 @@ def test_a_stream_of_numbered_labels_knows_its_classes_at_the_end(encode, tmp_pa
     assert cache.labels.tolist() == [0, 1, 2, 0, 1, 0, 1, 2]
     assert cache.manifest["num_unreadable"] == 1
     assert cache.manifest["shards"][1]["unreadable"] == [
-        f"Cannot read the image of row 5 (0005.png) of {tmp_path / 'x.tar'}: it is no image that Pillow knows"
+        f"Cannot read the image of row 5 (0005.png) of {tmp_path / 'x.tar'}: Pillow does not know its format"
     ]
 
 
 class TestBadInput:
     def test_too_many_unreadable_images(self, encode, tmp_path):
         write_tar(tmp_path / "x.tar", [0, 1, 5])
-        with pytest.raises(
-            ValueError, match=r"1 images cannot be decoded, more than --max_unreadable 0.*\n.*row 2 \("
-        ):
+        with pytest.raises(ValueError, match=r"1 images cannot be decoded, more than max_unreadable 0.*\n.*row 2 \("):
             encode(dataset="x.tar", streaming=True, max_unreadable=0)
         cache = LatentCache(encode(dataset="x.tar", streaming=True, max_unreadable=1))
         assert len(cache) == 2
 
     def test_no_image_at_all(self, encode, tmp_path):
         write_tar(tmp_path / "x.tar", [5])
-        with pytest.raises(ValueError, match=r"There is no image to be kept in .*cache"):
+        with pytest.raises(ValueError, match=r"No image was encoded into .*cache"):
             encode(dataset="x.tar", streaming=True)
 
     @pytest.mark.parametrize(
@@ -257,7 +264,7 @@ class TestBadInput:
             (folder / "manifest.json").unlink()
         before = files(folder)
         with pytest.raises(
-            ValueError, match=rf"holds latents made otherwise \({message}\)\. Delete it, or give another"
+            ValueError, match=rf"holds latents of other settings \({message}\)\. Delete it, or give another"
         ):
             encode(**change)
         assert files(folder) == before
@@ -275,13 +282,13 @@ class TestBadInput:
         write_tar(tmp_path / "x.tar", range(9))
         (encode(dataset="x.tar", streaming=streaming) / "shard-00001.safetensors").unlink()
         write_tar(tmp_path / "x.tar", range(2, 30))
-        with pytest.raises(ValueError, match=r"made otherwise .*dataset_fingerprint: '.*' there, '.*' now"):
+        with pytest.raises(ValueError, match=r"of other settings .*dataset_fingerprint: '.*' there, '.*' now"):
             encode(dataset="x.tar", streaming=streaming)
 
     def test_a_folder_of_something_else(self, encode, tmp_path):
         (tmp_path / "cache").mkdir()
         (tmp_path / "cache" / "thesis.tex").write_text("precious")
-        with pytest.raises(ValueError, match="cache holds something else than latents: give another --output_dir"):
+        with pytest.raises(ValueError, match="cache holds something else than latents: give another output_dir"):
             encode()
         assert [path.name for path in (tmp_path / "cache").iterdir()] == ["thesis.tex"]
 
@@ -319,18 +326,18 @@ class TestBadInput:
         assert files(folder) == before
 
     def test_a_resolution_that_the_vae_cannot_divide(self, encode, tmp_path):
-        with pytest.raises(ValueError, match="--resolution 9 is not divisible by the VAE's factor 2"):
+        with pytest.raises(ValueError, match="resolution 9 is not divisible by the VAE's factor 2"):
             encode(resolution=9)
         assert not (tmp_path / "cache").exists()
 
-    def test_grey_images_for_a_vae_of_colours(self, encode):
-        with pytest.raises(ValueError, match=r"The VAE takes 3 channel\(s\), and --image_mode L gives 1"):
+    def test_gray_images_for_a_vae_of_colors(self, encode):
+        with pytest.raises(ValueError, match=r"The VAE takes 3 channel\(s\), and images of image_mode L have 1"):
             encode(image_mode="L")
 
     def test_latents_that_are_not_finite(self, encode, tiny_vae, tmp_path):
         with torch.no_grad():
             tiny_vae.quant_conv.bias[:4] = 1e6
-        with pytest.raises(ValueError, match=r"not finite in float16: give --dtype float32, or a finer --vae_dtype"):
+        with pytest.raises(ValueError, match=r"not finite in float16: give dtype float32, or a finer vae_dtype"):
             encode()
         assert not list(tmp_path.rglob("shard*"))
         assert len(LatentCache(encode("other", dtype="float32"))) == 10
@@ -339,7 +346,7 @@ class TestBadInput:
     def test_the_vae_of_another_cache(self, encode, tiny_vae, change):
         folder = encode()
         manifest = json.loads((folder / "manifest.json").read_text())
-        tiny_vae.register_to_config(scaling_factor=3.0)  # the cache knows its own normalisation
+        tiny_vae.register_to_config(scaling_factor=3.0)  # the cache knows its own normalization
         check_vae(tiny_vae, folder, manifest)
         if change == "vae_weights":
             with torch.no_grad():
@@ -353,5 +360,5 @@ class TestBadInput:
     def test_settings_that_cannot_be(self, tmp_path):
         with pytest.raises(ValueError, match="shard_size must be at least 1, not 0"):
             EncodingArguments(tmp_path, "a-vae", shard_size=0)
-        with pytest.raises(ValueError, match="--pretrained_vae_model_name_or_path must name the VAE"):
+        with pytest.raises(ValueError, match="pretrained_vae_model_name_or_path must name the VAE"):
             EncodingArguments(tmp_path)

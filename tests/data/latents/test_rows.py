@@ -74,20 +74,40 @@ def test_tar_files_by_a_pattern_or_a_folder(tmp_path, streaming):
         assert [label for batch in batches for label in batch.labels] == [i % 3 for i in range(9)]
         assert [i for i, image in enumerate(images) if isinstance(image, CorruptImageError)] == [5]
         assert "row 5 (" in str(images[5])
-        assert str(images[5]).endswith("it is no image that Pillow knows")
+        assert str(images[5]).endswith("Pillow does not know its format")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_classes_get_the_names_of_a_file(parquet, tmp_path, streaming):
+    (tmp_path / "names.json").write_text(
+        '{"0": ["ant", "weaver ant"], "1": ["bee", "bumblebee"], "2": ["cat", "tabby"]}'
+    )
+    write_tar(tmp_path / "x.tar", range(4))  # its labels are numbers
+    for dataset in (parquet, tmp_path / "x.tar"):
+        arguments = ImageArguments(dataset=str(dataset), class_names=str(tmp_path / "names.json"))
+        rows = open_rows(arguments, streaming, 8)
+        assert rows.class_names == ["weaver ant", "bumblebee", "tabby"]
+        assert rows.arguments.resolution == 8
+
+
+def test_a_stream_of_numbers_needs_names_of_numbers(tmp_path):
+    write_tar(tmp_path / "x.tar", range(4))
+    (tmp_path / "names.txt").write_text("ant weaver ant")
+    with pytest.raises(ValueError, match=r"class_names: .*names\.txt names no numbers"):
+        open_rows(ImageArguments(dataset=str(tmp_path / "x.tar"), class_names=str(tmp_path / "names.txt")), True, 8)
 
 
 class TestBadInput:
     def test_strings_are_no_labels_of_a_stream(self, tmp_path):
         table(["ant", "bee"], label=Value("string")).to_parquet(tmp_path / "x.parquet")
         assert open_rows(ImageArguments(dataset=str(tmp_path / "x.parquet")), False, 8).class_names == ["ant", "bee"]
-        with pytest.raises(ValueError, match=r"x.parquet: the labels in column 'label' are no integers.*--streaming"):
+        with pytest.raises(ValueError, match=r"x.parquet: the labels in column 'label' are not integers.*streaming"):
             open_rows(ImageArguments(dataset=str(tmp_path / "x.parquet")), True, 8)
 
     @pytest.mark.parametrize(("label", "feature"), [(-1, CLASSES), (-2, Value("int64")), (None, Value("int64"))])
     def test_labels_of_a_stream_that_are_no_class(self, tmp_path, label, feature):
         table([0, label], label=feature).to_parquet(tmp_path / "x.parquet")
-        with pytest.raises(ValueError, match=rf"x.parquet, row 1: {label} in column 'label' is no label"):
+        with pytest.raises(ValueError, match=rf"x.parquet, row 1: {label} in column 'label' is not a label"):
             all_batches(tmp_path / "x.parquet", True)
 
     def test_a_tar_file_that_ends_too_early(self, tmp_path):

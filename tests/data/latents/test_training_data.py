@@ -18,7 +18,7 @@ def folder(tiny_vae, tmp_path):
     table([i % 3 for i in range(10)], label=ClassLabel(names=["ant", "bee", "cat"])).to_parquet(tmp_path / "x.parquet")
     args = EncodingArguments(tmp_path / "cache", str(tmp_path / "vae"), dtype="float32", shard_size=4)
     images = DataArguments(dataset=str(tmp_path / "x.parquet"), resolution=16)
-    encode_into(args.output_dir, open_rows(images, False, 16), tiny_vae, images, args, progress=False)
+    encode_into(args.output_dir, open_rows(images, False, 16), tiny_vae, args, progress=False)
     return tmp_path
 
 
@@ -62,18 +62,18 @@ def test_the_cache_says_how_to_decode(folder):
     assert (data.vae.config.scaling_factor, data.vae.config.shift_factor) == (0.5, 0.25)
 
 
-def test_what_is_learnt_is_known_wherever_it_lies(folder):
+def test_latents_are_identified_wherever_their_files_are(folder):
     online = open_data(folder, "x.parquet", "vae", resolution=16)
     cached = open_data(folder, "cache")
     for name in ("vae", "cache"):
         (folder / name).rename(folder / f"moved_{name}")
     assert open_data(folder, "x.parquet", "moved_vae", resolution=16).identity == online.identity
     assert open_data(folder, "moved_cache", "moved_vae").identity == cached.identity
-    assert online.named_by_identity == ("pretrained_vae_model_name_or_path",)
-    assert cached.named_by_identity == ("pretrained_vae_model_name_or_path", "dataset")
+    assert online.relocatable_arguments == ("pretrained_vae_model_name_or_path",)
+    assert cached.relocatable_arguments == ("pretrained_vae_model_name_or_path", "dataset")
 
 
-@pytest.mark.parametrize("change", ["weights", "config", "normalisation"])
+@pytest.mark.parametrize("change", ["weights", "config", "normalization"])
 def test_another_vae_in_the_same_place_is_told_apart(folder, change):
     before = open_data(folder, "x.parquet", "vae", resolution=16).identity
     vae = AutoencoderKL.from_pretrained(folder / "vae")
@@ -87,13 +87,28 @@ def test_another_vae_in_the_same_place_is_told_apart(folder, change):
     assert open_data(folder, "x.parquet", "vae", resolution=16).identity != before
 
 
-def test_pixels_are_what_they_are(folder):
+def test_pixels_are_neither_encoded_nor_identified(folder):
     data = open_data(folder, "x.parquet", resolution=16)
     batch = torch.randn(2, 3, 16, 16)
     assert data.vae is None
-    assert (data.identity, data.named_by_identity) == ({}, ())
+    assert (data.identity, data.relocatable_arguments) == ({}, ())
     assert data.sample_shape == (3, 16, 16)
     assert data.clean(batch, None) is batch
+
+
+def test_the_arguments_stay_and_the_data_carry_complete_ones(folder):
+    arguments = DataArguments(dataset=str(folder / "cache"))
+    data = open_training_data(arguments, None, default_sample_size=32, seed=0)
+    assert arguments == DataArguments(dataset=str(folder / "cache"))
+    assert data.arguments == DataArguments(dataset=str(folder / "cache"), resolution=16, image_mode="RGB")
+    assert open_data(folder, "x.parquet").arguments.resolution == 32
+
+
+def test_classes_of_a_cache_get_the_names_of_a_file(folder):
+    (folder / "names.txt").write_text("ant weaver ant\nbee bumblebee\ncat tabby\n")
+    data = open_data(folder, "cache", class_names=str(folder / "names.txt"))
+    assert data.images.class_names == ["weaver ant", "bumblebee", "tabby"]
+    assert data.identity == open_data(folder, "cache").identity
 
 
 class TestBadInput:
@@ -108,14 +123,14 @@ class TestBadInput:
     @pytest.mark.parametrize("change", [{"resolution": 32}, {"image_mode": "L"}])
     def test_arguments_that_are_not_the_caches(self, folder, change):
         ((key, value),) = change.items()
-        with pytest.raises(ValueError, match=rf"--{key} {value}: .*cache was encoded with"):
+        with pytest.raises(ValueError, match=rf"{key} is {value}, but .*cache was encoded with"):
             open_data(folder, "cache", **change)
 
     def test_a_cache_that_is_not_finished(self, folder):
         (folder / "cache" / "manifest.json").unlink()
-        with pytest.raises(ValueError, match=r"is no manifest of latents: train/encode_latents.py makes them"):
+        with pytest.raises(ValueError, match=r"is not a manifest of latents: train/encode_latents.py writes one"):
             open_data(folder, "cache")
 
     def test_a_resolution_that_the_vae_cannot_divide(self, folder):
-        with pytest.raises(ValueError, match="--resolution 9 is not divisible by the VAE's factor 2"):
+        with pytest.raises(ValueError, match="resolution 9 is not divisible by the VAE's factor 2"):
             open_data(folder, "x.parquet", "vae", resolution=9)

@@ -7,10 +7,10 @@ from cleanfid.features import build_feature_extractor
 from scipy import linalg
 
 from sdt_diffusion.data.raw_images import FolderImages
-from sdt_diffusion.metrics.extraction import summarise
+from sdt_diffusion.metrics.comparison import frechet_distance
+from sdt_diffusion.metrics.extraction import summarize
 from sdt_diffusion.metrics.extractors import build_extractor
 from sdt_diffusion.metrics.extractors.inception import MODES
-from sdt_diffusion.metrics.frechet import frechet_distance
 
 
 def weights(mode, request):
@@ -36,7 +36,7 @@ def test_the_same_images_give_clean_fids_features(peer, folders):
     )
     extractor = build_extractor(f"cleanfid_{mode}", str(path))
     extractor.batch_size = 8
-    found = summarise(FolderImages(folders[0]), extractor, (), None)
+    found = summarize(FolderImages(folders[0]), extractor, (), None)
     np.testing.assert_allclose(found.features[:], expected, rtol=1e-5, atol=1e-6 * expected.std())
     assert expected.std(axis=0).mean() > 0.01 * expected.std()  # images differ
 
@@ -49,7 +49,7 @@ def test_the_same_images_give_clean_fids_number(folders, torchscript_weights, mo
     how = {"num_workers": 0, "device": torch.device("cpu"), "verbose": False}
     peer = fid.compute_fid(*map(str, folders), custom_feat_extractor=extractor.network, **how)
     extractor.batch_size = 8
-    summaries = [summarise(FolderImages(folder), extractor) for folder in folders]
+    summaries = [summarize(FolderImages(folder), extractor) for folder in folders]
     ours = frechet_distance(*(summary.statistics["pool"] for summary in summaries))
     assert ours == pytest.approx(peer, rel=1e-5)
     assert ours > 1e-3
@@ -68,5 +68,5 @@ def test_the_modes_resize_differently(folders, request):
 def test_files_of_other_formats_are_refused(torchscript_weights, torch_fidelity_weights):
     with pytest.raises(ValueError, match="is not the TorchScript Inception"):
         build_extractor("cleanfid_clean", str(torch_fidelity_weights))
-    with pytest.raises(ValueError, match="is no state dict"):
+    with pytest.raises(ValueError, match="is not a state dict"):
         build_extractor("cleanfid_legacy_pytorch", str(torchscript_weights))

@@ -6,7 +6,7 @@ import torch
 import torch_fidelity
 
 from sdt_diffusion.data.raw_images import FolderImages
-from sdt_diffusion.metrics.extraction import summarise
+from sdt_diffusion.metrics.extraction import summarize
 from sdt_diffusion.metrics.extractors import build_extractor
 from sdt_diffusion.metrics.extractors.inception import TorchFidelityInception
 from sdt_diffusion.metrics.registry import METRICS, compute_metrics
@@ -32,7 +32,7 @@ def test_the_same_images_give_torch_fidelitys_numbers(extractor, folders, torch_
         **{"cuda": False, "cache": False, "verbose": False, "batch_size": 8},
     )
     summaries = [
-        summarise(FolderImages(folder), extractor, ("pool", "spatial"), None, 3, tmp_path) for folder in folders
+        summarize(FolderImages(folder), extractor, ("pool", "spatial"), None, 3, tmp_path) for folder in folders
     ]
     values = compute_metrics(list(METRICS), *summaries, kid_subsets=5, kid_subset_size=9)
     assert values["fid"] == pytest.approx(peer["frechet_inception_distance"], rel=1e-5)
@@ -61,9 +61,9 @@ def test_spatial_features_are_seven_channels_of_mixed_6(extractor, folders):
     assert features["spatial"][1, (5 * 17 + 3) * 7 + 6] == seen[0][1, 6, 5, 3]
 
 
-def test_grey_images_are_the_same_in_three_channels(extractor):
-    grey = np.arange(64, dtype=np.uint8).reshape(8, 8, 1)
-    assert torch.equal(extractor.prepare(grey), extractor.prepare(np.repeat(grey, 3, axis=2)))
+def test_gray_images_are_the_same_in_three_channels(extractor):
+    gray = np.arange(64, dtype=np.uint8).reshape(8, 8, 1)
+    assert torch.equal(extractor.prepare(gray), extractor.prepare(np.repeat(gray, 3, axis=2)))
 
 
 def test_other_weights_have_another_fingerprint(extractor, torch_fidelity_weights, tmp_path):
@@ -102,6 +102,6 @@ def test_a_file_of_something_else_is_refused_and_not_run(tmp_path):
             return (path.with_suffix(".ran").touch, ())
 
     path.write_bytes(pickle.dumps(Evil()))
-    with pytest.raises(ValueError, match="is no state dict"):
+    with pytest.raises(ValueError, match="is not a state dict"):
         TorchFidelityInception(str(path))
     assert not path.with_suffix(".ran").exists()

@@ -72,7 +72,7 @@ def test_a_convolutional_classifier_too(tmp_path):
 
 
 def test_classifiers_of_this_project_need_no_import(tmp_path):
-    """In a process of its own: here they are known already. Grey images, as of the digits."""
+    """In a process of its own: here they are known already. Gray images, as of the digits."""
     model = small_model(num_channels=1, depths=(1, 1, 1))
     model.save_pretrained(tmp_path)
     build_processor(1, 32).save_pretrained(tmp_path)
@@ -81,7 +81,7 @@ def test_classifiers_of_this_project_need_no_import(tmp_path):
         "import numpy as np, torch\n"
         "from sdt_diffusion.metrics.extractors import build_extractor\n"
         f"extractor = build_extractor(r'{tmp_path}')\n"
-        "batch = torch.stack([extractor.prepare(np.full((8, 8, 1), grey, np.uint8)) for grey in (0, 255)])\n"
+        "batch = torch.stack([extractor.prepare(np.full((8, 8, 1), gray, np.uint8)) for gray in (0, 255)])\n"
         "assert batch.shape == (2, 1, 32, 32) and batch.min() == -1 and batch.max() == 1\n"
         "with torch.no_grad():\n"
         "    found = extractor(batch)\n"
@@ -111,7 +111,7 @@ def test_another_image_processor_is_another_extractor(vit):
 
 
 def test_what_is_missing_is_named(tmp_path, vit):
-    with pytest.raises(ValueError, match="--extractor incption: it must be one of inception, cleanfid_clean"):
+    with pytest.raises(ValueError, match="extractor 'incption': it must be one of inception, cleanfid_clean"):
         build_extractor("incption")
     with pytest.raises(FileNotFoundError, match=r"cannot be loaded as an image classifier .*config.json"):
         build_extractor(str(empty_folder(tmp_path)))

@@ -18,6 +18,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 from sdt_diffusion.classification import SDTForImageClassification
 from sdt_diffusion.data import DataArguments
 from sdt_diffusion.data.splits import ValidationDataArguments, load_splits
+from sdt_diffusion.metrics.confusion import from_log
 from sdt_diffusion.training.monitor import read_log
 from sdt_diffusion.training.train_classifier import evaluate_classifier
 from tests.scripts.process import ROOT, assert_same_weights, load_main, run
@@ -81,7 +82,10 @@ def test_a_killed_and_resumed_run_ends_with_the_same_weights(trained, tmp_path):
         assert_same_weights(output_dir / "checkpoint-20" / name, trained[0] / "checkpoint-20" / name)
     assert_same_weights(output_dir, trained[0])
     assert (output_dir / "results.json").read_text() == (trained[0] / "results.json").read_text()
-    tests = [[r for r in read_log(folder) if "test_accuracy" in r] for folder in (output_dir, trained[0])]
+    tests = [
+        [(record["step"], from_log(record)) for record in read_log(folder) if "test_accuracy" in record]
+        for folder in (output_dir, trained[0])
+    ]
     assert tests[0] == tests[1]
 
 

@@ -1,15 +1,15 @@
-"""The classifier SDT-H, and a head on generative transformers.
+"""The classifier SDT-H, and a classifier on features of generative transformers.
 
-Importing this makes transformers' Auto classes and pipelines find both, and timm SDT-H.
+Importing this module registers both with transformers' Auto classes and pipelines, and SDT-H with timm.
 """
 
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
 
-from .probe import SDTClassifierConfig, SDTForImageClassification
+from .probe import SDTClassifierConfig, SDTForImageClassification, SDTModel
 from .sdt_h.configuration_sdt_h import SDTHConfig
 from .sdt_h.convert_rmt import load_rmt
 from .sdt_h.image_processing_sdt_h import SDTHImageProcessor
-from .sdt_h.modeling_sdt_h import SDTHForImageClassification
+from .sdt_h.modeling_sdt_h import SDTHForImageClassification, SDTHModel
 from .sdt_h.network import PRESETS, SDTHNetwork
 from .sdt_h.timm_sdt_h import SDTHForTimm
 
@@ -21,11 +21,17 @@ __all__ = [
     "SDTHForImageClassification",
     "SDTHForTimm",
     "SDTHImageProcessor",
+    "SDTHModel",
     "SDTHNetwork",
+    "SDTModel",
     "load_rmt",
 ]
 
-for _config, _model in ((SDTHConfig, SDTHForImageClassification), (SDTClassifierConfig, SDTForImageClassification)):
+for _config, _model, _classifier in (
+    (SDTHConfig, SDTHModel, SDTHForImageClassification),
+    (SDTClassifierConfig, SDTModel, SDTForImageClassification),
+):
     AutoConfig.register(_config.model_type, _config, exist_ok=True)
-    AutoModelForImageClassification.register(_config, _model, exist_ok=True)
+    AutoModel.register(_config, _model, exist_ok=True)
+    AutoModelForImageClassification.register(_config, _classifier, exist_ok=True)
     AutoImageProcessor.register(_config, image_processor_classes={"torchvision": SDTHImageProcessor}, exist_ok=True)

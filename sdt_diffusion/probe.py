@@ -1,4 +1,4 @@
-"""SDTForImageClassification: a head on a trained generative transformer."""
+"""Features of a trained generative transformer, and a classifier on them: config, backbone and models."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,25 +10,28 @@ from diffusers import DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteSc
 from diffusers.schedulers import SchedulerMixin
 from torch import nn
 from transformers import PretrainedConfig
-from transformers.modeling_outputs import ImageClassifierOutputWithNoAttention
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPoolingAndNoAttention,
+    ImageClassifierOutputWithNoAttention,
+)
 
 from .data.decoding import IMAGE_MODES
 from .sdt import SDTTransformer2DModel
 from .sdt.schedulers import DIT_SCHEDULE, noise_scales
 from .sdt.transformer_sdt import SDTPatchEmbed, position_embedding
 from .sdt.vae import encode_pixels, vae_spatial_scale
-from .sdt_h.modeling_sdt_h import ImageClassifierModel
+from .sdt_h.modeling_sdt_h import ImagePreTrainedModel
 
 
 class SDTClassifierConfig(PretrainedConfig):
-    """Config of `SDTForImageClassification`.
+    """Config of `SDTForImageClassification` and `SDTModel`.
 
     Args:
         transformer: Config of the whole `SDTTransformer2DModel`.
-        block: Its block whose tokens are the features; those above it are not part of the classifier.
-        timestep: What the transformer is told of the noise in its input.
-        signal_scale: What the image is multiplied by.
-        noise_scale: What the noise that is added to it is multiplied by.
+        block: Block whose tokens are the features; the blocks above it are left out.
+        timestep: Timestep that the transformer is given, of the noise in its input.
+        signal_scale: Factor of the image.
+        noise_scale: Factor of the noise that is added to it.
         noise_seed: Seed of the noise in evaluation.
         vae: Config of the VAE, with the name of its class as `_class_name`; `None` for pixels.
         freeze_backbone: Whether training leaves the transformer as it is.
@@ -59,7 +62,7 @@ class SDTClassifierConfig(PretrainedConfig):
 
 @dataclass
 class Backbone:
-    """A transformer, what it was trained on, and the VAE whose latents it works in.
+    """A trained transformer, with the scheduler and the VAE that it was trained with.
 
     Args:
         transformer: The transformer.
@@ -73,16 +76,16 @@ class Backbone:
 
     @property
     def resolution(self) -> int:
-        """Side of the images it was trained on, in pixels.
+        """Side of the images that it was trained on, in pixels.
 
         Raises:
-            ValueError: If they are no squares.
+            ValueError: If they are not square.
         """
         size = self.transformer.config.sample_size
         sides = {size} if isinstance(size, int) else set(size)
         if len(sides) > 1:
             raise ValueError(
-                f"The transformer's images are no squares (sample_size {size}); the classifier takes those."
+                f"The transformer was trained on images of sample_size {size}, but a classifier needs square ones."
             )
         return sides.pop() * vae_spatial_scale(self.vae)
 
@@ -93,10 +96,10 @@ class Backbone:
 
     @property
     def image_mode(self) -> str:
-        """Their mode.
+        """Mode of the images, "L" or "RGB".
 
         Raises:
-            ValueError: If they are neither grey nor colour.
+            ValueError: If they are neither gray nor in color.
         """
         if self.num_channels not in IMAGE_MODES:
             raise ValueError(
@@ -107,10 +110,10 @@ class Backbone:
 
 
 def load_backbone(folder: str, objective: str | None = None) -> Backbone:
-    """A trained pipeline or transformer.
+    """Load a trained pipeline or transformer.
 
     Args:
-        folder: Where `save_pretrained` wrote it.
+        folder: Folder that `save_pretrained` wrote.
         objective: "flow" (the default) or "ddpm" (DiT's schedule), for a transformer without a pipeline.
 
     Raises:
@@ -118,7 +121,9 @@ def load_backbone(folder: str, objective: str | None = None) -> Backbone:
     """
     if (Path(folder) / "model_index.json").is_file():
         if objective is not None:
-            raise ValueError(f"--probe_objective is not for a pipeline: the scheduler of {folder} tells it.")
+            raise ValueError(
+                f"objective {objective!r} cannot be given for the pipeline {folder}: its scheduler decides that."
+            )
         pipe = DiffusionPipeline.from_pretrained(folder)
         transformer = getattr(pipe, "transformer", None)
         if not isinstance(transformer, SDTTransformer2DModel):
@@ -128,15 +133,13 @@ def load_backbone(folder: str, objective: str | None = None) -> Backbone:
     return Backbone(SDTTransformer2DModel.from_pretrained(folder, dtype=torch.float32), scheduler)
 
 
-class SDTForImageClassification(ImageClassifierModel):
-    """Classifies by the tokens of one block of a generative transformer, averaged over the image.
+class SDTPreTrainedModel(ImagePreTrainedModel):
+    """The tokens of one block of a generative transformer, and their normalized mean over the image.
 
     The image (or its latent, the mode of the VAE's posterior) gets the noise of one timestep, and the null class for a
-    label. Training draws the noise; evaluation adds the same noise, drawn once from `noise_seed`, to every image, so
-    that a result depends on nothing but the image. A batch norm without parameters brings the features to one scale
-    for the linear layer (as in the linear probes of "Masked Autoencoders", He et al. 2022).
-
-    With `freeze_backbone` that layer is all that is trained: a linear probe.
+    label. Training draws the noise. Evaluation adds the same noise, drawn once from `noise_seed`, to every image, so
+    that a result depends on the image alone. A batch norm without parameters brings the features to one scale for a
+    linear layer, as in the linear probes of "Masked Autoencoders" (He et al. 2022).
     """
 
     config_class = SDTClassifierConfig
@@ -146,16 +149,113 @@ class SDTForImageClassification(ImageClassifierModel):
 
     def __init__(self, config: SDTClassifierConfig):
         super().__init__(config)
-        self.vae = None
+        self.vae: nn.Module | None = None
         if config.vae is not None:
             self.vae = getattr(diffusers, config.vae["_class_name"]).from_config(config.vae)
         self.transformer = SDTTransformer2DModel.from_config({**config.transformer, "num_layers": config.block + 1})
-        self.transformer.proj_out_1 = self.transformer.proj_out_2 = nn.Identity()  # they predict noise
-        dim = self.transformer.config.num_attention_heads * self.transformer.config.attention_head_dim
-        self.norm = nn.BatchNorm1d(dim, affine=False, eps=1e-6)
-        self.head = nn.Linear(dim, config.num_labels)
+        # These two predict noise; without them neither weights nor arithmetic are spent on it.
+        self.transformer.proj_out_1 = self.transformer.proj_out_2 = nn.Identity()
+        self.dim = self.transformer.config.num_attention_heads * self.transformer.config.attention_head_dim
+        self.norm = nn.BatchNorm1d(self.dim, affine=False, eps=1e-6)
+
+    def train(self, mode: bool = True) -> "SDTPreTrainedModel":
+        """Set the mode; frozen parts stay in evaluation mode, without dropout, and take no gradients."""
+        super().train(mode)
+        for module, frozen in ((self.vae, True), (self.transformer, self.config.freeze_backbone)):
+            if module is not None and frozen:
+                module.eval().requires_grad_(False)  # here too, as weights that transformers loads take gradients
+        return self
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Return patterns that sort parameters by depth, for layer-wise learning rates, in timm's form."""
+        return {
+            "stem": r"^transformer\.(?:pos_embed|time_class_embed)",
+            "blocks": r"^transformer\.transformer_blocks\.(\d+)",
+        }
+
+    def no_weight_decay(self) -> set[str]:
+        """Return no names: timm itself spares what is one-dimensional."""
+        return set()
+
+    def forward_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Compute the tokens of the block.
+
+        Args:
+            pixel_values: Images in -1 to 1, shape (batch, num_channels, height, width).
+
+        Returns:
+            Tokens, shape (batch, tokens, width).
+        """
+        clean = pixel_values if self.vae is None else encode_pixels(self.vae, pixel_values)  # (B, C, H, W)
+        if self.training:
+            noise = torch.randn_like(clean)
+        else:
+            generator = torch.Generator().manual_seed(self.config.noise_seed)
+            noise = torch.randn(clean.shape[1:], generator=generator, device="cpu").to(clean)  # (C, H, W)
+        noised = self.config.signal_scale * clean + self.config.noise_scale * noise
+        timestep = torch.full(clean.shape[:1], self.config.timestep, device=clean.device)  # (B,)
+        null_class = torch.full(clean.shape[:1], self.transformer.config.num_classes, device=clean.device)  # (B,)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze_backbone):
+            return self.transformer.forward_features(noised.to(self.transformer.dtype), timestep, null_class)[0]
+
+    def forward_pooling(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Map tokens (batch, tokens, width) to their normalized mean (batch, width)."""
+        return self.norm(tokens.mean(dim=1))
+
+    def _init_weights(self, module: nn.Module) -> None:
+        # The backbone is loaded or has initialized itself, except for its fixed embedding, which no file holds.
+        if isinstance(module, SDTPatchEmbed):
+            embedding = position_embedding(module.proj.out_channels, module.grid_size, module.grid_size, "cpu")
+            module.pos_embed = embedding.to(module.pos_embed)
+        elif module is self.norm and not getattr(module.running_mean, "_is_hf_initialized", False):
+            module.reset_running_stats()
+
+
+class SDTModel(SDTPreTrainedModel):
+    """Features of a generative transformer without a classifier: what `AutoModel` gives."""
+
+    _keys_to_ignore_on_load_unexpected = [r"^head\."]  # noqa: RUF012
+
+    def __init__(self, config: SDTClassifierConfig):
+        super().__init__(config)
         self.post_init()
-        self.train()  # freezes
+        self.train()  # freezes the backbone
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> BaseModelOutputWithPoolingAndNoAttention | tuple[torch.Tensor, ...]:
+        """Compute features of images.
+
+        Args:
+            pixel_values: Images in -1 to 1, shape (batch, num_channels, height, width).
+            output_hidden_states: Whether to return the tokens as `hidden_states` too.
+            return_dict: Whether to return a `BaseModelOutputWithPoolingAndNoAttention` instead of a tuple.
+
+        Returns:
+            The tokens of the block as `last_hidden_state`, shape (batch, tokens, width), and their normalized mean as
+            `pooler_output`, shape (batch, width).
+
+        Raises:
+            ValueError: If the images do not fit the transformer.
+        """
+        tokens = self.forward_features(pixel_values)
+        output = BaseModelOutputWithPoolingAndNoAttention(
+            last_hidden_state=tokens, pooler_output=self.forward_pooling(tokens)
+        )
+        return self.build_output(output, (tokens,), output_hidden_states, return_dict)
+
+
+class SDTForImageClassification(SDTPreTrainedModel):
+    """A linear classifier on features of a generative transformer; with `freeze_backbone` a linear probe."""
+
+    def __init__(self, config: SDTClassifierConfig):
+        super().__init__(config)
+        self.head = nn.Linear(self.dim, config.num_labels)
+        self.post_init()
+        self.train()  # freezes the backbone
 
     @classmethod
     def from_backbone(
@@ -166,7 +266,7 @@ class SDTForImageClassification(ImageClassifierModel):
         freeze_backbone: bool = True,
         **config: Any,
     ) -> "SDTForImageClassification":
-        """A new head on a trained transformer, whose weights are copied.
+        """Put a new head on a trained transformer, whose weights are copied.
 
         Args:
             backbone: The transformer, with its scheduler and VAE.
@@ -182,16 +282,16 @@ class SDTForImageClassification(ImageClassifierModel):
         num_layers = transformer.config.num_layers
         block = num_layers // 2 if block is None else block
         if not 0 <= block < num_layers:
-            raise ValueError(f"--probe_block must lie in 0..{num_layers - 1} for this transformer, not {block}.")
-        signal_scale, noise_scale = noise_scales(backbone.scheduler, timestep, "--probe_timestep")
+            raise ValueError(f"block must lie in 0..{num_layers - 1} for this transformer, not {block}.")
+        signal_scale, noise_scale = noise_scales(backbone.scheduler, timestep)
         model = cls(
             SDTClassifierConfig(
-                transformer=_plain(transformer.config),
+                transformer=_json_config(transformer),
                 block=block,
                 timestep=timestep,
                 signal_scale=signal_scale,
                 noise_scale=noise_scale,
-                vae=None if vae is None else {**_plain(vae.config), "_class_name": type(vae).__name__},
+                vae=None if vae is None else {**_json_config(vae), "_class_name": type(vae).__name__},
                 freeze_backbone=freeze_backbone,
                 num_channels=backbone.num_channels,
                 **config,
@@ -199,49 +299,9 @@ class SDTForImageClassification(ImageClassifierModel):
         )
         trained = transformer.state_dict()
         model.transformer.load_state_dict({name: trained[name] for name in model.transformer.state_dict()})
-        if vae is not None:
+        if vae is not None and model.vae is not None:
             model.vae.load_state_dict(vae.state_dict())
         return model
-
-    def train(self, mode: bool = True) -> "SDTForImageClassification":
-        """Sets the mode; what is frozen stays in evaluation mode, without dropout, and takes no gradients."""
-        super().train(mode)
-        for module, frozen in ((self.vae, True), (self.transformer, self.config.freeze_backbone)):
-            if module is not None and frozen:
-                module.eval().requires_grad_(False)  # weights that transformers loads do take them
-        return self
-
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Patterns that sort parameters by depth, for layer-wise learning rates, in timm's form."""
-        return {
-            "stem": r"^transformer\.(?:pos_embed|time_class_embed)",
-            "blocks": r"^transformer\.transformer_blocks\.(\d+)",
-        }
-
-    def no_weight_decay(self) -> set[str]:
-        """None by name: timm spares what is one-dimensional itself."""
-        return set()
-
-    def forward_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """The tokens of the block.
-
-        Args:
-            pixel_values: See `forward`.
-
-        Returns:
-            Shape (batch, tokens, width).
-        """
-        clean = pixel_values if self.vae is None else encode_pixels(self.vae, pixel_values)
-        if self.training:
-            noise = torch.randn_like(clean)
-        else:
-            generator = torch.Generator().manual_seed(self.config.noise_seed)
-            noise = torch.randn(clean.shape[1:], generator=generator, device="cpu").to(clean)
-        noised = self.config.signal_scale * clean + self.config.noise_scale * noise
-        timestep = torch.full(clean.shape[:1], self.config.timestep, device=clean.device)
-        null_class = torch.full(clean.shape[:1], self.transformer.config.num_classes, device=clean.device)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze_backbone):
-            return self.transformer.forward_features(noised.to(self.transformer.dtype), timestep, null_class)[0]
 
     def forward(
         self,
@@ -250,7 +310,7 @@ class SDTForImageClassification(ImageClassifierModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> ImageClassifierOutputWithNoAttention | tuple[torch.Tensor, ...]:
-        """Classifies images.
+        """Classify images.
 
         Args:
             pixel_values: Images in -1 to 1, shape (batch, num_channels, height, width).
@@ -267,25 +327,20 @@ class SDTForImageClassification(ImageClassifierModel):
         if labels is not None:
             self.check_labels(labels, len(pixel_values))
         tokens = self.forward_features(pixel_values)
-        logits = self.head(self.norm(tokens.mean(dim=1)))
-        return self.build_output(logits, (tokens,), labels, output_hidden_states, return_dict)
+        logits = self.head(self.forward_pooling(tokens))  # (B, num_labels)
+        return self.build_classifier_output(logits, labels, (tokens,), output_hidden_states, return_dict)
 
     def _init_weights(self, module: nn.Module) -> None:
-        # The backbone is loaded or has initialised itself; but for its fixed embedding, which no file holds.
-        if isinstance(module, SDTPatchEmbed):
-            embedding = position_embedding(module.proj.out_channels, module.grid_size, module.grid_size, "cpu")
-            module.pos_embed = embedding.to(module.pos_embed)
-        elif module is self.head and not getattr(module.weight, "_is_hf_initialized", False):
+        super()._init_weights(module)
+        if module is self.head and not getattr(module.weight, "_is_hf_initialized", False):
             nn.init.trunc_normal_(module.weight, std=0.02)
             nn.init.zeros_(module.bias)
-        elif module is self.norm and not getattr(module.running_mean, "_is_hf_initialized", False):
-            module.reset_running_stats()
 
 
-def _plain(config):
-    """A config of diffusers as JSON knows it."""
+def _json_config(module: nn.Module) -> dict[str, Any]:
+    """Return the config of a diffusers model in the types of JSON, without diffusers' own entries."""
     return {
         key: list(value) if isinstance(value, tuple) else value
-        for key, value in config.items()
+        for key, value in module.config.items()
         if not key.startswith("_")
     }

@@ -7,9 +7,9 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from PIL import Image
-from transformers import AutoModelForImageClassification, pipeline
+from transformers import AutoModel, AutoModelForImageClassification, pipeline
 
-from sdt_diffusion.classification import SDTForImageClassification
+from sdt_diffusion.classification import SDTForImageClassification, SDTModel
 from sdt_diffusion.probe import Backbone, load_backbone
 from sdt_diffusion.sdt.schedulers import noise_scales
 from sdt_diffusion.sdt.vae import encode_pixels
@@ -109,7 +109,7 @@ def test_a_frozen_backbone_stays_as_it_is(make_model, make_probe, freeze):
 def test_loads_in_a_fresh_process_and_in_pipelines(make_model, make_probe, tiny_vae, tmp_path):
     model = make_probe(make_model(num_layers=3, in_channels=4), vae=tiny_vae)
     model.save_pretrained(tmp_path)
-    build_processor(3, 16, imagenet_normalisation=False).save_pretrained(tmp_path)
+    build_processor(3, 16, imagenet_normalization=False).save_pretrained(tmp_path)
     torch.save((images(size=16), model(images(size=16)).logits), tmp_path / "expected.pt")
     code = (
         "import torch, sdt_diffusion.classification\n"
@@ -125,6 +125,24 @@ def test_loads_in_a_fresh_process_and_in_pipelines(make_model, make_probe, tiny_
     assert {result["label"] for result in found} == set(NAMES.values())
 
 
+def test_auto_model_gives_the_features_that_the_head_sees(make_model, make_probe, tiny_vae, tmp_path):
+    model = make_probe(make_model(num_layers=3, in_channels=4), vae=tiny_vae)
+    with torch.no_grad():
+        model.norm.running_mean.normal_()
+    model.save_pretrained(tmp_path)
+    build_processor(3, 16, imagenet_normalization=False).save_pretrained(tmp_path)
+    loaded, info = AutoModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert isinstance(loaded, SDTModel)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    output = loaded(images(size=16))
+    assert torch.equal(output.last_hidden_state, model.forward_features(images(size=16)))
+    assert torch.equal(model.head(output.pooler_output), model(images(size=16)).logits)
+    image = Image.effect_noise((16, 16), 60).convert("RGB")
+    found = pipeline("image-feature-extraction", model=str(tmp_path), return_tensors=True)(image, pool=True)
+    assert found.shape == (1, 32)
+
+
 def test_weights_on_the_meta_device_leave_no_trace_in_later_models(make_model, make_probe, tmp_path):
     """transformers builds models there first; the fixed position embedding is kept between models."""
     make_probe().save_pretrained(tmp_path)
@@ -138,14 +156,14 @@ def test_a_folder_of_a_transformer_or_pipeline(make_model, make_pipe, tmp_path):
     signal, noise = noise_scales(load_backbone(str(tmp_path / "pipe" / "transformer"), "ddpm").scheduler, 999)
     assert signal**2 == pytest.approx(4.04e-5, rel=1e-2)
     assert signal**2 + noise**2 == pytest.approx(1)
-    with pytest.raises(ValueError, match="--probe_objective is not for a pipeline"):
+    with pytest.raises(ValueError, match="objective 'ddpm' cannot be given for the pipeline"):
         load_backbone(str(tmp_path / "pipe"), "ddpm")
 
 
 def test_what_does_not_fit_is_refused(make_model, make_probe):
-    with pytest.raises(ValueError, match=r"--probe_block must lie in 0\.\.2 for this transformer, not 3"):
+    with pytest.raises(ValueError, match=r"^block must lie in 0\.\.2 for this transformer, not 3"):
         make_probe(block=3)
-    with pytest.raises(ValueError, match=r"--probe_timestep must be between 0 and 1000, .* for this model, not 1001"):
+    with pytest.raises(ValueError, match=r"^timestep must be between 0 and 1000, .* for this model, not 1001"):
         make_probe(timestep=1001)
     with pytest.raises(ValueError, match=r"must be a whole number from 0 to 999 .* not 0.5"):
         make_probe(scheduler=DDIMScheduler(), timestep=0.5)

@@ -1,4 +1,4 @@
-"""Which label of a model each class of a data set is."""
+"""Match the classes of a data set with the labels of a model."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -14,16 +14,17 @@ Matching = Literal["auto", "name", "index"]
 def match_labels(
     class_names: Sequence[str], id2label: dict[int, str], matching: Matching = "auto"
 ) -> tuple[list[int], Literal["name", "index"]]:
-    """The model's label for each class of a data set.
+    """Find the model's label for each class of a data set.
 
-    By name where the model has all the names; a name of the model may hold several words for the class, separated by
-    commas, and one without names (transformers' "LABEL_0", "LABEL_1" ...) has the numbers. By index where one of them
-    has no names: the classes are numbers in their order, or the model has none and the classes are words.
+    By name where the model has all the names. A name of the model may hold several words for the class, separated by
+    commas; a model without names (transformers' "LABEL_0", "LABEL_1" ...) has the numbers for names. By index where
+    the model lacks names of the data set and one of the two has none: the data set's classes are the numbers 0, 1, 2
+    ..., or they are words and the model has no names.
 
     Args:
-        class_names: Of the data set, in the order of its labels.
+        class_names: Names of the data set's classes, in the order of its labels.
         id2label: The model's names.
-        matching: "name" or "index" to have it that way in any case.
+        matching: "name" or "index" to allow that way only; "auto" for the rules above.
 
     Returns:
         The labels, and how they were found.
@@ -42,14 +43,14 @@ def match_labels(
         raise ValueError(
             f"The model has no label for {len(missing)} of the data set's {len(class_names)} classes: "
             f"{_listed(missing)}. It knows {_listed(list(id2label.values()))}. If its labels have the order of the "
-            "data set's classes, say so by --match_labels index."
+            "data set's classes, set match_labels to index."
         )
     for name in class_names:
         if len(labels_of_name[name]) > 1:
-            labels = ", ".join(map(str, labels_of_name[name]))
+            listed = ", ".join(map(str, labels_of_name[name]))
             raise ValueError(
-                f"{name!r} is a name of the model's labels {labels}. If the labels have the order of the data set's "
-                "classes, say so by --match_labels index."
+                f"{name!r} is a name of the model's labels {listed}. If the labels have the order of the data set's "
+                "classes, set match_labels to index."
             )
     labels = [labels_of_name[name][0] for name in class_names]
     for label in labels:
@@ -57,13 +58,13 @@ def match_labels(
         if len(names) > 1:
             raise ValueError(
                 f"The data set's classes {_listed(names)} are all the model's label {label} ({id2label[label]!r}): "
-                "merge them, or say by --match_labels index that the labels have the order of the classes."
+                "merge them, or set match_labels to index if the labels have the order of the classes."
             )
     return labels, "name"
 
 
 def check_labels(images: LabeledImages, labels: Sequence[int], num_labels: int) -> None:
-    """Refuses classes for which the model has no label.
+    """Refuse classes for which the model has no label.
 
     Raises:
         ValueError: Names the first of them, and its first image.
@@ -78,6 +79,6 @@ def check_labels(images: LabeledImages, labels: Sequence[int], num_labels: int) 
         )
 
 
-def _listed(names, limit=20):
+def _listed(names: Sequence[str], limit: int = 20) -> str:
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(map(repr, names[:limit])) + more

@@ -117,7 +117,7 @@ def _read_classifier_training(content: Mapping[str, Any], file: str) -> Iterator
     ):
         value = next((content[key] for key in keys if content.get(key) is not None), None)
         if value is not None:
-            count = content["num_images"] if "num_images" in content else content["test_images"]
+            count = content["count"] if "count" in content else content["test_images"]
             yield Result(metric, value, f"{value:.2%}", "held-out images", count, "", file)
 
 

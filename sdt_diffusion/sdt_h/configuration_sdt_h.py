@@ -1,4 +1,4 @@
-"""SDTHConfig: the classifier's config in transformers' form."""
+"""SDTHConfig, the classifier's config for transformers."""
 
 import inspect
 from typing import Any
@@ -7,12 +7,12 @@ from transformers import PretrainedConfig
 
 from .network import SDTHNetwork, preset_config
 
-#: What `SDTHNetwork` takes; the number of labels has a form of its own in transformers.
+#: Arguments of `SDTHNetwork`, except the number of labels, which transformers keeps as `id2label`.
 NETWORK_KEYS = tuple(key for key in inspect.signature(SDTHNetwork).parameters if key != "num_labels")
 
 
 class SDTHConfig(PretrainedConfig):
-    """Config of `SDTHForImageClassification`.
+    """Config of `SDTHForImageClassification` and `SDTHModel`.
 
     Args:
         **kwargs: The arguments of `SDTHNetwork` (2 labels by default, as everywhere in transformers), and what every
@@ -30,7 +30,7 @@ class SDTHConfig(PretrainedConfig):
 
     @classmethod
     def from_preset(cls, name: str, **overrides) -> "SDTHConfig":
-        """The config of a named size.
+        """Make the config of a named size.
 
         Args:
             name: A key of `PRESETS`, such as "SDT-H-T".
@@ -43,5 +43,5 @@ class SDTHConfig(PretrainedConfig):
         return cls(**preset_config(name, **overrides), **labels)
 
     def network_config(self) -> dict[str, Any]:
-        """The arguments of `SDTHNetwork`."""
+        """Return the arguments of `SDTHNetwork`."""
         return {"num_labels": self.num_labels, **{key: getattr(self, key) for key in NETWORK_KEYS}}

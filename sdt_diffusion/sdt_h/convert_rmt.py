@@ -1,7 +1,8 @@
-"""From an official RMT checkpoint to the classifier with `spatial_decay="fixed"`, which gives RMT's logits."""
+"""Convert official RMT checkpoints to the classifier with `spatial_decay="fixed"`, which gives RMT's logits."""
 
 import argparse
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
@@ -32,11 +33,14 @@ RENAMES = [
     (r"\.gamma_([12])$", r".layer_scale\1.gamma"),
 ]
 
+#: Keys under which checkpoints keep their state dict: RMT's and timm's.
+CHECKPOINT_KEYS = ("model", "state_dict")
+
 
 def rename(key: str) -> str:
-    """The name of one of RMT's weights in `SDTHNetwork`."""
+    """Return the name that one of RMT's weights has in `SDTHNetwork`."""
     downsample = re.match(r"^layers\.(\d+)\.downsample\.(reduction|norm)\.(.+)$", key)
-    if downsample:  # RMT's ends a stage, ours begins the next
+    if downsample:  # the last layer of a stage in RMT is the first of the next stage here
         stage, module, tensor = downsample.groups()
         return f"stages.{int(stage) + 1}.downsample.{('reduction', 'norm').index(module)}.{tensor}"
     for pattern, replacement in RENAMES:
@@ -45,7 +49,10 @@ def rename(key: str) -> str:
 
 
 def read_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
-    """Reads a state dict, nested under `model` or not, written by torch.save or safetensors; runs no code in the file.
+    """Read a state dict that torch.save or safetensors wrote, without running code from the file.
+
+    The state dict may stand at the top or under one of `CHECKPOINT_KEYS`; the prefix "module." that
+    DistributedDataParallel gives to all names is removed.
 
     Raises:
         ValueError: If the file holds something else.
@@ -53,25 +60,32 @@ def read_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
     path = Path(path)
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
+            return _without_module_prefix(load_file(path))
         # Training checkpoints keep their arguments in a Namespace, which holds values only.
         with torch.serialization.safe_globals([argparse.Namespace]):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, UnpicklingError, RuntimeError, EOFError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
-    state_dict = checkpoint.get("model", checkpoint) if isinstance(checkpoint, Mapping) else checkpoint
+    nested = isinstance(checkpoint, Mapping) and next((key for key in CHECKPOINT_KEYS if key in checkpoint), None)
+    state_dict = checkpoint[nested] if nested else checkpoint
     if not isinstance(state_dict, Mapping) or not all(
         isinstance(value, torch.Tensor) for value in state_dict.values()
     ):
-        raise ValueError(f"{path} holds no state dict, neither at the top nor under 'model'.")
-    return dict(state_dict)
+        keys = " or ".join(map(repr, CHECKPOINT_KEYS))
+        raise ValueError(f"{path} holds no state dict, neither at the top nor under {keys}.")
+    return _without_module_prefix(state_dict)
+
+
+def _without_module_prefix(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    wrapped = all(name.startswith("module.") for name in state_dict)
+    return {name.removeprefix("module.") if wrapped else name: value for name, value in state_dict.items()}
 
 
 def rmt_config(state_dict: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-    """The config of an RMT, read off its tensors.
+    """Read the config of an RMT off its tensors; without `head`, `num_labels` is 0.
 
-    Except which stages attend along rows, then along columns, of which no tensor tells: RMT-T's first two, and the
-    first three of all larger ones.
+    No tensor tells which stages attend along rows, then along columns: RMT-T's first two, and the first three of all
+    larger ones.
 
     Raises:
         ValueError: If tensors that every RMT has are missing.
@@ -81,20 +95,18 @@ def rmt_config(state_dict: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         widths = [len(state_dict[f"layers.{i}.blocks.0.final_layer_norm.weight"]) for i in stages]
         hidden = [len(state_dict[f"layers.{i}.blocks.0.ffn.fc1.weight"]) for i in stages]
         decays = [state_dict[f"layers.{i}.Relpos.decay"].double() for i in stages]
-        num_channels, head_hidden_size, num_labels = (
-            state_dict["patch_embed.proj.0.weight"].shape[1],
-            *(len(state_dict[f"{name}.weight"]) for name in ("proj", "head")),
-        )
+        num_channels = state_dict["patch_embed.proj.0.weight"].shape[1]
+        head_hidden_size = len(state_dict["proj.weight"])
     except KeyError as error:
         raise ValueError(f"This is no checkpoint of RMT: it has no {error}.") from error
     depths = [len({k.split(".")[3] for k in state_dict if k.startswith(f"layers.{i}.blocks.")}) for i in stages]
-    # decay = log(1 - 2^-a); what fp32 has rounded away are parts in 10,000 of an exponent.
+    # decay = log(1 - 2^-a); fp32 has rounded away parts in 10,000 of an exponent.
     exponents = [-torch.log2(-torch.expm1(decay)) for decay in decays]
     tiny = depths == list(PRESETS["SDT-H-T"]["depths"])
     return {
         "spatial_decay": "fixed",
         "num_channels": num_channels,
-        "num_labels": num_labels,
+        "num_labels": len(state_dict["head.weight"]) if "head.weight" in state_dict else 0,
         "head_hidden_size": head_hidden_size,
         "hidden_sizes": widths,
         "depths": depths,
@@ -108,7 +120,7 @@ def rmt_config(state_dict: Mapping[str, torch.Tensor]) -> dict[str, Any]:
 
 
 def check_positions(state_dict: Mapping[str, torch.Tensor], config: SDTHConfig) -> None:
-    """Compares the tables of decays and of rotary frequencies in an RMT state dict with what a config gives.
+    """Compare the tables of decays and of rotary frequencies in an RMT state dict with those of a config.
 
     Raises:
         ValueError: If they differ.
@@ -126,12 +138,16 @@ def check_positions(state_dict: Mapping[str, torch.Tensor], config: SDTHConfig) 
 
 
 def load_rmt(path: str | Path, **overrides) -> SDTHForImageClassification:
-    """Loads an official RMT checkpoint.
+    """Load an official RMT checkpoint.
+
+    The token-label release has a second classifier, `aux_head`, that looks at every token. It is left out with a
+    warning: the logits are those of `head`, while RMT's evaluation adds half of the largest auxiliary logits to them.
 
     Args:
-        path: The checkpoint, as torch.save or safetensors wrote it.
+        path: The checkpoint, see `read_checkpoint`.
         **overrides: Config values in place of `rmt_config`'s, such as `id2label`. `spatial_decay="context"` starts
-            SDT-H from RMT: new gates, which give RMT's decay at first.
+            SDT-H from RMT: new gates, which give RMT's decay at first. A checkpoint without `head` gives the features
+            before it as logits, or a new classifier for `num_labels`.
 
     Returns:
         The model, in evaluation mode.
@@ -140,14 +156,22 @@ def load_rmt(path: str | Path, **overrides) -> SDTHForImageClassification:
         ValueError: If the file holds no RMT, or one that does not fit the overrides.
     """
     state_dict = read_checkpoint(path)
+    if any(key.startswith("aux_head.") for key in state_dict):
+        warnings.warn(
+            f"{path} is of RMT's token-label release: its aux_head is left out, the logits are those of head alone.",
+            stacklevel=2,
+        )
+        state_dict = {key: value for key, value in state_dict.items() if not key.startswith("aux_head.")}
     config = SDTHConfig(**{**rmt_config(state_dict), **overrides})
     check_positions(state_dict, config)
     model = SDTHForImageClassification(config).eval()
     weights = {rename(key): value for key, value in state_dict.items() if ".Relpos." not in key}
     weights = {k: v.flatten() if k.endswith(".gamma") else v for k, v in weights.items()}  # RMT's are (1, 1, 1, dim)
     expected = model.network.state_dict()
-    gates = {key for key in expected if ".gate." in key}
-    wrong = sorted((weights.keys() ^ expected.keys()) - gates)
+    new = {key for key in expected if ".gate." in key}
+    if not any(key.startswith("head.") for key in weights):
+        new |= {"head.weight", "head.bias"} & expected.keys()
+    wrong = sorted((weights.keys() ^ expected.keys()) - new)
     wrong += [key for key in weights.keys() & expected.keys() if weights[key].shape != expected[key].shape]
     if wrong:
         raise ValueError(f"{path} does not fit the config in {len(wrong)} tensor(s), such as {wrong[0]}.")

@@ -1,4 +1,4 @@
-"""SDTHImageProcessor: from pictures to `pixel_values`."""
+"""SDTHImageProcessor, which turns pictures into `pixel_values`."""
 
 from typing import Any
 
@@ -12,8 +12,8 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 class SDTHImageProcessor(TorchvisionBackend):
     """DeiT's evaluation: shorter side to 256 pixels (bicubic), the central 224x224, ImageNet's mean and deviation.
 
-    A single value in `image_mean` means a model of grey images: colour pictures, which is what transformers' pipelines
-    make of all, are turned to grey for it.
+    A single value in `image_mean` means a model of gray images. Color pictures, which transformers' pipelines make of
+    every picture, are turned to gray for it.
     """
 
     resample = PILImageResampling.BICUBIC
@@ -29,7 +29,7 @@ class SDTHImageProcessor(TorchvisionBackend):
     do_normalize = True
 
     def process_image(self, image: Any, **kwargs) -> torch.Tensor:
-        """One image as a tensor of shape (channels, height, width), 0 to 255."""
+        """Return one image as a tensor of shape (channels, height, width), 0 to 255."""
         if len(self.image_mean) > 1:
             return super().process_image(image, **kwargs)
         if isinstance(image, Image.Image):

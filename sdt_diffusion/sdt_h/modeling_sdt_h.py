@@ -1,18 +1,22 @@
-"""SDTHForImageClassification: the classifier's transformers face."""
+"""SDT-H as transformers models: `SDTHModel` gives features, `SDTHForImageClassification` logits."""
 
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import ImageClassifierOutputWithNoAttention
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPoolingAndNoAttention,
+    ImageClassifierOutputWithNoAttention,
+)
+from transformers.utils import ModelOutput
 
 from .configuration_sdt_h import SDTHConfig
 from .network import SDTHNetwork
 
 
-class ImageClassifierModel(PreTrainedModel):
-    """A `PreTrainedModel` that says what is wrong with weights and labels."""
+class ImagePreTrainedModel(PreTrainedModel):
+    """What all image models of this package share: errors that name weights and labels that do not fit."""
 
     main_input_name = "pixel_values"
     input_modalities = ("image",)
@@ -21,12 +25,12 @@ class ImageClassifierModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, ignore_mismatched_sizes: bool = False, **kwargs):
-        """transformers' `from_pretrained`.
+        """Load a model as transformers does.
 
         Args:
             pretrained_model_name_or_path: Folder or Hub name.
             *args: See transformers.
-            ignore_mismatched_sizes: Initialise weights whose shape differs from the config's anew, such as the
+            ignore_mismatched_sizes: Initialize weights anew whose shape differs from the config's, such as the
                 classifier for another `num_labels`.
             **kwargs: See transformers; config values among them.
 
@@ -47,7 +51,7 @@ class ImageClassifierModel(PreTrainedModel):
         return (model, info) if wants_info else model
 
     def check_labels(self, labels: torch.Tensor, count: int) -> None:
-        """Refuses labels that do not fit.
+        """Refuse labels that do not fit.
 
         Args:
             labels: Classes, shape (count,); other forms, such as soft targets, are floating-point and pass.
@@ -60,7 +64,7 @@ class ImageClassifierModel(PreTrainedModel):
             return
         if labels.shape != (count,):
             raise ValueError(f"{count} images need as many labels, not a tensor of shape {tuple(labels.shape)}.")
-        # Reading labels back from an accelerator would stall it.
+        # Not on accelerators: reading labels back would stall them.
         if labels.device.type == "cpu" and labels.numel() and not torch.compiler.is_compiling():
             lowest, highest = int(labels.min()), int(labels.max())
             if not 0 <= lowest <= highest < self.config.num_labels:
@@ -71,57 +75,104 @@ class ImageClassifierModel(PreTrainedModel):
 
     def build_output(
         self,
-        logits: torch.Tensor,
+        output: ModelOutput,
         hidden_states: tuple[torch.Tensor, ...],
+        output_hidden_states: bool | None,
+        return_dict: bool | None,
+    ) -> ModelOutput | tuple[torch.Tensor, ...]:
+        """Return what the caller of `forward` asked for; the config decides what the arguments leave open."""
+        if self.config.output_hidden_states if output_hidden_states is None else output_hidden_states:
+            output["hidden_states"] = hidden_states
+        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+
+    def build_classifier_output(
+        self,
+        logits: torch.Tensor,
         labels: torch.Tensor | None,
+        hidden_states: tuple[torch.Tensor, ...],
         output_hidden_states: bool | None,
         return_dict: bool | None,
     ) -> ImageClassifierOutputWithNoAttention | tuple[torch.Tensor, ...]:
-        """What `forward` returns of its logits and hidden states; the config decides what the arguments leave open."""
+        """Return the loss (given labels), the logits, and the hidden states if asked for."""
         loss = None if labels is None else self.loss_function(labels, logits, self.config)
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
-        output = ImageClassifierOutputWithNoAttention(
-            loss=loss, logits=logits, hidden_states=hidden_states if output_hidden_states else None
-        )
-        return_dict = self.config.return_dict if return_dict is None else return_dict
-        return output if return_dict else output.to_tuple()
+        output = ImageClassifierOutputWithNoAttention(loss=loss, logits=logits)
+        return self.build_output(output, hidden_states, output_hidden_states, return_dict)
 
 
-class SDTHForImageClassification(ImageClassifierModel):
-    """`SDTHNetwork` as a transformers model: RMT's backbone with spatial decay attention, and a classifier.
-
-    Weights of a bare `SDTHNetwork`, which are also those of the timm models, load as well.
-    """
+class SDTHPreTrainedModel(ImagePreTrainedModel):
+    """What the models around `SDTHNetwork` share. Weights of a bare network, as timm saves them, load as well."""
 
     config_class = SDTHConfig
     base_model_prefix = "network"
     _no_split_modules = ["SDTBlock"]  # noqa: RUF012 (transformers' names and forms, here and below)
     _keep_in_fp32_modules_strict = ["gate"]  # noqa: RUF012
 
+    @classmethod
+    def from_preset(cls, name: str, **overrides) -> "SDTHPreTrainedModel":
+        """Make a randomly initialized model of a named size; arguments and errors of `SDTHConfig.from_preset`."""
+        return cls(SDTHConfig.from_preset(name, **overrides))
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Return the patterns of `SDTHNetwork.group_matcher`."""
+        return self.network.group_matcher(coarse)
+
+    def no_weight_decay(self) -> set[str]:
+        """Return the names of `SDTHNetwork.no_weight_decay`."""
+        return self.network.no_weight_decay()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        # transformers marks the tensors that it has loaded, but torch's own resets do not look at marks.
+        tensors = (*module.parameters(), *module.buffers())
+        if not all(getattr(tensor, "_is_hf_initialized", False) for tensor in tensors):
+            self.network.initialize(module)
+
+
+class SDTHModel(SDTHPreTrainedModel):
+    """SDT-H without its classifier, for features: what `AutoModel` and "image-feature-extraction" give."""
+
+    _keys_to_ignore_on_load_unexpected = [r"(^|\.)head\."]  # noqa: RUF012
+
+    def __init__(self, config: SDTHConfig):
+        super().__init__(config)
+        self.network = SDTHNetwork(**{**config.network_config(), "num_labels": 0})
+        self.post_init()
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> BaseModelOutputWithPoolingAndNoAttention | tuple[torch.Tensor, ...]:
+        """Compute features of images.
+
+        Args:
+            pixel_values: Normalized images, shape (batch, num_channels, height, width), of any size.
+            output_hidden_states: Whether to return the outputs of the stem and of each stage, of shape (batch,
+                channels, height, width).
+            return_dict: Whether to return a `BaseModelOutputWithPoolingAndNoAttention` instead of a tuple.
+
+        Returns:
+            The output of the last stage as `last_hidden_state`, shape (batch, channels, height, width); the features
+            that the classifier sees as `pooler_output`, shape (batch, head_hidden_size); the hidden states if asked
+            for.
+
+        Raises:
+            ValueError: If the images do not fit the model.
+        """
+        feature_maps = self.network.forward_stages(pixel_values)
+        output = BaseModelOutputWithPoolingAndNoAttention(
+            last_hidden_state=feature_maps[-1], pooler_output=self.network.forward_head(feature_maps[-1])
+        )
+        return self.build_output(output, tuple(feature_maps), output_hidden_states, return_dict)
+
+
+class SDTHForImageClassification(SDTHPreTrainedModel):
+    """SDT-H with its classifier: RMT's backbone with spatial decay attention."""
+
     def __init__(self, config: SDTHConfig):
         super().__init__(config)
         self.network = SDTHNetwork(**config.network_config())
         self.post_init()
-
-    @classmethod
-    def from_preset(cls, name: str, **overrides) -> "SDTHForImageClassification":
-        """A randomly initialised model of a named size; arguments and errors of `SDTHConfig.from_preset`."""
-        return cls(SDTHConfig.from_preset(name, **overrides))
-
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """See `SDTHNetwork.group_matcher`."""
-        return self.network.group_matcher(coarse)
-
-    def no_weight_decay(self) -> set[str]:
-        """See `SDTHNetwork.no_weight_decay`."""
-        return self.network.no_weight_decay()
-
-    def _init_weights(self, module: nn.Module) -> None:
-        # transformers marks the tensors it has loaded, but torch's own resets heed no marks.
-        tensors = (*module.parameters(), *module.buffers())
-        if not all(getattr(tensor, "_is_hf_initialized", False) for tensor in tensors):
-            self.network.initialize(module)
 
     def forward(
         self,
@@ -130,10 +181,10 @@ class SDTHForImageClassification(ImageClassifierModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> ImageClassifierOutputWithNoAttention | tuple[torch.Tensor, ...]:
-        """Classifies images.
+        """Classify images.
 
         Args:
-            pixel_values: Normalised images, shape (batch, num_channels, height, width), of any size.
+            pixel_values: Normalized images, shape (batch, num_channels, height, width), of any size.
             labels: Class of each image, 0 to num_labels - 1, shape (batch,), for the loss; other forms as the config's
                 `problem_type` asks.
             output_hidden_states: Whether to return the outputs of the stem and of each stage, of shape (batch,
@@ -149,5 +200,5 @@ class SDTHForImageClassification(ImageClassifierModel):
         if labels is not None:
             self.check_labels(labels, len(pixel_values))
         feature_maps = self.network.forward_stages(pixel_values)
-        logits = self.network.forward_head(feature_maps[-1])
-        return self.build_output(logits, tuple(feature_maps), labels, output_hidden_states, return_dict)
+        logits = self.network.forward_head(feature_maps[-1])  # (B, num_labels)
+        return self.build_classifier_output(logits, labels, tuple(feature_maps), output_hidden_states, return_dict)

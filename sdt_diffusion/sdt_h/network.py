@@ -1,4 +1,4 @@
-"""SDTHNetwork: the hierarchical classifier SDT-H, which both the transformers and the timm face wrap; its presets.
+"""SDTHNetwork, the hierarchical classifier SDT-H that the models for transformers and timm wrap, and its presets.
 
 Sources: "Learning Spatial Decay for Vision Transformers" (SDT, arXiv 2508.09525), whose classifier is the backbone of
 "RMT: Retentive Networks Meet Vision Transformers" (CVPR 2024) with context-aware gates in place of RMT's fixed decay.
@@ -16,37 +16,48 @@ from torch.utils.checkpoint import checkpoint
 from ..attention import ContextAwareGate
 from ..blocks import SDTBlock
 
-_NO, _LS = (None,) * 4, (None, None, 1e-6, 1e-6)
-_COLUMNS = (
-    "hidden_sizes depths num_attention_heads mlp_ratios decay_heads_ranges layer_scale_init_values drop_path_rate"
-)
-
 #: Preset -> config. Parameters (1,000 classes) and 2^30 multiply-adds (224x224) as counted by tests and benchmarks;
 #: top-1 of ImageNet-1K as the paper reports it after 300 epochs, not reproduced here.
 PRESETS: dict[str, dict[str, Any]] = {
-    name: dict(zip(_COLUMNS.split(), values, strict=True))
-    for name, *values in (
-        # 14.4M, 2.46, 82.7%
-        ("SDT-H-T", (64, 128, 256, 512), (2, 2, 8, 2), (4, 4, 8, 16), (3, 3, 3, 3), (4, 4, 6, 6), _NO, 0.1),
-        # 27.0M, 4.74, 84.2%
-        ("SDT-H-S", (64, 128, 256, 512), (3, 4, 18, 4), (4, 4, 8, 16), (4, 4, 3, 3), (4, 4, 6, 6), _NO, 0.15),
-        # 54.3M, 10.18, 85.1%
-        ("SDT-H-B", (80, 160, 320, 512), (4, 8, 25, 8), (5, 5, 10, 16), (4, 4, 3, 3), (5, 5, 6, 6), _LS, 0.4),
-    )
-}
-
-# 8x8 grey pixels, 10 classes: scikit-learn's digits. The stem keeps the image's own grid.
-PRESETS["SDT-H-digits"] = {
-    "hidden_sizes": (32, 64),
-    "depths": (2, 2),
-    "num_attention_heads": (2, 4),
-    "mlp_ratios": (3, 3),
-    "decomposed": (False, False),
-    "decay_heads_ranges": (4, 6),
-    "layer_scale_init_values": (None, None),
-    "drop_path_rate": 0.1,
-    "stem_strides": (1, 1),
-    "head_hidden_size": 256,
+    "SDT-H-T": {  # 14.4M, 2.46, 82.7%
+        "hidden_sizes": (64, 128, 256, 512),
+        "depths": (2, 2, 8, 2),
+        "num_attention_heads": (4, 4, 8, 16),
+        "mlp_ratios": (3, 3, 3, 3),
+        "decay_heads_ranges": (4, 4, 6, 6),
+        "layer_scale_init_values": (None, None, None, None),
+        "drop_path_rate": 0.1,
+    },
+    "SDT-H-S": {  # 27.0M, 4.74, 84.2%
+        "hidden_sizes": (64, 128, 256, 512),
+        "depths": (3, 4, 18, 4),
+        "num_attention_heads": (4, 4, 8, 16),
+        "mlp_ratios": (4, 4, 3, 3),
+        "decay_heads_ranges": (4, 4, 6, 6),
+        "layer_scale_init_values": (None, None, None, None),
+        "drop_path_rate": 0.15,
+    },
+    "SDT-H-B": {  # 54.3M, 10.18, 85.1%
+        "hidden_sizes": (80, 160, 320, 512),
+        "depths": (4, 8, 25, 8),
+        "num_attention_heads": (5, 5, 10, 16),
+        "mlp_ratios": (4, 4, 3, 3),
+        "decay_heads_ranges": (5, 5, 6, 6),
+        "layer_scale_init_values": (None, None, 1e-6, 1e-6),
+        "drop_path_rate": 0.4,
+    },
+    "SDT-H-digits": {  # 8x8 gray pixels, 10 classes: scikit-learn's digits. The stem keeps the image's own grid.
+        "hidden_sizes": (32, 64),
+        "depths": (2, 2),
+        "num_attention_heads": (2, 4),
+        "mlp_ratios": (3, 3),
+        "decomposed": (False, False),
+        "decay_heads_ranges": (4, 6),
+        "layer_scale_init_values": (None, None),
+        "drop_path_rate": 0.1,
+        "stem_strides": (1, 1),
+        "head_hidden_size": 256,
+    },
 }
 
 #: Kernel sizes of RMT's depth-wise convolutions.
@@ -54,7 +65,7 @@ BLOCK_KERNEL_SIZES = {"conditional_position_kernel_size": 3, "local_position_ker
 
 
 def preset_config(name: str, **overrides) -> dict[str, Any]:
-    """The arguments of `SDTHNetwork` for a named size.
+    """Return the arguments of `SDTHNetwork` for a named size.
 
     Args:
         name: A key of `PRESETS`, such as "SDT-H-T".
@@ -75,9 +86,9 @@ def preset_config(name: str, **overrides) -> dict[str, Any]:
 def raster_rotary_embedding(
     head_dim: int, tokens: int, device: torch.device | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """RMT's rotary embedding over the raster index n = y * W + x, not over rows and columns.
+    """Compute RMT's rotary embedding over the raster index n = y * W + x, not over rows and columns.
 
-    Neighbouring channels turn as a pair by n * theta_m, theta_m = 10000^(-m / (head_dim / 2 - 1)), so that the last
+    Neighboring channels turn as a pair by n * theta_m, theta_m = 10000^(-m / (head_dim / 2 - 1)), so that the last
     frequency is 1/10000 itself.
 
     Returns:
@@ -89,8 +100,20 @@ def raster_rotary_embedding(
 
 
 def conv_norm(in_channels: int, out_channels: int, stride: int) -> list[nn.Module]:
-    """A 3x3 convolution and its batch norm; with stride 2 it halves the sides, rounding up."""
+    """Make a 3x3 convolution and its batch norm; with stride 2 it halves the sides, rounding up."""
     return [nn.Conv2d(in_channels, out_channels, 3, stride, padding=1), nn.BatchNorm2d(out_channels)]
+
+
+def check_images(pixel_values: torch.Tensor, num_channels: int) -> None:
+    """Refuse what is no batch of images of so many channels.
+
+    Raises:
+        ValueError: If the images have a wrong shape.
+    """
+    if pixel_values.ndim != 4 or pixel_values.shape[1] != num_channels:
+        raise ValueError(
+            f"The model takes images of shape (batch, {num_channels}, height, width), not {tuple(pixel_values.shape)}."
+        )
 
 
 class SDTHStage(nn.Module):
@@ -117,17 +140,17 @@ class SDTHStage(nn.Module):
         )
 
     def forward(self, feature_map: torch.Tensor) -> torch.Tensor:
-        """Maps (batch, in_channels, height, width) to (batch, dim, ceil(height / 2), ceil(width / 2))."""
-        feature_map = self.downsample(feature_map)
+        """Map (batch, in_channels, height, width) to (batch, dim, ceil(height / 2), ceil(width / 2))."""
+        feature_map = self.downsample(feature_map)  # (B, D, H, W), of half the sides except in the first stage
         grid_size = tuple(feature_map.shape[-2:])
-        hidden_states = feature_map.flatten(2).transpose(1, 2).contiguous()
+        hidden_states = feature_map.flatten(2).transpose(1, 2).contiguous()  # (B, H*W, D)
         rotary = raster_rotary_embedding(self.head_dim, hidden_states.shape[1], hidden_states.device)
         for block in self.blocks:
             if self.gradient_checkpointing and self.training:
                 hidden_states = checkpoint(block, hidden_states, grid_size, None, rotary, use_reentrant=False)
             else:
                 hidden_states = block(hidden_states, grid_size, None, rotary)
-        return hidden_states.transpose(1, 2).unflatten(2, grid_size)
+        return hidden_states.transpose(1, 2).unflatten(2, grid_size)  # (B, D, H, W)
 
 
 class SDTHNetwork(nn.Module):
@@ -213,7 +236,7 @@ class SDTHNetwork(nn.Module):
             *conv_norm(first, first, 1),
         )
         drop_paths = [drop_path_rate * i / max(blocks - 1, 1) for i in range(blocks)]
-        self.stages = nn.ModuleList(
+        stages = [
             SDTHStage(
                 hidden_sizes[i - 1] if i else None,
                 hidden_sizes[i],
@@ -229,7 +252,8 @@ class SDTHNetwork(nn.Module):
                 **BLOCK_KERNEL_SIZES,
             )
             for i in range(len(hidden_sizes))
-        )
+        ]
+        self.stages = nn.Sequential(*stages)
         self.proj = nn.Linear(hidden_sizes[-1], head_hidden_size)
         self.norm = nn.BatchNorm2d(head_hidden_size)
         self.act = nn.SiLU()
@@ -240,7 +264,7 @@ class SDTHNetwork(nn.Module):
 
     @torch.no_grad()
     def initialize(self, module: nn.Module) -> None:
-        """Sets one module to its start: truncated normal linears, gates as RMT's decay, torch's own for the others."""
+        """Initialize one module: linear layers by a truncated normal, gates as RMT's decay, others as torch does."""
         if isinstance(module, nn.Linear):
             nn.init.trunc_normal_(module.weight, std=self.initializer_range)
             nn.init.zeros_(module.bias)
@@ -248,7 +272,7 @@ class SDTHNetwork(nn.Module):
             module.reset_parameters()
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Patterns that sort parameters by depth, for layer-wise learning rates, in timm's form."""
+        """Return patterns that sort parameters by depth, for layer-wise learning rates, in timm's form."""
         blocks = [
             (r"^(?:network\.)?stages\.(\d+)\.downsample", (0,)),
             (r"^(?:network\.)?stages\.(\d+)\.blocks\.(\d+)", None),
@@ -258,11 +282,11 @@ class SDTHNetwork(nn.Module):
         return {"stem": r"^(?:network\.)?patch_embed", "blocks": stages if coarse else blocks}
 
     def no_weight_decay(self) -> set[str]:
-        """None by name: timm spares biases, norms, LayerScale and the decay's alpha, all one-dimensional, itself."""
+        """Return no names: timm itself spares biases, norms, LayerScale and the decay's alpha, all one-dimensional."""
         return set()
 
     def forward_stages(self, pixel_values: torch.Tensor, num_stages: int | None = None) -> list[torch.Tensor]:
-        """The output of the stem and of each stage.
+        """Compute the output of the stem and of each stage.
 
         Args:
             pixel_values: See `forward`.
@@ -274,31 +298,27 @@ class SDTHNetwork(nn.Module):
         Raises:
             ValueError: If the images have a wrong shape.
         """
-        if pixel_values.ndim != 4 or pixel_values.shape[1] != self.num_channels:
-            raise ValueError(
-                f"The model takes images of shape (batch, {self.num_channels}, height, width), "
-                f"not {tuple(pixel_values.shape)}."
-            )
-        feature_maps = [self.patch_embed(pixel_values)]
+        check_images(pixel_values, self.num_channels)
+        feature_maps = [self.patch_embed(pixel_values)]  # (B, D_1, H/4, W/4), with the default strides
         for stage in self.stages[:num_stages]:
-            feature_maps.append(stage(feature_maps[-1]))
+            feature_maps.append(stage(feature_maps[-1]))  # (B, D_i, H/2^(i+1), W/2^(i+1))
         return feature_maps
 
     def forward_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """The output of the last stage; same argument and errors as `forward_stages`."""
+        """Compute the output of the last stage; same argument and errors as `forward_stages`."""
         return self.forward_stages(pixel_values)[-1]
 
     def forward_head(self, feature_map: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
-        """From the last stage's output to logits, or to the (batch, head_hidden_size) features before them."""
-        hidden_states = self.proj(feature_map.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        features = self.dropout(self.pool(self.act(self.norm(hidden_states))))
-        return features if pre_logits else self.head(features)
+        """Map the last stage's output to logits, or to the (batch, head_hidden_size) features before them."""
+        hidden_states = self.proj(feature_map.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # (B, head_hidden_size, h, w)
+        features = self.dropout(self.pool(self.act(self.norm(hidden_states))))  # (B, head_hidden_size)
+        return features if pre_logits else self.head(features)  # (B, num_labels)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Classifies images.
+        """Classify images.
 
         Args:
-            pixel_values: Normalised images, shape (batch, num_channels, height, width), of any size.
+            pixel_values: Normalized images, shape (batch, num_channels, height, width), of any size.
 
         Returns:
             Logits, shape (batch, num_labels).

@@ -1,20 +1,36 @@
-"""The classifier's timm face: `timm.create_model("sdt_h_tiny")` after `import sdt_diffusion.classification`.
+"""timm's interface to the classifier: `timm.create_model("sdt_h_tiny")` after `import sdt_diffusion.classification`.
 
-Meant for timm's own scripts too, for which that import must come first (tests mimic what they call):
+timm's own scripts need that import first:
 
     python -c 'import runpy, sdt_diffusion.classification; runpy.run_path("train.py", run_name="__main__")' ...
+
+`create_model` with all options of timm's factory, `features_only` with every feature class, `reset_classifier`, layer
+decay, gradient checkpointing, `torch.jit.trace` and `torch.compile` work, and with them timm's `train.py` and
+`validate.py`. `torch.jit.script`, which is what `--torchscript` stands for, does not: it cannot compile attention.
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import create_classifier
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from timm.models._features import feature_take_indices
+from timm.models import (
+    build_model_with_cfg,
+    generate_default_cfgs,
+    register_model,
+    register_notrace_function,
+    register_notrace_module,
+)
+from timm.models._features import feature_take_indices  # what timm's own models import; it has no public name
 from torch import nn
 
-from .network import SDTHNetwork, preset_config
+from .network import SDTHNetwork, SDTHStage, check_images, preset_config
+
+# Neither can be traced symbolically: the check reads shapes, and attention chooses its backend by them.
+register_notrace_function(check_images)
+register_notrace_module(SDTHStage)
 
 
 class SDTHForTimm(SDTHNetwork):
@@ -23,41 +39,60 @@ class SDTHForTimm(SDTHNetwork):
     Args:
         in_chans: Channels of the images.
         num_classes: Classes; 0 for no classifier.
-        global_pool: Pooling before the classifier, in timm's names; "" for none, which needs `num_classes=0`.
+        global_pool: Pooling before the classifier, in timm's names; "" for none, which gives logits at every place.
         drop_rate: Dropout before the classifier.
+        img_size: Taken, as timm's callers hand it to any model, but without effect: images of every size fit.
+        device: Where to create the weights.
+        dtype: Data type of the weights.
         **kwargs: Further arguments of `SDTHNetwork`.
 
     Raises:
-        ValueError: See `SDTHNetwork` and `reset_classifier`.
+        ValueError: See `SDTHNetwork`.
     """
 
     def __init__(
-        self, in_chans: int = 3, num_classes: int = 1000, global_pool: str = "avg", drop_rate: float = 0.0, **kwargs
+        self,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+        img_size: int | Sequence[int] | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **kwargs,
     ):
-        super().__init__(num_channels=in_chans, num_labels=num_classes, dropout=drop_rate, **kwargs)
-        self.in_chans, self.num_features = in_chans, self.proj.in_features
+        with nullcontext() if device is None else torch.device(device):
+            super().__init__(num_channels=in_chans, num_labels=num_classes, dropout=drop_rate, **kwargs)
+        self.in_chans, self.num_features, self.global_pool = in_chans, self.proj.in_features, global_pool
         self.feature_info = [
             {"num_chs": stage.dim, "reduction": self.reduction * 2**i, "module": f"stages.{i}"}
             for i, stage in enumerate(self.stages)
         ]
         self.reset_classifier(num_classes, global_pool)
+        self.to(dtype=dtype)
 
     def get_classifier(self) -> nn.Module:
-        """The classifier; an identity if there is none."""
+        """Return the classifier; an identity if there is none."""
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replaces the classifier by a newly initialised one, and the pooling if one is given.
+        """Replace the classifier by a newly initialized one, and the pooling if one is given.
 
-        Raises:
-            ValueError: If a classifier is to follow no pooling.
+        Args:
+            num_classes: Classes; 0 for no classifier.
+            global_pool: Pooling in timm's names; "" for none. The present one stays by default.
         """
         global_pool = self.global_pool if global_pool is None else global_pool
-        if num_classes and not global_pool:
-            raise ValueError(f"global_pool='' leaves a map: give num_classes=0, not {num_classes}, or a pooling.")
-        self.pool, head = create_classifier(self.head_hidden_size, num_classes, pool_type=global_pool)
-        head.apply(self.initialize)
-        self.head = head.to(next(self.parameters()))
+        like = next(self.parameters())
+        with like.device:
+            pool, head = create_classifier(
+                self.head_hidden_size, num_classes, pool_type=global_pool, use_conv=not global_pool
+            )
+        if num_classes:
+            nn.init.trunc_normal_(head.weight, std=self.initializer_range)
+            nn.init.zeros_(head.bias)
+        self.pool = pool.train(self.training)
+        self.head = head.to(like.dtype).train(self.training)
         self.num_classes, self.global_pool = num_classes, global_pool
 
     def forward_intermediates(
@@ -69,7 +104,7 @@ class SDTHForTimm(SDTHNetwork):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
-        """The outputs of some stages.
+        """Compute the outputs of some stages.
 
         Args:
             x: Images.
@@ -95,7 +130,7 @@ class SDTHForTimm(SDTHNetwork):
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Removes the stages after the last of `indices`, and the head; returns the stages' numbers."""
+        """Remove the stages after the last of `indices`, and the head; return the stages' numbers."""
         taken, last = feature_take_indices(len(self.stages), indices)
         pruned = last < len(self.stages) - 1
         self.stages = self.stages[: last + 1]
@@ -106,12 +141,12 @@ class SDTHForTimm(SDTHNetwork):
         return taken
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Trades speed for memory in training: blocks are computed again in the backward pass."""
+        """Trade speed for memory in training: blocks are computed again in the backward pass."""
         for stage in self.stages:
             stage.gradient_checkpointing = enable
 
 
-def _default_cfg():
+def _default_cfg() -> dict[str, Any]:
     return {
         "num_classes": 1000,
         "input_size": (3, 224, 224),
@@ -131,35 +166,35 @@ def _default_cfg():
 default_cfgs = generate_default_cfgs({name: _default_cfg() for name in ("sdt_h_tiny", "sdt_h_small", "sdt_h_base")})
 
 
-def _filter(state_dict, model):
-    """Takes the weights of `SDTHForImageClassification` too, whose names have a prefix."""
+def _filter(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
+    """Accept the weights of `SDTHForImageClassification` too, whose names have a prefix."""
     return {name.removeprefix("network."): value for name, value in state_dict.items()}
 
 
-def _create(variant, preset, pretrained, **kwargs):
+def _create(variant: str, preset: str, pretrained: bool, **kwargs) -> SDTHForTimm:
     return build_model_with_cfg(
         SDTHForTimm,
         variant,
         pretrained,
         pretrained_filter_fn=_filter,
-        feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"},
+        feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter", "flatten_sequential": True},
         **{**preset_config(preset), **kwargs},
     )
 
 
 @register_model
 def sdt_h_tiny(pretrained: bool = False, **kwargs) -> SDTHForTimm:
-    """SDT-H-T."""
+    """Build SDT-H-T."""
     return _create("sdt_h_tiny", "SDT-H-T", pretrained, **kwargs)
 
 
 @register_model
 def sdt_h_small(pretrained: bool = False, **kwargs) -> SDTHForTimm:
-    """SDT-H-S."""
+    """Build SDT-H-S."""
     return _create("sdt_h_small", "SDT-H-S", pretrained, **kwargs)
 
 
 @register_model
 def sdt_h_base(pretrained: bool = False, **kwargs) -> SDTHForTimm:
-    """SDT-H-B."""
+    """Build SDT-H-B."""
     return _create("sdt_h_base", "SDT-H-B", pretrained, **kwargs)

@@ -1,4 +1,4 @@
-"""The classifier as training arguments."""
+"""Build the classifier that the arguments of a training describe."""
 
 import json
 from dataclasses import dataclass, field, fields
@@ -16,11 +16,11 @@ from ..sdt_h.modeling_sdt_h import SDTHForImageClassification
 from ..sdt_h.network import PRESETS
 from ..utils.arguments import json_object
 
-#: What follows from the data set.
+#: Config values that follow from the data set.
 DERIVED_KEYS = frozenset({"num_channels", "num_labels", "id2label", "label2id"})
 #: Names of the classifier layer's weights.
 HEAD_PREFIX = "network.head."
-#: Kind of `--model` -> the arguments that it takes besides.
+#: Kind of `model` -> the arguments that apply to this kind, and not to all.
 ARGUMENTS_OF_KIND = {
     "preset": {"spatial_decay", "drop_path", "model_overrides"},
     "classifier": {"drop_path", "reinitialise_head"},
@@ -30,7 +30,7 @@ ARGUMENTS_OF_KIND = {
 
 @dataclass
 class ClassifierModelArguments:
-    """What to train: SDT-H, or a head on a trained generative transformer."""
+    """The model to train: SDT-H, or a head on a trained generative transformer."""
 
     model: str = field(
         default="SDT-H-T",
@@ -40,7 +40,7 @@ class ClassifierModelArguments:
         },
     )
     spatial_decay: Literal["context", "fixed", "content", "raster", "none"] | None = field(
-        default=None, metadata={"help": "How a preset's attention decays; 'fixed' is RMT. context by default."}
+        default=None, metadata={"help": "How a preset's attention decays; 'fixed' is RMT, 'context' the default."}
     )
     drop_path: float | None = field(
         default=None, metadata={"help": "Drop path probability of SDT-H's last block; the preset's by default."}
@@ -50,37 +50,42 @@ class ClassifierModelArguments:
     )
     reinitialise_head: bool = field(
         default=False,
-        metadata={"help": "Start from an SDT-H of other classes: its classifier layer, and nothing else, is new."},
+        metadata={
+            "help": "Start from an SDT-H of other classes: its classifier layer, and nothing else, is new.",
+            "aliases": ["--reinitialize_head"],  # runs have saved the British spelling, so the name stays
+        },
     )
-    gradient_checkpointing: bool = field(default=False, metadata={"help": "Trade speed for memory."})
+    gradient_checkpointing: bool = field(
+        default=False, metadata={"help": "Trade speed for memory.", "resumable": True}
+    )
     probe_block: int | None = field(
         default=None,
-        metadata={"help": "Block of the generative transformer whose tokens the head sees, from 0; the middle one."},
+        metadata={"help": "Block of the transformer whose tokens the head sees, from 0; the middle one by default."},
     )
     probe_timestep: float | None = field(
         default=None,
         metadata={"help": "Noise level of its input: a DDPM timestep, or 1000 sigma of a flow; 200 by default."},
     )
     probe_objective: Literal["flow", "ddpm"] | None = field(
-        default=None, metadata={"help": "What a transformer without a pipeline was trained on; flow by default."}
+        default=None,
+        metadata={"help": "Objective of a transformer without a pipeline; flow by default."},
     )
     finetune: bool = field(default=False, metadata={"help": "Train that transformer too, not the head alone."})
 
     def __post_init__(self):
-        applicable = ARGUMENTS_OF_KIND[self.kind]
+        of_other_kinds = set.union(*ARGUMENTS_OF_KIND.values()) - ARGUMENTS_OF_KIND[self.kind]
         for f in fields(self):
-            others = f.name in set.union(*ARGUMENTS_OF_KIND.values()) - applicable
-            if others and getattr(self, f.name) != f.default:
-                raise ValueError(f"--{f.name} does not apply to --model {self.model}, which is a {self.kind}.")
+            if f.name in of_other_kinds and getattr(self, f.name) != f.default:
+                raise ValueError(f"{f.name} does not apply to model {self.model}, which is a {self.kind}.")
         if self.drop_path is not None and not 0 <= self.drop_path < 1:
-            raise ValueError(f"--drop_path must be at least 0 and less than 1, not {self.drop_path}.")
+            raise ValueError(f"drop_path must be at least 0 and less than 1, not {self.drop_path}.")
 
     @property
     def kind(self) -> str:
-        """What `model` names, a key of `ARGUMENTS_OF_KIND`.
+        """Kind of `model`, a key of `ARGUMENTS_OF_KIND`.
 
         Raises:
-            ValueError: If it names nothing known.
+            ValueError: If `model` is neither a preset nor the folder of a model.
         """
         if self.model in PRESETS:
             return "preset"
@@ -94,7 +99,7 @@ class ClassifierModelArguments:
             if config.get("model_type") == SDTHForImageClassification.config_class.model_type:
                 return "classifier"
         raise ValueError(
-            f"--model {self.model!r} is neither a preset ({', '.join(PRESETS)}) nor the folder of an SDT-H, of an SDT "
+            f"model {self.model!r} is neither a preset ({', '.join(PRESETS)}) nor the folder of an SDT-H, of an SDT "
             "pipeline, or of its transformer."
         )
 
@@ -108,7 +113,7 @@ class ClassifierModelArguments:
         """The image processor saved with the classifier to start from, if there is one.
 
         Raises:
-            ValueError: If it does something else than to resize the shorter side, crop a square and normalise.
+            ValueError: If it does something else than to resize the shorter side, crop a square and normalize.
         """
         path = Path(self.model) / "preprocessor_config.json"
         return load_processor(path) if self.kind == "classifier" and path.is_file() else None
@@ -126,7 +131,7 @@ class ClassifierModelArguments:
         return None if self.backbone is None else self.backbone.image_mode
 
     def build(self, num_channels: int, class_names: list[str]) -> PreTrainedModel:
-        """The model to train.
+        """Build the model to train.
 
         Args:
             num_channels: Channels of the images.
@@ -139,14 +144,13 @@ class ClassifierModelArguments:
             "id2label": dict(enumerate(class_names)),
             "label2id": {name: label for label, name in enumerate(class_names)},
         }
-        if self.kind == "backbone":
-            if num_channels != self.backbone.num_channels:
-                raise ValueError(
-                    f"The transformer of {self.model} takes {self.backbone.image_mode} images: give --image_mode "
-                    f"{self.backbone.image_mode}."
-                )
+        backbone = self.backbone
+        if backbone is not None:
+            if num_channels != backbone.num_channels:
+                mode = backbone.image_mode
+                raise ValueError(f"The transformer of {self.model} takes {mode} images: set image_mode to {mode}.")
             model = SDTForImageClassification.from_backbone(
-                self.backbone,
+                backbone,
                 block=self.probe_block,
                 timestep=200 if self.probe_timestep is None else self.probe_timestep,
                 freeze_backbone=not self.finetune,
@@ -163,13 +167,15 @@ class ClassifierModelArguments:
             model.gradient_checkpointing_enable()
         return model
 
-    def _load_classifier(self, num_channels, class_names, labels):
+    def _load_classifier(
+        self, num_channels: int, class_names: list[str], labels: dict[str, Any]
+    ) -> SDTHForImageClassification:
         config = SDTHConfig.from_pretrained(self.model)
         if config.num_channels != num_channels:
             mode = IMAGE_MODES.get(config.num_channels)
             raise ValueError(
-                f"--model {self.model} takes images of {config.num_channels} channel(s), not of {num_channels}"
-                + (f": give --image_mode {mode}." if mode else ".")
+                f"model {self.model} takes images of {config.num_channels} channel(s), not of {num_channels}"
+                + (f": set image_mode to {mode}." if mode else ".")
             )
         if not self.reinitialise_head:
             check_same_labels(self.model, config, class_names)
@@ -184,7 +190,7 @@ class ClassifierModelArguments:
         if wrong:
             name = min(wrong)
             raise ValueError(
-                f"--model {self.model}: {len(wrong)} weight(s) do not fit its config.json: {name} {wrong[name]}. Give "
+                f"model {self.model}: {len(wrong)} weight(s) do not fit its config.json: {name} {wrong[name]}. Give "
                 "a folder as save_pretrained wrote it."
             )
         if self.reinitialise_head:
@@ -195,15 +201,15 @@ class ClassifierModelArguments:
         overrides = json_object(self.model_overrides, "model_overrides")
         derived = sorted(DERIVED_KEYS & set(overrides))
         if derived:
-            raise ValueError(f"--model_overrides: {', '.join(derived)} follow from the data set.")
+            raise ValueError(f"model_overrides: {', '.join(derived)} follow from the data set.")
         return overrides
 
 
 def load_processor(path: Path) -> SDTHImageProcessor:
-    """The image processor in a preprocessor_config.json, if it is one that training can go by.
+    """Load an image processor from a preprocessor_config.json, if training can follow it.
 
     Raises:
-        ValueError: If it does something else than to resize the shorter side, crop a square and normalise 0 to 1.
+        ValueError: If it does something else than to resize the shorter side, crop a square and normalize pixels.
     """
     try:
         processor = SDTHImageProcessor.from_dict(json.loads(path.read_text()))
@@ -222,26 +228,26 @@ def load_processor(path: Path) -> SDTHImageProcessor:
         if not fit:
             raise ValueError(
                 f"{path}: {name} is {getattr(processor, name)}, but training resizes the shorter side, crops a square "
-                "and normalises pixels of 0 to 1. Correct it, or remove the file to start from the defaults."
+                "and normalizes pixels of 0 to 1. Correct it, or remove the file to start from the defaults."
             )
     return processor
 
 
 def check_same_labels(model: str, config: SDTHConfig, class_names: list[str]) -> None:
-    """Refuses a trained classifier whose labels mean other classes; one without names goes by its number of labels.
+    """Refuse a trained classifier whose labels mean other classes; without names, the number of labels decides.
 
     Args:
-        model: What to call it in messages.
-        config: Its config.
+        model: Name of the classifier in messages.
+        config: Config of the classifier.
         class_names: Names of the data set's classes, in the order of their labels.
 
     Raises:
         ValueError: Names both numbers of classes, or the first names that differ, and what to do.
     """
-    remedy = "Give --reinitialise_head True for a new classifier layer on its other weights."
+    remedy = "Set reinitialise_head for a new classifier layer on its other weights."
     if config.num_labels != len(class_names):
         raise ValueError(
-            f"--model {model} has {config.num_labels} labels, the data set {len(class_names)} classes. {remedy}"
+            f"model {model} has {config.num_labels} labels, the data set {len(class_names)} classes. {remedy}"
         )
     names = [config.id2label[label] for label in range(config.num_labels)]
     if names in (class_names, [f"LABEL_{label}" for label in range(config.num_labels)]):
@@ -249,6 +255,6 @@ def check_same_labels(model: str, config: SDTHConfig, class_names: list[str]) ->
     label = next(label for label, name in enumerate(names) if name != class_names[label])
     order = ", and the same names in another order" if sorted(names) == sorted(class_names) else ""
     raise ValueError(
-        f"Label {label} is {names[label]!r} to --model {model}, but {class_names[label]!r} in the data set{order}. "
+        f"Label {label} is {names[label]!r} to model {model}, but {class_names[label]!r} in the data set{order}. "
         f"{remedy}"
     )

@@ -1,9 +1,9 @@
-"""How to train a classifier: DeiT's recipe ("Training data-efficient image transformers", Touvron et al. 2021) of
-timm's parts, each of them off by default and named as in timm's training script.
+"""Train a classifier by DeiT's recipe ("Training data-efficient image transformers", Touvron et al. 2021).
+
+The parts are timm's, each of them off by default and named as in timm's training script.
 """
 
 import math
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -21,40 +21,9 @@ from torch import nn
 
 from ..sdt_h.image_processing_sdt_h import SDTHImageProcessor
 from ..utils.arguments import require_at_least
-from ..utils.seeding import Draws
+from ..utils.seeding import Draws, Stream, seeded_cpu_generators
 from .config import RunArguments
 from .optimizer import OptimizationArguments
-
-_COUNT, _WHOLE, _NUMBER, _BOOL = r"0*[1-9]\d*", r"\d+", r"\d+(\.\d*)?", r"[01]"
-_PROBABILITY = r"0(\.\d*)?|1(\.0*)?"
-#: First word of `--aa` -> its settings, and the pattern of their values; timm fails on others, or ignores them.
-AUTO_AUGMENT_SETTINGS = {
-    "rand": {
-        **{"m": _WHOLE, "n": _COUNT, "p": _PROBABILITY, "mstd": _NUMBER, "mmax": _COUNT, "inc": _BOOL},
-        "t": "weights|3aw?",
-    },
-    "augmix": {"m": _WHOLE, "w": _COUNT, "d": _WHOLE, "a": rf"(?!0+(\.0*)?$){_NUMBER}", "b": _BOOL, "mstd": _NUMBER},
-    **{policy: {"mstd": _NUMBER} for policy in ("original", "originalr", "v0", "v0r", "3a")},
-}
-
-
-def check_auto_augment(words: str) -> None:
-    """Refuses what timm would not understand of `--aa`.
-
-    Raises:
-        ValueError: Names the word, and those that there are.
-    """
-    kind, *settings = words.split("-")
-    if kind not in AUTO_AUGMENT_SETTINGS:
-        raise ValueError(f"--aa {words!r} is none of timm's: start with {', '.join(AUTO_AUGMENT_SETTINGS)}.")
-    known = AUTO_AUGMENT_SETTINGS[kind]
-    for setting in settings:
-        if not any(re.fullmatch(f"{name}({value})", setting, re.ASCII) for name, value in known.items()):
-            example = {"rand": "rand-m9-mstd0.5-inc1", "augmix": "augmix-m5-w4-d2"}.get(kind, f"{kind}-mstd0.5")
-            raise ValueError(
-                f"--aa {words!r}: {setting!r} is no setting of {kind}; they are {', '.join(known)}, each with its "
-                f"value, as in {example}."
-            )
 
 
 @dataclass
@@ -62,7 +31,8 @@ class RecipeArguments:
     """Augmentation, mixing, and what else a classifier is trained with."""
 
     num_train_epochs: float | None = field(
-        default=None, metadata={"help": "Length in passes over the data, instead of --max_train_steps."}
+        default=None,
+        metadata={"help": "Length in passes over the data, instead of --max_train_steps.", "resumable": True},
     )
     lr_warmup_epochs: float | None = field(
         default=None, metadata={"help": "Warm-up in passes over the data, instead of --lr_warmup_steps."}
@@ -83,10 +53,10 @@ class RecipeArguments:
     aa: str | None = field(
         default=None, metadata={"help": "Automatic augmentation in timm's words, such as rand-m9-mstd0.5-inc1."}
     )
-    color_jitter: float = field(default=0.0, metadata={"help": "Strength of colour jitter, if there is no --aa."})
+    color_jitter: float = field(default=0.0, metadata={"help": "Strength of color jitter, if there is no --aa."})
     reprob: float = field(default=0.0, metadata={"help": "Probability of erasing a rectangle."})
-    remode: Literal["const", "rand", "pixel"] = field(default="pixel", metadata={"help": "What fills it."})
-    recount: int = field(default=1, metadata={"help": "Rectangles."})
+    remode: Literal["const", "rand", "pixel"] = field(default="pixel", metadata={"help": "What fills the rectangle."})
+    recount: int = field(default=1, metadata={"help": "Rectangles to erase."})
     aug_repeats: int = field(default=1, metadata={"help": "Augmented copies of an image in a batch; DeiT's is 3."})
     mixup: float = field(default=0.0, metadata={"help": "Alpha of mixup; 0 for none."})
     cutmix: float = field(default=0.0, metadata={"help": "Alpha of CutMix; 0 for none."})
@@ -98,7 +68,9 @@ class RecipeArguments:
     smoothing: float = field(default=0.0, metadata={"help": "Label smoothing."})
     crop_pct: float | None = field(
         default=None,
-        metadata={"help": "In evaluation, the part of the shorter side that is looked at; --model FOLDER's, or 1."},
+        metadata={
+            "help": "Part of the shorter side that evaluation sees; that of --model's folder, or 1, by default."
+        },
     )
 
     def __post_init__(self):
@@ -107,17 +79,17 @@ class RecipeArguments:
         for name in ("num_train_epochs", "layer_decay", "crop_pct"):
             value = getattr(self, name)
             if value is not None and not value > 0:
-                raise ValueError(f"--{name} must be above 0, not {value}.")
+                raise ValueError(f"{name} must be above 0, not {value}.")
         for name in ("reprob", "mixup_prob", "mixup_switch_prob", "smoothing", "crop_pct", "layer_decay"):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
-                raise ValueError(f"--{name} must lie between 0 and 1, not {value}.")
+                raise ValueError(f"{name} must lie between 0 and 1, not {value}.")
         for name in ("scale", "ratio"):
             value = getattr(self, name)
             if len(value) != 2 or not 0 < value[0] <= value[1]:
-                raise ValueError(f"--{name} takes the least and the largest value, such as 0.8 1.0, not {value}.")
-        if self.aa is not None:
-            check_auto_augment(self.aa)
+                raise ValueError(f"{name} takes the least and the largest value, such as 0.8 1.0, not {value}.")
+        if self.aa:
+            check_auto_augment(self)
 
     @property
     def mixes(self) -> bool:
@@ -125,13 +97,13 @@ class RecipeArguments:
         return bool(self.mixup or self.cutmix) and self.mixup_prob > 0
 
     def check_batch_size(self, batch_size: int) -> None:
-        """Refuses what timm's mixing, of the first with the last image and so on, cannot do.
+        """Refuse an odd number of images where timm mixes the first with the last one and so on.
 
         Raises:
             ValueError: If images are to be mixed and their number is odd.
         """
         if self.mixes and batch_size % 2:
-            raise ValueError(f"--train_batch_size {batch_size} must be even for --mixup and --cutmix.")
+            raise ValueError(f"train_batch_size must be even for mixup and cutmix, not {batch_size}.")
 
     def resolve_epochs(
         self, run: RunArguments, optimization: OptimizationArguments, num_images: int, num_processes: int
@@ -150,16 +122,16 @@ def build_processor(
     num_channels: int,
     resolution: int,
     crop_pct: float | None = None,
-    imagenet_normalisation: bool = True,
+    imagenet_normalization: bool = True,
     base: SDTHImageProcessor | None = None,
 ) -> SDTHImageProcessor:
-    """The image processor that is saved with the classifier, and that evaluation uses too.
+    """Make the image processor that is saved with the classifier and that evaluation uses too.
 
     Args:
-        num_channels: 3, or 1 for grey images.
+        num_channels: 3, or 1 for gray images.
         resolution: Side of the square that the model sees.
         crop_pct: That side in units of the image's shorter one; that of `base`, or 1, by default.
-        imagenet_normalisation: ImageNet's mean and deviation for colour images; otherwise, and for grey ones, pixels
+        imagenet_normalization: ImageNet's mean and deviation for color images; otherwise, and for gray ones, pixels
             lie in -1 to 1.
         base: The processor of the model that training starts from, whose mean, deviation and interpolation are kept.
 
@@ -180,7 +152,7 @@ def build_processor(
         values = {**base.to_dict(), "size": {"shortest_edge": side}}
         return SDTHImageProcessor(**{**values, "crop_size": {"height": resolution, "width": resolution}})
     crop_pct = 1.0 if crop_pct is None else crop_pct
-    imagenet = imagenet_normalisation and num_channels == 3
+    imagenet = imagenet_normalization and num_channels == 3
     return SDTHImageProcessor(
         size={"shortest_edge": round(resolution / crop_pct)},
         crop_size={"height": resolution, "width": resolution},
@@ -193,7 +165,7 @@ def build_processor(
 def train_transform(
     args: RecipeArguments, processor: SDTHImageProcessor, random_flip: bool
 ) -> Callable[[Image.Image], torch.Tensor]:
-    """timm's training transform, to the size and values that the processor gives."""
+    """Make timm's training transform, with the size and normalization of the processor."""
     transform = create_transform(
         processor.crop_size["height"],
         is_training=True,
@@ -217,10 +189,37 @@ def train_transform(
     return transform
 
 
-def _posterize_level(level_fn, level, hparams):
-    """At least one bit: at full magnitude timm asks for none, which newer Pillows refuse."""
+def _posterize_level(level_fn: Callable, level: float, hparams: dict[str, Any]) -> tuple[int]:
+    """Keep at least one bit: at full magnitude timm asks for none, which newer versions of Pillow refuse."""
     (bits,) = level_fn(level, hparams)
     return (max(1, bits),)
+
+
+def check_auto_augment(args: RecipeArguments) -> None:
+    """Refuse an `aa` that timm does not understand, or of which it would ignore a part.
+
+    timm notices some mistakes only in use, so a small image is augmented.
+
+    Raises:
+        ValueError: Names the value, what is wrong with it, and examples.
+    """
+    wrong = None
+    for word in (args.aa or "").split("-")[1:]:
+        # timm passes over words without a number, except for names of sets of transforms.
+        if word != "tweights" and not any(letter.isdigit() for letter in word):
+            wrong = f"timm would ignore {word!r}"
+    if wrong is None:
+        try:
+            transform = train_transform(args, build_processor(3, 8), random_flip=False)
+            with seeded_cpu_generators(Stream.AUGMENTATION, 0, 0):  # leaves the global generators as they were
+                transform(Image.new("RGB", (8, 8)))
+        except (AssertionError, ArithmeticError, LookupError, TypeError, ValueError) as error:
+            wrong = str(error) or type(error).__name__
+    if wrong is not None:
+        raise ValueError(
+            f"aa {args.aa!r} is no automatic augmentation of timm's ({wrong}): give one such as "
+            "rand-m9-mstd0.5-inc1, augmix-m5-w4-d2, original-mstd0.5 or 3a."
+        )
 
 
 class ClassificationLoss:
@@ -249,7 +248,7 @@ class ClassificationLoss:
     def __call__(
         self, model: nn.Module, images: torch.Tensor, labels: torch.Tensor, draws: Draws | None = None
     ) -> torch.Tensor:
-        """The loss of a batch; `images` may be overwritten. timm mixes by NumPy's generator, not by `draws`."""
+        """Compute the loss of a batch; may overwrite `images`. timm mixes by NumPy's generator, not by `draws`."""
         if self.mixup is None:
             targets = mixup_target(labels, self.num_labels, smoothing=self.smoothing)
         else:
@@ -262,7 +261,7 @@ class ClassificationLoss:
 
 
 def layer_decay_groups(model: nn.Module, args: RecipeArguments, weight_decay: float) -> list[dict[str, Any]] | None:
-    """Parameters by depth, with falling learning rates, by timm; `None` if the recipe has no layer decay."""
+    """Group parameters by depth, with falling learning rates; return `None` if the recipe has no layer decay."""
     if args.layer_decay is None:
         return None
     return param_groups_layer_decay(

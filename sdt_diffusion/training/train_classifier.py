@@ -14,18 +14,15 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
-import torch
 from accelerate import Accelerator
 from torch import nn
-from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
-from tqdm.auto import tqdm
 
-from ..data import CorruptImageError, DataArguments, SeededTransform
-from ..data.splits import ValidationDataArguments, load_splits
+from ..data import CorruptImageError, DataArguments, LabeledImages, SeededTransform
+from ..data.splits import ImageSubset, ValidationDataArguments, load_splits
 from ..hub import HubArguments, command_of, create_hub_repo, describe_run, share_run
+from ..metrics.confusion import PreparedImages, classify, from_log, to_log
+from ..metrics.extractors.transformers_models import channels_of
 from ..plots import plot_accuracy_curve
 from ..sdt_h.image_processing_sdt_h import SDTHImageProcessor
 from ..utils.arguments import exit_on_error, parse_arguments, require_at_least
@@ -43,68 +40,40 @@ from .recipe import ClassificationLoss, RecipeArguments, build_processor, layer_
 from .run import TrainingRun
 
 
-class ProcessedImages(Dataset):
-    """Pictures as the image processor hands them to the model.
-
-    Args:
-        images: Pictures and labels, see `sdt_diffusion.data.LabeledImages`.
-        processor: What is saved with the model.
-        indices: Which of them.
-    """
-
-    def __init__(self, images: Any, processor: SDTHImageProcessor, indices: range):
-        self.images, self.processor, self.indices = images, processor, indices
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitems__(self, indices: list[int]) -> list[tuple[torch.Tensor, int]]:
-        pictures, labels = zip(*self.images.__getitems__([self.indices[index] for index in indices]), strict=True)
-        pixel_values = self.processor(list(pictures), return_tensors="pt").pixel_values
-        return list(zip(pixel_values, labels, strict=True))
-
-
-@torch.no_grad()
 def evaluate_classifier(
     model: nn.Module,
-    images: Any,
+    images: LabeledImages | ImageSubset,
     processor: SDTHImageProcessor,
     accelerator: Accelerator,
     batch_size: int,
     num_workers: int = 0,
-) -> dict[str, float]:
-    """Accuracy and loss, over all processes, each of which takes every n-th image.
+) -> dict[str, float | int | None]:
+    """Measure accuracy and loss as eval/accuracy.py does, on all processes.
 
     Args:
-        model: Gives `logits`; in evaluation mode.
-        images: Pictures and labels.
-        processor: What is saved with the model.
-        accelerator: Knows the processes, the device and the precision.
+        model: A classifier of transformers, in evaluation mode.
+        images: Pictures and labels, which are the model's.
+        processor: The image processor that is saved with the model.
+        accelerator: Knows the precision.
         batch_size: Images at a time.
         num_workers: Processes that load images.
 
     Returns:
-        `test_accuracy` (top-1), `test_accuracy_top5`, `test_loss` (cross entropy), `test_images`.
+        `top1`, `top5` (`None` for five labels or fewer), `loss` (cross entropy) and `count`.
+
+    Raises:
+        CorruptImageError: If an image cannot be decoded; the message names it.
     """
-    mine = range(accelerator.process_index, len(images), accelerator.num_processes)
-    loader = DataLoader(ProcessedImages(images, processor, mine), batch_size=batch_size, num_workers=num_workers)
-    sums = torch.zeros(4, device=accelerator.device, dtype=torch.float64)
-    for pixel_values, labels in tqdm(
-        loader, desc="Test", leave=False, disable=not accelerator.is_local_main_process, delay=5
-    ):
-        labels = labels.to(accelerator.device)
-        with accelerator.autocast():
-            logits = model(pixel_values.to(accelerator.device)).logits.float()
-        ranks = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
-        loss = F.cross_entropy(logits, labels, reduction="sum")
-        sums += torch.stack([ranks[:, 0].sum(), ranks.sum(), loss, torch.tensor(len(labels), device=loss.device)])
-    right, among_five, loss, count = accelerator.reduce(sums, "sum").tolist()
-    return {
-        "test_accuracy": right / count,
-        "test_accuracy_top5": among_five / count,
-        "test_loss": loss / count,
-        "test_images": int(count),
-    }
+    confusion, _ = classify(
+        model,
+        PreparedImages(images, processor, channels_of(model)),
+        range(images.num_classes),
+        batch_size,
+        num_workers,
+        autocast=accelerator.autocast,
+        require_finite=False,  # a test must not end a run
+    )
+    return confusion.numbers()
 
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -182,7 +151,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             create_hub_repo(hub_args, run.output_dir)  # what prevents it shows now, not after the training
 
     def test(run):
-        return evaluate_classifier(
+        numbers = evaluate_classifier(
             run.trained_model,
             test_images,
             processor,
@@ -190,6 +159,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             run_args.train_batch_size,
             data_args.dataloader_num_workers,
         )
+        return to_log(numbers)
 
     with exit_on_error(CorruptImageError, CheckpointError, NonFiniteLossError):
         train(run, ClassificationLoss(recipe_args, images.num_classes), test)
@@ -221,18 +191,18 @@ def save_classifier(run: TrainingRun, processor: SDTHImageProcessor, num_train_i
     records = run.log.records
     write_atomically(run.output_dir / "accuracy_curve.png", lambda path: plot_accuracy_curve(records, path))
     parameters = list(run.unwrapped_model.parameters())
+    last_test = [record for record in records if from_log(record)][-1]
     results = {
         "kind": "classifier_training",
-        **[record for record in records if "test_accuracy" in record][-1],
+        "step": last_test["step"],
+        **from_log(last_test),
         "train_images": num_train_images,
         "trained_parameters": sum(p.numel() for p in parameters if p.requires_grad),
         "parameters": sum(p.numel() for p in parameters),
     }
     write_atomically(run.output_dir / "results.json", lambda path: path.write_text(json.dumps(results, indent=2)))
-    print(
-        "{test_accuracy:.2%} of {test_images} test images are classified right, and for {test_accuracy_top5:.2%} "
-        "the class is among the first five.".format(**results)
-    )
+    top5 = "" if results["top5"] is None else f", and for {results['top5']:.2%} the class is among the first five"
+    print(f"{results['top1']:.2%} of {results['count']} test images are classified right{top5}.")
     print(f"Saved the classifier, results.json and accuracy_curve.png to {run.output_dir}")
 
 

@@ -13,29 +13,24 @@ from transformers import AutoModelForImageClassification, ViTConfig, ViTImagePro
 from sdt_diffusion.classification import SDTHImageProcessor
 from sdt_diffusion.data import CorruptImageError
 from sdt_diffusion.evaluation import accuracy
-from sdt_diffusion.evaluation.accuracy import (
-    AccuracyArguments,
-    PreparedImages,
-    classify,
-    evaluate_accuracy,
-    open_labelled_images,
-)
+from sdt_diffusion.evaluation.accuracy import AccuracyArguments, evaluate_accuracy, open_labeled_images
 from sdt_diffusion.evaluation.cost import count_cost
+from sdt_diffusion.metrics.confusion import PreparedImages, classify
 from tests.sdt_h.small import small_model
 
-NAMES = {0: "black", 1: "grey", 2: "white", 3: "a", 4: "b", 5: "c"}
-GREY = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}, "image_mean": [0.5]}
+NAMES = {0: "black", 1: "gray", 2: "white", 3: "a", 4: "b", 5: "c"}
+GRAY = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}, "image_mean": [0.5]}
 
 
 class ByBrightness(nn.Module):
-    """Takes images for 0, 1 or 2 as they are dark, grey or bright."""
+    """Takes images for 0, 1 or 2 as they are dark, gray or bright."""
 
     dtype = torch.float32
     config = SimpleNamespace(num_labels=6)
 
     def forward(self, pixel_values):
-        centres = torch.tensor([0.0, 0.5, 1.0, 5.0, 6.0, 7.0])
-        return SimpleNamespace(logits=-(pixel_values.mean(dim=(1, 2, 3))[:, None] - centres).abs())
+        centers = torch.tensor([0.0, 0.5, 1.0, 5.0, 6.0, 7.0])
+        return SimpleNamespace(logits=-(pixel_values.mean(dim=(1, 2, 3))[:, None] - centers).abs())
 
 
 def processor(image, return_tensors, input_data_format=None):
@@ -44,8 +39,8 @@ def processor(image, return_tensors, input_data_format=None):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Three classes of three grey pictures; the last of each is a wrong one: brighter by a class, white is black."""
-    for i, name in enumerate(("black", "grey", "white")):
+    """Three classes of three gray pictures; the last of each is a wrong one: brighter by a class, white is black."""
+    for i, name in enumerate(("black", "gray", "white")):
         (tmp_path / "images" / name).mkdir(parents=True)
         for j, level in enumerate((i, i, (i + 1) % 3)):
             pixels = np.full((4, 4), (0, 128, 255)[level], np.uint8)
@@ -60,16 +55,16 @@ def arguments(tmp_path, dataset, **values):
 
 @pytest.fixture
 def saved(tmp_path):
-    """A small model for grey images, and its processor."""
+    """A small model for gray images, and its processor."""
     model = small_model(num_channels=1, num_labels=6, id2label=NAMES)
     model.save_pretrained(tmp_path / "model")
-    SDTHImageProcessor(do_convert_rgb=False, image_std=[0.5], **GREY).save_pretrained(tmp_path / "model")
+    SDTHImageProcessor(do_convert_rgb=False, image_std=[0.5], **GRAY).save_pretrained(tmp_path / "model")
     return model
 
 
 @pytest.mark.parametrize(("batch_size", "num_workers"), [(2, 0), (4, 1), (64, 0)])
 def test_known_predictions(tmp_path, folder, batch_size, num_workers):
-    images = open_labelled_images(arguments(tmp_path, folder), num_channels=1)
+    images = open_labeled_images(arguments(tmp_path, folder), num_channels=1)
     prepared = PreparedImages(images, processor, 1)
     confusion, speeds = classify(ByBrightness(), prepared, [0, 1, 2], batch_size, num_workers)
     assert confusion.within_data_set().tolist() == [[2, 1, 0, 0], [0, 2, 1, 0], [1, 0, 2, 0]]
@@ -81,7 +76,7 @@ def test_known_predictions(tmp_path, folder, batch_size, num_workers):
 def test_the_record_says_what_was_done_with_what(tmp_path, folder, saved):
     table = evaluate_accuracy(arguments(tmp_path, folder))
     record = json.loads((tmp_path / "out" / "accuracy.json").read_text())
-    assert [entry["name"] for entry in record["classes"]] == ["black", "grey", "white"]
+    assert [entry["name"] for entry in record["classes"]] == ["black", "gray", "white"]
     assert sum(entry["count"] for entry in record["classes"]) == 9
     assert record["data"] == {
         **{"dataset": str(folder), "split": None, "count": 9, "num_classes": 3, "classes_with_images": 3},
@@ -91,6 +86,8 @@ def test_the_record_says_what_was_done_with_what(tmp_path, folder, saved):
     assert record["cost"]["input_shape"] == [1, 16, 16]
     assert record["processor"]["crop_size"] == {"height": 16, "width": 16}
     assert record["model"]["class"] == "SDTHForImageClassification"
+    assert record["kind"] == "accuracy"
+    assert record["count"] == 9
     assert f"{record['top1']:.2%}" in table
     assert Image.open(tmp_path / "out" / "accuracy.png").size[0] > 300
 
@@ -98,14 +95,16 @@ def test_the_record_says_what_was_done_with_what(tmp_path, folder, saved):
 def test_accuracy_is_the_models(tmp_path, saved):
     evaluate_accuracy(arguments(tmp_path, "digits", batch_size=256, model=_ten_labels(tmp_path)))
     record = json.loads((tmp_path / "out" / "accuracy.json").read_text())
-    images = open_labelled_images(arguments(tmp_path, "digits"), 1)
+    images = open_labeled_images(arguments(tmp_path, "digits"), 1)
     model = AutoModelForImageClassification.from_pretrained(tmp_path / "ten").eval()
-    grey = SDTHImageProcessor.from_pretrained(tmp_path / "ten")
+    gray = SDTHImageProcessor.from_pretrained(tmp_path / "ten")
     pictures = [np.array(picture)[None] for picture, _ in images.__getitems__(range(len(images)))]
     with torch.no_grad():
-        logits = model(grey(pictures, return_tensors="pt").pixel_values).logits
+        logits = model(gray(pictures, return_tensors="pt").pixel_values).logits
     predicted = logits.argmax(dim=1).numpy()
     assert record["top1"] == (predicted == images.labels).mean()
+    expected = nn.functional.cross_entropy(logits, torch.tensor(images.labels)).item()
+    assert record["loss"] == pytest.approx(expected, rel=1e-5)
     best = logits.topk(5).indices.numpy()
     assert record["top5"] == pytest.approx((best == images.labels[:, None]).any(axis=1).mean())
 
@@ -114,7 +113,7 @@ def _ten_labels(tmp_path):
     small_model(num_channels=1, num_labels=10, id2label={i: f"LABEL_{i}" for i in range(10)}).save_pretrained(
         tmp_path / "ten"
     )
-    SDTHImageProcessor(do_convert_rgb=False, image_std=[0.5], **GREY).save_pretrained(tmp_path / "ten")
+    SDTHImageProcessor(do_convert_rgb=False, image_std=[0.5], **GRAY).save_pretrained(tmp_path / "ten")
     return str(tmp_path / "ten")
 
 
@@ -146,9 +145,9 @@ def test_a_backbone_without_classifier_is_refused(tmp_path, folder):
 
 
 def test_corrupt_images_are_named(tmp_path, folder, saved):
-    (folder / "grey" / "1.png").write_bytes(b"no image")
+    (folder / "gray" / "1.png").write_bytes(b"no image")
     for num_workers in (0, 1):
-        with pytest.raises(CorruptImageError, match=r"Cannot read the image of row 4 \(.*grey/1\.png\)"):
+        with pytest.raises(CorruptImageError, match=r"Cannot read the image of row 4 \(.*gray/1\.png\)"):
             evaluate_accuracy(arguments(tmp_path, folder, dataloader_num_workers=num_workers))
     assert not list((tmp_path / "out").iterdir())
 
@@ -183,13 +182,13 @@ def test_an_output_that_cannot_be_written_is_refused_before_any_image(tmp_path, 
 
 
 def test_a_processor_of_other_channels_is_refused(tmp_path, folder, saved):
-    SDTHImageProcessor(**{**GREY, "image_mean": [0.5] * 3}).save_pretrained(tmp_path / "model")
+    SDTHImageProcessor(**{**GRAY, "image_mean": [0.5] * 3}).save_pretrained(tmp_path / "model")
     with pytest.raises(ValueError, match="makes 3 channels, but the model takes 1"):
         evaluate_accuracy(arguments(tmp_path, folder))
 
 
 def test_logits_that_are_not_finite_and_images_of_several_sizes_are_named(tmp_path, folder):
-    images = open_labelled_images(arguments(tmp_path, folder), 1)
+    images = open_labeled_images(arguments(tmp_path, folder), 1)
 
     class Broken(ByBrightness):
         def forward(self, pixel_values):
@@ -198,9 +197,12 @@ def test_logits_that_are_not_finite_and_images_of_several_sizes_are_named(tmp_pa
                 logits=torch.where(pixel_values.mean(dim=(1, 2, 3))[:, None] > 0.9, torch.nan, logits)
             )
 
+    prepared = PreparedImages(images, processor, 1)
     with pytest.raises(ValueError, match="row 5, are not finite"):
-        classify(Broken(), PreparedImages(images, processor, 1), [0, 1, 2], 4)
-    Image.new("L", (6, 4)).save(folder / "grey" / "1.png")
-    images = open_labelled_images(arguments(tmp_path, folder), 1)
+        classify(Broken(), prepared, [0, 1, 2], 4)
+    confusion, _ = classify(Broken(), prepared, [0, 1, 2], 4, require_finite=False)
+    assert np.isnan(confusion.loss)
+    Image.new("L", (6, 4)).save(folder / "gray" / "1.png")
+    images = open_labeled_images(arguments(tmp_path, folder), 1)
     with pytest.raises(ValueError, match=r"several shapes of .*\(1, 4, 4\) and \(1, 4, 6\)"):
         classify(ByBrightness(), PreparedImages(images, processor, 1), [0, 1, 2], 9)

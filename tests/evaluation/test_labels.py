@@ -8,7 +8,7 @@ DIGITS = [str(i) for i in range(10)]
 ANIMALS = {0: "dog", 1: "cat, house cat", 2: "cat"}
 
 
-def test_names_match_whatever_their_order():
+def test_names_match_in_any_order():
     assert match_labels(["cat", "dog"], {0: "dog", 1: "cat", 2: "elk"}) == ([1, 0], "name")
     assert match_labels(["house cat", "dog"], ANIMALS) == ([1, 0], "name")
     assert match_labels(["cat"], ANIMALS) == ([2], "name")  # the full name of a class is that class
@@ -28,7 +28,7 @@ def test_numbers_are_labels_even_when_sorted_as_words():
 def test_missing_names_are_listed():
     with pytest.raises(ValueError, match=r"no label for 2 of the data set's 3 classes: 'ant', 'bee'\. It knows 'dog'"):
         match_labels(["ant", "bee", "cat"], ANIMALS)
-    with pytest.raises(ValueError, match=r"'10', '11'\. .*--match_labels index"):
+    with pytest.raises(ValueError, match=r"'10', '11'\. .*set match_labels to index"):
         match_labels(["0", "10", "11"], {0: "LABEL_0"})
     with pytest.raises(ValueError, match="no label for 2"):
         match_labels(["0", "1"], ANIMALS, "name")

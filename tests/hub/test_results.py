@@ -49,7 +49,7 @@ def test_what_training_found(read):
         {"test_accuracy": 0.9, "test_accuracy_top5": 1.0, "test_images": 360},
         {"kind": "classifier_training", "test_accuracy": 0.9, "test_accuracy_top5": 1.0, "test_images": 360},
         {"kind": "classifier_training", "top1": 0.9, "top5": 1.0, "test_images": 360},
-        {"kind": "classifier_training", "top1": 0.9, "top5": 1.0, "num_images": 360},
+        {"kind": "classifier_training", "top1": 0.9, "top5": 1.0, "loss": 0.4, "count": 360},
     ):
         top1, top5 = read(results=results)
         assert (top1.metric, top1.shown, top1.images) == ("top-1 accuracy", "90.00%", 360)

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from sdt_diffusion.metrics.confusion import RunningConfusion
+from sdt_diffusion.metrics.confusion import RunningConfusion, from_log, to_log
 
 
 def logits_for(*predictions, num_labels=8):
@@ -53,3 +53,17 @@ def test_batches_change_nothing():
     assert first.top1 == (logits.argmax(dim=1) == labels).double().mean().item()
     rank = (logits > logits.gather(1, labels[:, None])).sum(dim=1)
     assert first.top5 == (rank < 5).double().mean().item()
+    for found in (first, second):
+        assert found.loss == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), rel=1e-6)
+
+
+def test_numbers_have_other_names_in_the_log_of_a_training_run():
+    running = RunningConfusion([0, 1, 2], num_labels=8)
+    running.update(logits_for(0, 1, 1), torch.tensor([0, 1, 2]))
+    numbers = running.result().numbers()
+    assert set(numbers) == {"top1", "top5", "loss", "count"}
+    record = to_log(numbers)
+    assert (record["test_accuracy"], record["test_images"]) == (2 / 3, 3)
+    assert from_log({"step": 3, **record}) == numbers
+    assert "test_accuracy_top5" not in to_log({**numbers, "top5": None})
+    assert from_log({"step": 3, "loss": 0.5, "learning_rate": 1e-4}) == {}

@@ -18,6 +18,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 from sdt_diffusion.classification import SDTForImageClassification
 from sdt_diffusion.data import DataArguments
 from sdt_diffusion.data.splits import ValidationDataArguments, load_splits
+from sdt_diffusion.metrics.confusion import from_log
 from sdt_diffusion.training.monitor import read_log
 from sdt_diffusion.training.train_classifier import evaluate_classifier
 from tests.scripts.process import ROOT, assert_same_weights, load_main, run
@@ -46,10 +47,12 @@ def test_training_leaves_a_classifier_for_pipelines_a_log_results_and_a_curve(tr
     records = read_log(output_dir)
     assert [record["step"] for record in records if "test_accuracy" in record] == [0, 10, 20]
     results = json.loads((output_dir / "results.json").read_text())
-    assert (results["train_images"], results["test_images"]) == (1438, 359)
-    assert f"{results['test_accuracy']:.2%} of 359 test images are classified right" in result.stdout
+    assert (results["kind"], results["train_images"], results["count"]) == ("classifier_training", 1438, 359)
+    last = records[-1]
+    assert (results["top1"], results["top5"]) == (last["test_accuracy"], last["test_accuracy_top5"])
+    assert f"{results['top1']:.2%} of 359 test images are classified right" in result.stdout
     assert np.array(Image.open(output_dir / "accuracy_curve.png")).std() > 1
-    assert f"| top-1 accuracy | {results['test_accuracy']:.2%} | 359 |" in (output_dir / "README.md").read_text()
+    assert f"| top-1 accuracy | {results['top1']:.2%} | 359 |" in (output_dir / "README.md").read_text()
     assert list(output_dir.rglob("*partial*")) == []
     assert_same_weights(output_dir, output_dir / "checkpoint-20" / "classifier_ema")
     code = (
@@ -79,7 +82,10 @@ def test_a_killed_and_resumed_run_ends_with_the_same_weights(trained, tmp_path):
         assert_same_weights(output_dir / "checkpoint-20" / name, trained[0] / "checkpoint-20" / name)
     assert_same_weights(output_dir, trained[0])
     assert (output_dir / "results.json").read_text() == (trained[0] / "results.json").read_text()
-    tests = [[r for r in read_log(folder) if "test_accuracy" in r] for folder in (output_dir, trained[0])]
+    tests = [
+        [(record["step"], from_log(record)) for record in read_log(folder) if "test_accuracy" in record]
+        for folder in (output_dir, trained[0])
+    ]
     assert tests[0] == tests[1]
 
 
@@ -95,14 +101,14 @@ def test_two_processes_share_a_step_and_the_test_images(tmp_path):
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("Saved the classifier") == 1
     results = json.loads((tmp_path / "results.json").read_text())
-    assert (results["step"], results["test_images"]) == (5, 359)  # a tenth of 1,438 in steps of 2 x 16
+    assert (results["step"], results["count"]) == (5, 359)  # a tenth of 1,438 in steps of 2 x 16
     # What was tested, by both processes, is what one of them saved: batch norms saw other images in each.
     _, _, test_images = load_splits(DataArguments(resolution=8, image_mode="L"), ValidationDataArguments(), 8)
     model = AutoModelForImageClassification.from_pretrained(tmp_path).eval()
     processor = AutoImageProcessor.from_pretrained(tmp_path)
     again = evaluate_classifier(model, test_images, processor, Accelerator(cpu=True), batch_size=64)
-    assert again["test_loss"] == pytest.approx(results["test_loss"], rel=1e-6)
-    assert again["test_accuracy_top5"] == results["test_accuracy_top5"]
+    assert again["loss"] == pytest.approx(results["loss"], rel=1e-6)
+    assert again["top5"] == results["top5"]
 
 
 @pytest.fixture
@@ -147,7 +153,7 @@ def test_the_imagenet_recipe_on_a_folder_with_a_validation_split(main, folders, 
     flags = folder_flags(folders, output_dir, *config, "--num_train_epochs", "3", "--dataloader_num_workers", "0")
     main(*flags, "--mixed_precision", "bf16", "--gradient_checkpointing", "True")
     results = json.loads((output_dir / "results.json").read_text())
-    assert (results["step"], results["train_images"], results["test_images"]) == (5, 6, 6)  # 3 epochs of 6 in 4s
+    assert (results["step"], results["train_images"], results["count"]) == (5, 6, 6)  # 3 epochs of 6 in 4s
     config = json.loads((output_dir / "config.json").read_text())
     assert config["id2label"] == {"0": "ant", "1": "bee", "2": "cat"}
     processor = json.loads((output_dir / "preprocessor_config.json").read_text())
@@ -157,7 +163,7 @@ def test_the_imagenet_recipe_on_a_folder_with_a_validation_split(main, folders, 
     (folders / "train" / "cat").rename(tmp_path / "no cats")
     (folders / "val" / "cat").rename(tmp_path / "no cats to test on")
     flags = folder_flags(folders, again, "--model", output_dir, "--drop_path", "0.3")
-    with pytest.raises(SystemExit, match=r"has 3 labels, the data set 2 classes.*--reinitialise_head True"):
+    with pytest.raises(SystemExit, match=r"has 3 labels, the data set 2 classes.*reinitialise_head"):
         main(*flags)
     edited = {"image_mean": [0.1, 0.2, 0.3], "crop_size": {"height": 24, "width": 24}}
     (output_dir / "preprocessor_config.json").write_text(json.dumps({**processor, **edited}))
@@ -184,7 +190,7 @@ def test_a_head_on_a_pipeline_of_the_digits(main, make_pipe, make_model, tmp_pat
     assert torch.equal(model.transformer.transformer_blocks[0].attn.to_q.weight, trained) == (finetune == "False")
     results = json.loads((output_dir / "results.json").read_text())
     assert (results["trained_parameters"] == 32 * 10 + 10) == (finetune == "False")
-    with pytest.raises(SystemExit, match="takes L images: give --image_mode L"):
+    with pytest.raises(SystemExit, match="takes L images: set image_mode to L"):
         main(*flags, "--image_mode", "RGB", "--output_dir", tmp_path / "other")
 
 
@@ -210,15 +216,15 @@ def test_bad_data_is_named_before_training(main, folders, tmp_path):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--model", "SDT-H-XXL"], "--model 'SDT-H-XXL' is neither a preset (SDT-H-T, "),
-        (["--mixup", "1", "--train_batch_size", "7"], "--train_batch_size 7 must be even for --mixup and --cutmix"),
-        (["--aa", "rand-q9"], "--aa 'rand-q9': 'q9' is no setting of rand; they are m, n, "),
-        (["--aa", "much"], "--aa 'much' is none of timm's"),
-        (["--probe_block", "1"], "--probe_block does not apply to --model SDT-H-digits, which is a preset"),
+        (["--model", "SDT-H-XXL"], "model 'SDT-H-XXL' is neither a preset (SDT-H-T, "),
+        (["--mixup", "1", "--train_batch_size", "7"], "train_batch_size must be even for mixup and cutmix, not 7"),
+        (["--aa", "rand-q9"], "aa 'rand-q9' is no automatic augmentation of timm's"),
+        (["--aa", "much"], "aa 'much' is no automatic augmentation of timm's"),
+        (["--probe_block", "1"], "probe_block does not apply to model SDT-H-digits, which is a preset"),
         (["--model_overrides", '{"num_labels": 3}'], "num_labels follow from the data set"),
         (["--validation_split", "test"], "name the images of digits that are trained on"),
-        (["--scale", "0.5"], "--scale takes the least and the largest value"),
-        (["--smoothing", "1.5"], "--smoothing must lie between 0 and 1, not 1.5"),
+        (["--scale", "0.5"], "scale takes the least and the largest value"),
+        (["--smoothing", "1.5"], "smoothing must lie between 0 and 1, not 1.5"),
     ],
 )
 def test_bad_flags_stop_before_anything_is_written(main, capsys, tmp_path, argv, message):

@@ -171,7 +171,7 @@ class RMTReference(nn.Module):
 
 
 @torch.no_grad()
-def randomise_rmt(model, seed=0):
+def randomize_rmt(model, seed=0):
     """Random weights at which attention is sharp, and every branch, position and statistic counts."""
     generator = torch.Generator().manual_seed(seed)
 

@@ -8,7 +8,7 @@ from sdt_diffusion.attention import dispatch
 from sdt_diffusion.classification import SDTHForImageClassification, load_rmt
 from sdt_diffusion.sdt_h import network
 from sdt_diffusion.sdt_h.convert_rmt import read_checkpoint, rmt_config
-from tests.sdt_h.rmt_reference import RMT, RMTReference, randomise_rmt, smooth_images
+from tests.sdt_h.rmt_reference import RMT, RMTReference, randomize_rmt, smooth_images
 
 EQUAL, NOTICED = 1e-4, 5e-4
 SMALL_RMT = ((16, 32, 32), (1, 2, 1), (2, 2, 4), (2, 3, 3), (4, 4, 6), 3, (2,), 7)
@@ -18,7 +18,7 @@ SMALL_RMT = ((16, 32, 32), (1, 2, 1), (2, 2, 4), (2, 3, 3), (4, 4, 6), 3, (2,), 
 def tiny(tmp_path_factory):
     """RMT-T with random weights, and its checkpoint."""
     path = tmp_path_factory.mktemp("rmt") / "rmt_t.pth"
-    reference = randomise_rmt(RMTReference(*RMT["T"]))
+    reference = randomize_rmt(RMTReference(*RMT["T"]))
     torch.save({"model": reference.state_dict()}, path)
     return reference, path
 
@@ -43,7 +43,7 @@ def test_tiny_gives_rmts_logits(tiny):
 
 @pytest.mark.parametrize("size", ["S", "B"])
 def test_larger_ones_give_rmts_logits(size, tmp_path):
-    reference = randomise_rmt(RMTReference(*RMT[size]))
+    reference = randomize_rmt(RMTReference(*RMT[size]))
     save_file(reference.state_dict(), tmp_path / "rmt.safetensors")
     error, spread = difference(reference, load_rmt(tmp_path / "rmt.safetensors"))
     assert error < EQUAL
@@ -112,7 +112,7 @@ class TestTheComparisonNotices:
 
 
 def small_rmt(path):
-    reference = randomise_rmt(RMTReference(*SMALL_RMT))
+    reference = randomize_rmt(RMTReference(*SMALL_RMT))
     torch.save(reference.state_dict(), path)
     return reference
 
@@ -150,6 +150,46 @@ def test_training_checkpoints_load_and_code_does_not_run(tmp_path):
         read_checkpoint(tmp_path / "pickled.pth")
 
 
+@pytest.mark.parametrize("key", [None, "model", "state_dict"])
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_state_dicts_of_training_scripts_load(tmp_path, key, prefix):
+    reference = randomize_rmt(RMTReference(*SMALL_RMT))
+    state_dict = {f"{prefix}{name}": tensor for name, tensor in reference.state_dict().items()}
+    torch.save({key: state_dict, "epoch": 3} if key else state_dict, tmp_path / "rmt.pth")
+    assert difference(reference, load_rmt(tmp_path / "rmt.pth"))[0] < EQUAL
+    save_file(state_dict, tmp_path / "rmt.safetensors")
+    assert difference(reference, load_rmt(tmp_path / "rmt.safetensors"))[0] < EQUAL
+
+
+def test_a_model_without_head_gives_features_or_gets_a_new_head(tmp_path):
+    reference = small_rmt(tmp_path / "rmt.pth")
+    state_dict = {name: tensor for name, tensor in reference.state_dict().items() if not name.startswith("head.")}
+    torch.save(state_dict, tmp_path / "rmt.pth")
+    model = load_rmt(tmp_path / "rmt.pth")
+    head, reference.head = reference.head, torch.nn.Identity()
+    assert difference(reference, model)[0] < EQUAL
+    model.save_pretrained(tmp_path / "model")
+    assert difference(reference, SDTHForImageClassification.from_pretrained(tmp_path / "model"))[0] < EQUAL
+
+    model = load_rmt(tmp_path / "rmt.pth", num_labels=4)
+    reference.head = model.network.head
+    assert difference(reference, model)[0] < EQUAL
+    assert model.network.head.weight.std().item() == pytest.approx(0.02, rel=0.1)
+    reference.head = head
+    torch.save({**state_dict, "head.weight": head.weight}, tmp_path / "rmt.pth")
+    with pytest.raises(ValueError, match=r"in 1 tensor\(s\), such as head.bias"):
+        load_rmt(tmp_path / "rmt.pth")
+
+
+def test_the_second_head_of_the_token_label_release_is_left_out_with_a_warning(tmp_path):
+    reference = small_rmt(tmp_path / "rmt.pth")
+    second = {"aux_head.weight": torch.ones(7, 32), "aux_head.bias": torch.ones(7)}
+    torch.save({**reference.state_dict(), **second}, tmp_path / "rmt.pth")
+    with pytest.warns(UserWarning, match="token-label release: its aux_head is left out"):
+        model = load_rmt(tmp_path / "rmt.pth")
+    assert difference(reference, model)[0] < EQUAL
+
+
 @pytest.mark.parametrize("name", ["rmt.pth", "rmt.safetensors"])
 @pytest.mark.parametrize("size", [0, 2, 1000])
 def test_damaged_files_are_named(tmp_path, name, size):
@@ -164,7 +204,7 @@ def test_other_files_are_refused(tmp_path):
     reference = RMTReference(*SMALL_RMT)
     path = tmp_path / "rmt.pth"
     torch.save({"model": 3}, path)
-    with pytest.raises(ValueError, match="holds no state dict, neither at the top nor under 'model'"):
+    with pytest.raises(ValueError, match="holds no state dict, neither at the top nor under 'model' or 'state_dict'"):
         load_rmt(path)
     torch.save(torch.nn.Linear(2, 2).state_dict(), path)
     with pytest.raises(ValueError, match=r"no checkpoint of RMT: it has no 'patch_embed.proj.0.weight'"):

@@ -5,9 +5,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, pipeline
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification, pipeline
 
-from sdt_diffusion.classification import SDTHConfig, SDTHForImageClassification, SDTHImageProcessor
+from sdt_diffusion.classification import SDTHConfig, SDTHForImageClassification, SDTHImageProcessor, SDTHModel
 from tests.sdt_h.small import SMALL, images, small_model, small_network
 
 NAMES = {0: "ant", 1: "bee", 2: "cat", 3: "dog", 4: "elk"}
@@ -36,6 +36,37 @@ def test_auto_classes_load_what_was_saved(saved):
     assert processor(Image.new("L", (90, 200)), return_tensors="pt").pixel_values.shape == (1, 3, 64, 64)
 
 
+def test_auto_model_gives_features(saved, tmp_path):
+    model, folder = saved
+    loaded, info = AutoModel.from_pretrained(folder, output_loading_info=True)
+    assert isinstance(loaded, SDTHModel)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    output = loaded(images(), output_hidden_states=True)
+    hidden_states = model(images(), output_hidden_states=True).hidden_states
+    for state, expected in zip(output.hidden_states, hidden_states, strict=True):
+        assert torch.equal(state, expected)
+    assert torch.equal(output.last_hidden_state, hidden_states[-1])
+    assert torch.equal(model.network.head(output.pooler_output), model(images()).logits)
+    last_hidden_state, pooler_output = loaded(images(), return_dict=False)
+    assert torch.equal(last_hidden_state, output.last_hidden_state)
+    assert torch.equal(pooler_output, output.pooler_output)
+
+    loaded.save_pretrained(tmp_path / "features")
+    again = AutoModel.from_pretrained(tmp_path / "features")
+    assert torch.equal(again(images()).pooler_output, output.pooler_output)
+
+
+def test_feature_extraction_pipeline(saved):
+    model, folder = saved
+    image = Image.effect_noise((90, 80), 60).convert("RGB")
+    extract = pipeline("image-feature-extraction", model=str(folder), return_tensors=True)
+    pixel_values = AutoImageProcessor.from_pretrained(folder)(image, return_tensors="pt").pixel_values
+    assert torch.equal(extract(image), model.network.forward_features(pixel_values))
+    logits = model.network.head(extract(image, pool=True))
+    torch.testing.assert_close(logits, model(pixel_values).logits)
+
+
 def test_pipeline_needs_one_import(saved):
     _, folder = saved
     code = (
@@ -59,7 +90,7 @@ def test_pipeline_gives_the_models_probabilities(saved):
         assert result["score"] == pytest.approx(expected[model.config.label2id[result["label"]]].item(), abs=1e-5)
 
 
-def test_processor_normalises_the_central_square():
+def test_processor_normalizes_the_central_square():
     image = Image.new("RGB", (512, 256), (255, 0, 0))
     pixel_values = SDTHImageProcessor()(image, return_tensors="pt").pixel_values
     expected = (torch.tensor([1.0, 0.0, 0.0]) - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor(

@@ -59,7 +59,7 @@ def test_starts_as_rmt():
     torch.testing.assert_close(context(images()), fixed(images()), rtol=1e-4, atol=1e-5)
 
 
-def test_initialisation():
+def test_initialization():
     torch.manual_seed(0)
     network = SDTHNetwork(**SMALL, num_labels=500, initializer_range=0.03)
     block = network.stages[2].blocks[0]

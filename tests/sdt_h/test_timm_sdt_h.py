@@ -2,6 +2,7 @@ import pytest
 import timm
 import torch
 from timm.data import resolve_data_config
+from timm.layers import create_feature_extractor
 from timm.models import load_checkpoint, model_parameters
 from timm.optim import create_optimizer_v2
 from timm.optim._param_groups import param_groups_layer_decay
@@ -102,8 +103,80 @@ def test_classifier_can_be_replaced_and_removed():
     model.reset_classifier(0, "")
     assert model(images()).shape == (2, 40, 4, 4)
     assert small(num_classes=0)(images()).shape == (2, 40)
-    with pytest.raises(ValueError, match="global_pool='' leaves a map: give num_classes=0, not 4"):
-        model.reset_classifier(4)
+
+
+def test_a_classifier_without_pooling_gives_logits_at_every_place():
+    model = small(num_classes=0, global_pool="")
+    feature_map = model(images())
+    model.reset_classifier(4)
+    weight = model.head.weight.flatten(1)
+    assert weight.std().item() == pytest.approx(0.02, rel=0.3)
+    expected = torch.einsum("bchw,nc->bnhw", feature_map, weight)
+    torch.testing.assert_close(model(images()), expected)
+    assert small(num_classes=3, global_pool="")(images()).shape == (2, 3, 4, 4)
+    model.reset_classifier(4, "avg")
+    assert model(images()).shape == (2, 4)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_new_layers_have_the_mode_and_data_type_of_the_model(training):
+    model = small(dtype=torch.bfloat16).train(training)
+    for arguments in ((7,), (7, "avgmax"), (0, ""), (2, "")):
+        model.reset_classifier(*arguments)
+        assert {module.training for module in model.modules()} == {training}
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+
+def test_options_that_every_timm_model_takes():
+    assert {tensor.device.type for tensor in small(device="meta").state_dict().values()} == {"meta"}
+    with torch.device("meta"):
+        assert {parameter.device.type for parameter in small(device="cpu").parameters()} == {"cpu"}
+    model = small(device="cpu", dtype=torch.float64)
+    assert model(images().double()).dtype == torch.float64
+    torch.manual_seed(0)
+    expected = small()
+    torch.manual_seed(0)
+    model = small(img_size=(32, 48), device=torch.device("cpu"), dtype=None)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), expected.parameters(), strict=True))
+    for size in ((32, 48), (64, 64)):
+        assert model(images(size=size)).shape == (2, 5)
+
+
+@pytest.mark.parametrize("feature_cls", ["getter", "fx", "hook", "list", "dict"])
+def test_every_feature_class_gives_the_outputs_of_the_stages(feature_cls):
+    full, options = small(), {"features_only": True, "feature_cls": feature_cls, "out_indices": (0, 2)}
+    model = timm.create_model("sdt_h_tiny", **SMALL, **options).eval()
+    weights = {name.replace("stages.", "stages_"): tensor for name, tensor in full.state_dict().items()}
+    weights = {name.replace("patch_embed.", "patch_embed_"): tensor for name, tensor in weights.items()}
+    for module in (model, getattr(model, "model", model), getattr(model, "graph_module", model)):
+        for state_dict in (weights, full.state_dict()):
+            module.load_state_dict(state_dict, strict=False)
+    feature_maps = model(images())
+    feature_maps = feature_maps.values() if isinstance(feature_maps, dict) else feature_maps
+    expected = full.forward_stages(images())
+    for feature_map, index in zip(feature_maps, (1, 3), strict=True):
+        assert torch.equal(feature_map, expected[index])
+    assert model.feature_info.channels() == [16, 32]
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.torch.jit:FutureWarning")
+def test_a_traced_model_gives_the_same_logits_for_other_images():
+    model = small()
+    traced = torch.jit.trace(model, images())
+    torch.testing.assert_close(traced(images(num=3, seed=1)), model(images(num=3, seed=1)))
+
+
+def test_a_symbolically_traced_model_gives_the_same_logits():
+    model = small()
+    traced = create_feature_extractor(model, ["head"])
+    assert torch.equal(traced(images(seed=1))["head"], model(images(seed=1)))
+
+
+def test_every_parameter_gets_a_gradient():
+    model = small(drop_path_rate=0.0).train()
+    model(images()).mean().backward()
+    missing = [name for name, parameter in model.named_parameters() if parameter.grad is None]
+    assert missing == []
 
 
 def test_features_only():
@@ -145,7 +218,7 @@ def test_weights_saved_by_transformers_load(tmp_path):
 
 
 def test_wrong_options_are_refused():
-    with pytest.raises(TypeError, match="img_size"):
-        small(img_size=96)
+    with pytest.raises(TypeError, match="window_size"):
+        small(window_size=7)
     with pytest.raises(ValueError, match=r"images of shape \(batch, 1, height, width\)"):
         small(in_chans=1)(images())

@@ -7,6 +7,7 @@ from safetensors.torch import load_file, save_file
 from sdt_diffusion.sdt_h.image_processing_sdt_h import SDTHImageProcessor
 from sdt_diffusion.training.classifier_model import ClassifierModelArguments
 from sdt_diffusion.training.recipe import build_processor
+from sdt_diffusion.utils.arguments import parse_arguments
 from tests.sdt_h.small import small_model
 
 NAMES = ["ant", "bee", "cat", "dog", "elk"]
@@ -34,12 +35,12 @@ def test_the_same_classes_keep_every_weight(folder):
     ("class_names", "message"),
     [
         (NAMES[:3], "has 5 labels, the data set 3 classes"),
-        ([*NAMES[:4], "fox"], "Label 4 is 'elk' to --model .*, but 'fox' in the data set"),
+        ([*NAMES[:4], "fox"], "Label 4 is 'elk' to model .*, but 'fox' in the data set"),
         ([NAMES[1], NAMES[0], *NAMES[2:]], "Label 0 is 'ant' to .*, but 'bee' in .*the same names in another order"),
     ],
 )
 def test_other_classes_need_a_new_head_and_get_nothing_else_new(folder, class_names, message):
-    with pytest.raises(ValueError, match=rf"{message}.*--reinitialise_head True"):
+    with pytest.raises(ValueError, match=rf"{message}.*Set reinitialise_head"):
         build(folder, class_names)
     model, stored = build(folder, class_names, reinitialise_head=True), load_file(folder / "model.safetensors")
     assert list(model.config.id2label.values()) == class_names
@@ -50,7 +51,7 @@ def test_other_classes_need_a_new_head_and_get_nothing_else_new(folder, class_na
 
 @pytest.mark.parametrize("reinitialise_head", [False, True])
 def test_no_other_weight_is_ever_new(folder, reinitialise_head):
-    with pytest.raises(ValueError, match=r"takes images of 3 channel\(s\), not of 1: give --image_mode RGB"):
+    with pytest.raises(ValueError, match=r"takes images of 3 channel\(s\), not of 1: set image_mode to RGB"):
         build(folder, num_channels=1, reinitialise_head=reinitialise_head)
     stored = load_file(folder / "model.safetensors")
     name = "network.patch_embed.0.weight"
@@ -63,15 +64,21 @@ def test_no_other_weight_is_ever_new(folder, reinitialise_head):
             build(folder, reinitialise_head=reinitialise_head)
 
 
-def test_a_preset_has_no_head_to_reinitialise():
-    with pytest.raises(ValueError, match="--reinitialise_head does not apply to --model SDT-H-T, which is a preset"):
+def test_a_preset_has_no_head_to_initialize_again():
+    with pytest.raises(ValueError, match="reinitialise_head does not apply to model SDT-H-T, which is a preset"):
         ClassifierModelArguments(reinitialise_head=True)
+
+
+@pytest.mark.parametrize("flag", ["--reinitialise_head", "--reinitialize_head"])
+def test_both_spellings_of_the_flag_are_taken(folder, flag):
+    (arguments,) = parse_arguments((ClassifierModelArguments,), ["--model", str(folder), flag, "True"])
+    assert arguments.reinitialise_head
 
 
 def save_processor(folder, **values):
     sizes = {"size": {"shortest_edge": 73}, "crop_size": {"height": 64, "width": 64}}
-    normalisation = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6], "resample": 2}
-    SDTHImageProcessor(**{**sizes, **normalisation, **values}).save_pretrained(folder)
+    normalization = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6], "resample": 2}
+    SDTHImageProcessor(**{**sizes, **normalization, **values}).save_pretrained(folder)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
+import random
 import re
 from itertools import chain
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.modeling_outputs import ImageClassifierOutputWithNoAttention
 
+from sdt_diffusion.training.classifier_model import ClassifierModelArguments
 from sdt_diffusion.training.config import RunArguments
 from sdt_diffusion.training.optimizer import OptimizationArguments
 from sdt_diffusion.training.recipe import (
@@ -22,6 +25,7 @@ from sdt_diffusion.training.recipe import (
     train_transform,
 )
 from sdt_diffusion.training.train_classifier import evaluate_classifier
+from sdt_diffusion.utils.arguments import fields_with
 from sdt_diffusion.utils.seeding import Stream, seeded_cpu_generators
 from tests.sdt_h.small import small_model
 
@@ -82,19 +86,28 @@ def test_timms_automatic_augmentations_are_taken(aa):
 
 
 @pytest.mark.parametrize(
-    ("aa", "word"),
+    ("aa", "reason"),
     [
-        *(("rand-q9", "q9"), ("rand-zz", "zz"), ("rand-m", "m"), ("rand-m9.5", "m9.5"), ("rand-p2", "p2")),
-        *(("rand-m9-", ""), ("rand-tw", "tw"), ("rand-n0", "n0"), ("rand-mstdinf", "mstdinf"), ("augmix-a0", "a0")),
-        *(("augmix-n2", "n2"), ("v0-m9", "m9"), ("original-mstd1x", "mstd1x")),
+        *(("rand-q9", "Unknown RandAugment config section"), ("rand-m9.5", "invalid literal for int()")),
+        *(("augmix-n2", "Unknown AugMix config section"), ("augmix-a0", "alpha <= 0")),
+        *(("v0-m9", "Unknown AutoAugment config section"), ("original-mstd1x", "could not convert string to float")),
+        *(("v1", "Unknown AA policy v1"), ("randaugment-m9", "AssertionError")),
+        *(("rand-zz", "timm would ignore 'zz'"), ("rand-m", "timm would ignore 'm'")),
+        *(("rand-m9-", "timm would ignore ''"), ("rand-tw", "timm would ignore 'tw'")),
+        ("rand-mstdinf", "timm would ignore 'mstdinf'"),
     ],
 )
-def test_what_timm_would_not_understand_is_named(aa, word):
-    with pytest.raises(ValueError, match=rf"^--aa '{aa}': '{re.escape(word)}' is no setting of {aa.split('-')[0]}; "):
+def test_augmentations_that_timm_does_not_understand_are_refused_with_its_reason(aa, reason):
+    message = rf"^aa {re.escape(repr(aa))} is no automatic augmentation of timm's \({re.escape(reason)}.*\): give one"
+    with pytest.raises(ValueError, match=message):
         RecipeArguments(aa=aa)
-    for kind in ("randaugment-m9", "v1", ""):
-        with pytest.raises(ValueError, match=rf"^--aa '{kind}' is none of timm's: start with rand, augmix"):
-            RecipeArguments(aa=kind)
+
+
+def test_checking_an_augmentation_leaves_the_random_generators_as_they_are():
+    for aa in ("rand-m9-mstd0.5-inc1", "augmix-m5-w4-d2"):
+        states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+        RecipeArguments(aa=aa)
+        assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == states
 
 
 def test_the_transform_is_timms():
@@ -114,11 +127,11 @@ def test_the_transform_is_timms():
     assert repr(ours) == repr(timms)
 
 
-def test_grey_models_see_coloured_pictures_in_grey():
+def test_gray_models_see_color_pictures_in_gray():
     processor = build_processor(1, 8)
-    grey = picture(0, "L", (8, 8))
-    expected = torch.tensor(np.array(grey)) / 127.5 - 1
-    for image in (grey, grey.convert("RGB"), np.array(grey.convert("RGB"))):
+    gray = picture(0, "L", (8, 8))
+    expected = torch.tensor(np.array(gray)) / 127.5 - 1
+    for image in (gray, gray.convert("RGB"), np.array(gray.convert("RGB"))):
         pixel_values = processor(image, return_tensors="pt").pixel_values
         torch.testing.assert_close(pixel_values[0, 0], expected, atol=0.02, rtol=0)
 
@@ -161,6 +174,13 @@ def test_epochs_become_steps():
     assert (run.max_train_steps, optimization.lr_warmup_steps) == (19, 4)
 
 
+def test_a_resumed_run_may_change_its_length_and_its_memory():
+    assert fields_with("resumable", RecipeArguments, ClassifierModelArguments) == {
+        "num_train_epochs",
+        "gradient_checkpointing",
+    }
+
+
 def test_layer_decay_of_sdt_h():
     model = small_model()
     groups = layer_decay_groups(model, RecipeArguments(layer_decay=0.5), weight_decay=0.05)
@@ -176,31 +196,39 @@ def test_layer_decay_of_sdt_h():
 
 def test_accuracy_counts_every_image_once():
     class Images:
+        name, num_classes = "noise", 6
+
         def __len__(self):
             return 7
 
         def __getitems__(self, indices):
             return [(picture(i, "L", (8, 8)), i % 5) for i in indices]
 
+    class Classifier(nn.Module):
+        dtype, config = torch.float32, SimpleNamespace(num_labels=6, num_channels=1)
+
+        def forward(self, images):
+            return ImageClassifierOutputWithNoAttention(logits=images.flatten(1)[:, :6])
+
     processor = build_processor(1, 8)
-    found = evaluate_classifier(Fixed(), Images(), processor, Accelerator(cpu=True), batch_size=3)
+    found = evaluate_classifier(Classifier(), Images(), processor, Accelerator(cpu=True), batch_size=3)
     pictures, labels = zip(*Images().__getitems__(range(7)), strict=True)
-    logits = processor(list(pictures), return_tensors="pt").pixel_values.flatten(1)[:, :5]
+    logits = processor(list(pictures), return_tensors="pt").pixel_values.flatten(1)[:, :6]
     labels = torch.tensor(labels)
-    assert found["test_images"] == 7
-    assert found["test_accuracy"] == pytest.approx((logits.argmax(1) == labels).float().mean().item())
-    assert found["test_accuracy_top5"] == 1
-    assert found["test_loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
+    assert found["count"] == 7
+    assert found["top1"] == pytest.approx((logits.argmax(1) == labels).float().mean().item())
+    assert found["top5"] == pytest.approx((logits.argsort(1)[:, 1:] == labels[:, None]).any(1).float().mean().item())
+    assert found["loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
 
 
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"ratio": [2.0, 1.0]}, "--ratio takes the least and the largest value"),
-        ({"reprob": 2.0}, "--reprob must lie between 0 and 1, not 2.0"),
-        ({"num_train_epochs": 0}, "--num_train_epochs must be above 0, not 0"),
+        ({"ratio": [2.0, 1.0]}, "ratio takes the least and the largest value"),
+        ({"reprob": 2.0}, "reprob must lie between 0 and 1, not 2.0"),
+        ({"num_train_epochs": 0}, "num_train_epochs must be above 0, not 0"),
         ({"aug_repeats": 0}, "aug_repeats must be at least 1, not 0"),
-        ({"layer_decay": 1.5}, "--layer_decay must lie between 0 and 1, not 1.5"),
+        ({"layer_decay": 1.5}, "layer_decay must lie between 0 and 1, not 1.5"),
     ],
 )
 def test_bad_values_are_named(kwargs, message):

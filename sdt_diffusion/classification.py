@@ -6,10 +6,8 @@ Importing this module registers both with transformers' Auto classes and pipelin
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
 
 from .probe import SDTClassifierConfig, SDTForImageClassification, SDTModel
-from .sdt_h.configuration_sdt_h import SDTHConfig
 from .sdt_h.convert_rmt import load_rmt
-from .sdt_h.image_processing_sdt_h import SDTHImageProcessor
-from .sdt_h.modeling_sdt_h import SDTHForImageClassification, SDTHModel
+from .sdt_h.modeling_sdt_h import SDTHConfig, SDTHForImageClassification, SDTHImageProcessor, SDTHModel
 from .sdt_h.network import PRESETS, SDTHNetwork
 from .sdt_h.timm_sdt_h import SDTHForTimm
 

@@ -238,3 +238,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         table = evaluate_accuracy(args)
     if table is not None:
         print(f"\n{table}\n\nWritten to {args.output}.")
+
+
+if __name__ == "__main__":
+    main()

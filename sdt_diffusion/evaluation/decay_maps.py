@@ -375,3 +375,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with exit_on_error(ValueError, OSError):
         draw_decays(args, default_device())
     print(f"Written to {args.output}.")
+
+
+if __name__ == "__main__":
+    main()

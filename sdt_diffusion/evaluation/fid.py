@@ -377,3 +377,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         table = compare(args, sampling_args, extractor, image_args, extractor_args.dataloader_num_workers)
     if table is not None:
         print(f"\n{table}\n\nWritten to {args.output}.")
+
+
+if __name__ == "__main__":
+    main()

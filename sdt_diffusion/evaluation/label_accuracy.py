@@ -102,3 +102,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         settings = sampling_args.settings(pipe)
         results = label_accuracy(pipe, images, args.num_images, settings, sampling_args.batch_size)
     print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -59,3 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if summary is not None:  # on the main process
             save_summary(args.output, summary)
             print(f"Statistics of {len(images)} images written to {args.output}.")
+
+
+if __name__ == "__main__":
+    main()

@@ -160,3 +160,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args, hub_args = parse_arguments((FolderArguments, HubArguments), argv, description=__doc__)
     with exit_on_error(ValueError, RuntimeError):
         share_folder(hub_args, Path(args.folder))
+
+
+if __name__ == "__main__":
+    main()

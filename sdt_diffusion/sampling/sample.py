@@ -100,3 +100,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with exit_on_error(ValueError, OSError):
         sampler = sample(args, sampling_args)
     print(f"Saved {args.num_images} images and their grid.png to {args.output_dir} ({sampler}).")
+
+
+if __name__ == "__main__":
+    main()

@@ -13,8 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ..attention import FixedGate
-from .configuration_sdt_h import SDTHConfig
-from .modeling_sdt_h import SDTHForImageClassification
+from .modeling_sdt_h import SDTHConfig, SDTHForImageClassification
 from .network import PRESETS, raster_rotary_embedding
 
 #: RMT's names -> ours, applied one after the other.

@@ -1,18 +1,90 @@
-"""SDT-H as transformers models: `SDTHModel` gives features, `SDTHForImageClassification` logits."""
+"""SDT-H for transformers: config, image processor and models."""
 
+import inspect
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import nn
-from transformers import PreTrainedModel
+from torchvision.transforms.functional import rgb_to_grayscale
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.image_processing_backends import TorchvisionBackend
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling
 from transformers.modeling_outputs import (
     BaseModelOutputWithPoolingAndNoAttention,
     ImageClassifierOutputWithNoAttention,
 )
 from transformers.utils import ModelOutput
 
-from .configuration_sdt_h import SDTHConfig
-from .network import SDTHNetwork
+from .network import SDTHNetwork, preset_config
+
+#: Arguments of `SDTHNetwork`, except the number of labels, which transformers keeps as `id2label`.
+NETWORK_KEYS = tuple(key for key in inspect.signature(SDTHNetwork).parameters if key != "num_labels")
+
+
+class SDTHConfig(PretrainedConfig):
+    """Config of `SDTHForImageClassification` and `SDTHModel`.
+
+    Args:
+        **kwargs: The arguments of `SDTHNetwork` (2 labels by default, as everywhere in transformers), and what every
+            config takes, such as `id2label`.
+    """
+
+    model_type = "sdt_h"
+
+    def __init__(self, **kwargs):
+        for key, parameter in inspect.signature(SDTHNetwork).parameters.items():
+            if key in NETWORK_KEYS:
+                value = kwargs.pop(key, parameter.default)
+                setattr(self, key, list(value) if isinstance(value, tuple) else value)  # as it comes back from JSON
+        super().__init__(**kwargs)
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides) -> "SDTHConfig":
+        """Make the config of a named size.
+
+        Args:
+            name: A key of `PRESETS`, such as "SDT-H-T".
+            **overrides: Config values in place of the preset's, `num_labels` or `id2label` among them.
+
+        Raises:
+            ValueError: If the preset or a key is unknown; the message lists the known ones.
+        """
+        labels = {key: overrides.pop(key) for key in ("id2label", "label2id", "problem_type") if key in overrides}
+        return cls(**preset_config(name, **overrides), **labels)
+
+    def network_config(self) -> dict[str, Any]:
+        """Return the arguments of `SDTHNetwork`."""
+        return {"num_labels": self.num_labels, **{key: getattr(self, key) for key in NETWORK_KEYS}}
+
+
+class SDTHImageProcessor(TorchvisionBackend):
+    """DeiT's evaluation: shorter side to 256 pixels (bicubic), the central 224x224, ImageNet's mean and deviation.
+
+    A single value in `image_mean` means a model of gray images. Color pictures, which transformers' pipelines make of
+    every picture, are turned to gray for it.
+    """
+
+    resample = PILImageResampling.BICUBIC
+    size = {"shortest_edge": 256}  # noqa: RUF012 (transformers' forms)
+    crop_size = {"height": 224, "width": 224}  # noqa: RUF012
+    default_to_square = False
+    image_mean = IMAGENET_DEFAULT_MEAN
+    image_std = IMAGENET_DEFAULT_STD
+    do_convert_rgb = True
+    do_resize = True
+    do_center_crop = True
+    do_rescale = True
+    do_normalize = True
+
+    def process_image(self, image: Any, **kwargs) -> torch.Tensor:
+        """Return one image as a tensor of shape (channels, height, width), 0 to 255."""
+        if len(self.image_mean) > 1:
+            return super().process_image(image, **kwargs)
+        if isinstance(image, Image.Image):
+            image = image.convert("L")
+        tensor = super().process_image(image, **{**kwargs, "do_convert_rgb": False})
+        return rgb_to_grayscale(tensor) if tensor.shape[0] == 3 else tensor
 
 
 class ImagePreTrainedModel(PreTrainedModel):

@@ -10,9 +10,7 @@ from transformers import PreTrainedModel
 
 from ..data.decoding import IMAGE_MODES
 from ..probe import Backbone, SDTForImageClassification, load_backbone
-from ..sdt_h.configuration_sdt_h import SDTHConfig
-from ..sdt_h.image_processing_sdt_h import SDTHImageProcessor
-from ..sdt_h.modeling_sdt_h import SDTHForImageClassification
+from ..sdt_h.modeling_sdt_h import SDTHConfig, SDTHForImageClassification, SDTHImageProcessor
 from ..sdt_h.network import PRESETS
 from ..utils.arguments import json_object
 

@@ -19,7 +19,7 @@ from timm.loss import SoftTargetCrossEntropy
 from timm.optim import param_groups_layer_decay
 from torch import nn
 
-from ..sdt_h.image_processing_sdt_h import SDTHImageProcessor
+from ..sdt_h.modeling_sdt_h import SDTHImageProcessor
 from ..utils.arguments import require_at_least
 from ..utils.seeding import Draws, Stream, seeded_cpu_generators
 from .config import RunArguments

@@ -169,3 +169,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"{args.output_dir}, from {len(average.snapshots)} snapshots; their profiles differ from its own by "
         f"{average.profile_error:.2%}."
     )
+
+
+if __name__ == "__main__":
+    main()

@@ -24,7 +24,7 @@ from ..hub import HubArguments, command_of, create_hub_repo, describe_run, share
 from ..metrics.confusion import PreparedImages, classify, from_log, to_log
 from ..metrics.extractors.transformers_models import channels_of
 from ..plots import plot_accuracy_curve
-from ..sdt_h.image_processing_sdt_h import SDTHImageProcessor
+from ..sdt_h.modeling_sdt_h import SDTHImageProcessor
 from ..utils.arguments import exit_on_error, parse_arguments, require_at_least
 from ..utils.files import move_into, write_atomically
 from ..utils.seeding import Stream, seed_global_generators

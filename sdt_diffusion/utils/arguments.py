@@ -69,9 +69,6 @@ def exit_on_error(*kinds: type[Exception]) -> Iterator[None]:
         sys.exit(f"Error: {error}")
 
 
-errors_in_a_line = exit_on_error  # the former name
-
-
 def parse_arguments(
     dataclass_types: Sequence[Any],
     argv: Sequence[str],

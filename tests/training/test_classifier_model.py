@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sdt_diffusion.sdt_h.image_processing_sdt_h import SDTHImageProcessor
+from sdt_diffusion.sdt_h.modeling_sdt_h import SDTHImageProcessor
 from sdt_diffusion.training.classifier_model import ClassifierModelArguments
 from sdt_diffusion.training.recipe import build_processor
 from sdt_diffusion.utils.arguments import parse_arguments

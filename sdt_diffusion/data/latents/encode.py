@@ -33,7 +33,7 @@ from ...sdt.vae import (
     latent_shape,
     posterior_moments,
 )
-from ...utils.arguments import errors_in_a_line, parse_arguments, require_at_least
+from ...utils.arguments import exit_on_error, parse_arguments, require_at_least
 from ...utils.files import FolderLock, write_atomically
 from ...utils.fingerprint import fingerprint_files
 from ..decoding import CorruptImageError, ImageDecoder
@@ -270,7 +270,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the script; `argv` is the command line's by default."""
     argv = sys.argv[1:] if argv is None else argv
     args, image_args = parse_arguments((EncodingArguments, ImageArguments), argv, description=__doc__)
-    with errors_in_a_line(ValueError, OSError):
+    with exit_on_error(ValueError, OSError):
         if args.verify:
             print(f"All {verify(args.output_dir)} shards of {args.output_dir} are as they were written.")
             return
@@ -286,3 +286,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 f"{manifest['num_images']} images of {len(manifest['class_names'])} classes are in {args.output_dir}"
                 + (f"; {left_out} could not be decoded, see manifest.json." if left_out else ".")
             )
+
+
+if __name__ == "__main__":
+    main()

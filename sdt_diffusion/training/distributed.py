@@ -6,7 +6,6 @@ import threading
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
 
 import psutil
 import torch
@@ -16,8 +15,7 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-if TYPE_CHECKING:
-    from .config import RunArguments
+from .config import RunArguments
 
 #: How long processes wait for each other: one of them may write a checkpoint to a slow disk.
 COLLECTIVE_TIMEOUT = timedelta(hours=2)
@@ -28,7 +26,7 @@ def process_state() -> PartialState:
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=COLLECTIVE_TIMEOUT)
 
 
-def build_accelerator(run: "RunArguments") -> Accelerator:
+def build_accelerator(run: RunArguments) -> Accelerator:
     """Build the accelerator of a run whose precision is resolved, and set the threads of CPU processes."""
     if run.allow_tf32:
         torch.set_float32_matmul_precision("high")
@@ -95,11 +93,6 @@ def prepare(
         dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[accelerator.mixed_precision]
         model.forward = torch.autocast(accelerator.device.type, dtype)(model.forward)
     return model, optimizer
-
-
-def local_part(tensor: torch.Tensor) -> torch.Tensor:
-    """Return this process's part of a tensor that FSDP2 may have sharded, sharing its memory."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:

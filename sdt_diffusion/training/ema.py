@@ -12,9 +12,9 @@ from typing import Literal
 
 import numpy as np
 import torch
+from torch.distributed.tensor import DTensor
 
 from ..utils.arguments import require_at_least
-from .distributed import local_part
 
 
 @dataclass(frozen=True)
@@ -163,3 +163,8 @@ class WeightAverage:
         torch._foreach_lerp_(averages, sources, 1 - self.profile(step))
         for copy, source in self._copied:
             copy.copy_(source)
+
+
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """Return this process's part of a tensor that FSDP2 may have sharded, sharing its memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -14,6 +14,7 @@ from diffusers.models.embeddings import apply_rotary_emb
 from torch import nn
 
 from .attention import build_gate, check_backend, check_variant, spatial_decay_attention
+from .attention.dispatch import Backend
 
 #: What diffusers' `FeedForward` knows.
 ACTIVATIONS = ("gelu", "gelu-approximate", "geglu", "geglu-approximate", "swiglu", "linear-silu")
@@ -45,7 +46,7 @@ class SDTAttnProcessor:
     _parallel_config = None
 
     def __init__(self, backend: str | None = None):
-        self.backend = check_backend(backend)
+        self.backend: str | Backend | None = check_backend(backend)
 
     def __call__(
         self,
@@ -65,7 +66,7 @@ class SDTAttnProcessor:
             x.unflatten(-1, (-1, attn.head_dim)).transpose(1, 2)  # (B, h, N, d)
             for x in (query, key, value)
         )
-        if attn.norm_q is not None:
+        if attn.norm_q is not None and attn.norm_k is not None:
             query, key = attn.norm_q(query), attn.norm_k(key)
         if image_rotary_emb is not None:
             query, key = (apply_rotary_emb(x, image_rotary_emb) for x in (query, key))
@@ -316,7 +317,9 @@ class SDTBlock(nn.Module):
             dim, conditional_position_kernel_size=conditional_position_kernel_size
         )
         self.norm1 = (
-            AdaLayerNormZero(dim, conditioning_dim, norm_eps) if self.conditioned else nn.LayerNorm(dim, eps=norm_eps)
+            nn.LayerNorm(dim, eps=norm_eps)
+            if conditioning_dim is None
+            else AdaLayerNormZero(dim, conditioning_dim, norm_eps)
         )
         self.attn = SDTAttention(
             dim,

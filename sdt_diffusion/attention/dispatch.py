@@ -12,9 +12,11 @@ from .formula import Decay, check_variant, reference_attention
 
 #: attend(query, key, value, decay, scale): the tensors as in `spatial_decay_attention`, `None` for no decay.
 Backend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Decay | None, float], torch.Tensor]
+#: The same for a backend with a name. Of these, only `reference` is called without a decay.
+NamedBackend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Decay, float], torch.Tensor]
 
 #: Backends by name; a new one is a file and a line here. Only `reference` is called for `none` and `raster`.
-BACKENDS: dict[str, Backend] = {
+BACKENDS: dict[str, NamedBackend] = {
     "reference": reference_attention,
     "dense": dense_attention,
     "blockwise": blockwise_attention,
@@ -78,7 +80,7 @@ def spatial_decay_attention(
             f"grid_size {height}x{width} means {height * width} tokens, but query and key have "
             f"{query.shape[-2]} and {key.shape[-2]}."
         )
-    decay = None if variant == "none" else Decay(_check_gate(gate, alpha, query), alpha, grid_size, variant)
+    decay = None if variant == "none" else Decay(*_check_gate(gate, alpha, query), grid_size, variant)
     attend = _resolve_backend(default_backend(query) if backend is None else backend, variant)
     query, key = query.to(value.dtype), key.to(value.dtype)  # normalized queries are fp32 under autocast
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
@@ -117,13 +119,16 @@ def check_backend(backend: str | None) -> str | None:
 def _resolve_backend(backend, variant):
     if callable(backend):
         return backend
-    attend = BACKENDS[check_backend(backend)]
+    check_backend(backend)
+    attend = BACKENDS[backend]
     if variant == "raster":  # no product with a distance, which all the other backends are built on
         return reference_attention
     return sdpa_attention if variant == "none" and attend is not reference_attention else attend
 
 
-def _check_gate(gate, alpha, query):
+def _check_gate(
+    gate: torch.Tensor | None, alpha: torch.Tensor | None, query: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     batch, heads, tokens, _ = query.shape
     if gate is None or alpha is None:
         raise ValueError("A spatial decay other than 'none' needs `gate` and `alpha`.")
@@ -132,7 +137,7 @@ def _check_gate(gate, alpha, query):
     if alpha.shape != (heads,):
         raise ValueError(f"`alpha` has shape {tuple(alpha.shape)}; ({heads},) is needed.")
     # Keep at least fp32: bf16 would round decays of 16 to 32 to steps of 1/8.
-    return gate.to(torch.promote_types(gate.dtype, torch.float32)).expand(batch, heads, tokens)
+    return gate.to(torch.promote_types(gate.dtype, torch.float32)).expand(batch, heads, tokens), alpha
 
 
 # (batch, heads, H*W, ...) <-> (batch*H, heads, W, ...) and (batch*W, heads, H, ...)

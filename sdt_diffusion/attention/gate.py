@@ -73,10 +73,15 @@ class ContextAwareGate(nn.Module):
 
         Returns:
             The gate G, shape (batch, heads, tokens), and alpha, shape (heads,).
+
+        Raises:
+            ValueError: If the conditioning is missing.
         """
         with _without_autocast(hidden_states.device.type):
             logits = _project(self.proj, hidden_states)  # (B, N, h)
             if self.conditioning_proj is not None:
+                if conditioning is None:
+                    raise ValueError("This gate was built with conditioning_dim and needs conditioning.")
                 logits = logits + _project(self.conditioning_proj, conditioning).unsqueeze(1)
             gate = F.logsigmoid(logits).transpose(1, 2)  # (B, h, N)
             return gate, self.log_alpha.to(logits.dtype).exp()

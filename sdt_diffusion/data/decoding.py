@@ -2,6 +2,7 @@
 
 import io
 import re
+from typing import Literal
 
 import numpy as np
 import torch
@@ -9,8 +10,10 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 
 #: Endings of image files.
 IMAGE_ENDINGS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"})
+#: Color or gray, as Pillow names them.
+ImageMode = Literal["RGB", "L"]
 #: Channels of images -> their mode.
-IMAGE_MODES = {1: "L", 3: "RGB"}
+IMAGE_MODES: dict[int, ImageMode] = {1: "L", 3: "RGB"}
 
 
 class CorruptImageError(ValueError):
@@ -26,7 +29,7 @@ class ImageDecoder:
         as_pictures: Return PIL images of that mode, of any size, for transforms that crop by themselves.
     """
 
-    def __init__(self, resolution: int | None, image_mode: str, as_pictures: bool = False):
+    def __init__(self, resolution: int | None, image_mode: ImageMode, as_pictures: bool = False):
         self.resolution, self.image_mode, self.as_pictures = resolution, image_mode, as_pictures
 
     def __call__(self, image: dict | None, row: int, dataset: str) -> torch.Tensor | Image.Image:

@@ -6,13 +6,13 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from PIL import Image
 
-from .decoding import IMAGE_ENDINGS, ImageDecoder
+from .decoding import IMAGE_ENDINGS, ImageDecoder, ImageMode
 
 #: File ending -> a reader of the `datasets` library, or a function of the files' paths that returns a
 #: `datasets.Dataset`. A new format is one line here.
@@ -49,7 +49,7 @@ class ImageArguments:
     resolution: int | None = field(
         default=None, metadata={"help": "Side of the images in pixels; what the model preset is for by default."}
     )
-    image_mode: Literal["RGB", "L"] | None = field(
+    image_mode: ImageMode | None = field(
         default=None, metadata={"help": "Color or gray; L for digits, RGB for all else by default."}
     )
 
@@ -64,6 +64,13 @@ class ImageArguments:
             resolution=self.resolution or default_resolution,
             image_mode=self.image_mode or default_image_mode(self.dataset),
         )
+
+    @property
+    def size_and_mode(self) -> tuple[int, ImageMode]:
+        """Resolution and image mode of complete arguments; see `resolved`."""
+        if self.resolution is None or self.image_mode is None:
+            raise ValueError("resolution and image_mode are not decided: use what `resolved` returns.")
+        return self.resolution, self.image_mode
 
 
 @dataclass
@@ -110,7 +117,8 @@ class LabeledImages:
         # Images are decoded here and not by `datasets`, so that an error can name the file.
         self.dataset = dataset.cast_column(image_column, Image(decode=False))
         self.image_column, self.label_column = image_column, label_column
-        self.decode = ImageDecoder(arguments.resolution, arguments.image_mode, as_pictures)
+        self.image_mode = arguments.image_mode or default_image_mode(name)
+        self.decode = ImageDecoder(arguments.resolution, self.image_mode, as_pictures)
         labels = dataset[label_column][:]
         for row, label in enumerate(labels):
             if not isinstance(label, int):
@@ -142,7 +150,7 @@ class LabeledImages:
     @property
     def num_channels(self) -> int:
         """Channels of the images."""
-        return len(self.arguments.image_mode)
+        return len(self.image_mode)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -159,7 +167,7 @@ class LabeledImages:
         return self.__getitems__([index])[0]
 
 
-def default_image_mode(dataset: str) -> Literal["RGB", "L"]:
+def default_image_mode(dataset: str) -> ImageMode:
     """Return gray for the digits, color for all else."""
     return "L" if dataset == "digits" else "RGB"
 

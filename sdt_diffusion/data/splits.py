@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch.utils.data import Dataset
 
 from ..utils.seeding import Stream, numpy_generator
 from .images import DataArguments, LabeledImages, check_class_folders, load_images
@@ -42,7 +43,7 @@ class ValidationDataArguments:
             raise ValueError(f"validation_fraction must lie between 0 and 1, not {self.validation_fraction}.")
 
 
-class ImageSubset:
+class ImageSubset(Dataset):
     """Some of the images of a data set, which keeps its name in messages.
 
     Args:

@@ -105,7 +105,13 @@ def decay_maps(decay: BlockDecay, patches: Sequence[tuple[int, int]]) -> torch.T
 
 
 def attention_maps(decay: BlockDecay, patches: Sequence[tuple[int, int]]) -> torch.Tensor:
-    """Return the attention from patches, shape (patches, heads, rows, columns); it sums to 1 over the grid."""
+    """Return the attention from patches, shape (patches, heads, rows, columns); it sums to 1 over the grid.
+
+    Raises:
+        ValueError: If it was not recorded.
+    """
+    if decay.attention is None:
+        raise ValueError("The attention was not recorded: call record_decays with attention=True.")
     tokens = [y * decay.grid_size[1] + x for y, x in patches]
     return decay.attention[:, tokens].transpose(0, 1).unflatten(2, decay.grid_size)
 

@@ -213,8 +213,8 @@ def classify(
                 logits = model(pixel_values).logits
             if len(rows) == len(batches[0]):  # the last one may be smaller, and slower an image
                 speeds.append(len(rows) / (_now(state.device) - start))
-            bad = (~logits.isfinite()).any(dim=1).nonzero() if require_finite else ()
-            if len(bad):
+            if require_finite and not logits.isfinite().all():
+                bad = (~logits.isfinite()).any(dim=1).nonzero()
                 raise ValueError(f"The logits of {images.images.name}, row {rows[int(bad[0])]}, are not finite.")
             running.update(logits, classes.to(state.device))
             bar.update(len(rows))

@@ -205,7 +205,8 @@ def save_summary(path: Path, summary: FeatureSummary) -> None:
     if path.suffix == ".safetensors":
         write_atomically(path, lambda partial: save_file(arrays, partial, metadata={PROVENANCE_KEY: provenance}))
     else:
-        write_atomically(path, lambda partial: np.savez(partial, **arrays, **{PROVENANCE_KEY: np.array(provenance)}))
+        arrays[PROVENANCE_KEY] = np.array(provenance)
+        write_atomically(path, lambda partial: np.savez(partial, **arrays))
 
 
 def load_summary(path: Path) -> FeatureSummary:

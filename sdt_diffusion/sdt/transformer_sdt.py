@@ -273,7 +273,7 @@ class SDTTransformer2DModel(
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         nn.init.xavier_uniform_(self.pos_embed.proj.weight.flatten(1))
-        nn.init.zeros_(self.pos_embed.proj.bias)
+        nn.init.zeros_(self.pos_embed.proj.get_parameter("bias"))
         nn.init.normal_(self.time_class_embed.class_embedder.weight, std=0.02)
         nn.init.normal_(self.time_class_embed.timestep_embedder.linear_1.weight, std=0.02)
         nn.init.normal_(self.time_class_embed.timestep_embedder.linear_2.weight, std=0.02)

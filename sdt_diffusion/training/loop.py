@@ -17,7 +17,7 @@ from .run import TrainingRun
 class Loss(Protocol):
     """What `train` minimizes."""
 
-    def __call__(self, model: nn.Module, images: torch.Tensor, labels: torch.Tensor, draws: Draws) -> torch.Tensor:
+    def __call__(self, model: nn.Module, images: torch.Tensor, labels: torch.Tensor, draws: Draws, /) -> torch.Tensor:
         """Return the mean loss of a batch, a scalar; all its random numbers come from `draws`."""
 
     def pop_values(self) -> dict[str, float]:

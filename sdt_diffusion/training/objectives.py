@@ -74,7 +74,7 @@ class Objective(Protocol):
 class DDPMObjective:
     """Noise (epsilon) or velocity under DiT's linear schedule."""
 
-    options = ("prediction_type", "snr_gamma")
+    options: tuple[str, ...] = ("prediction_type", "snr_gamma")
 
     def __init__(self, args: ObjectiveArguments):
         self.prediction_type, self.snr_gamma = args.prediction_type, args.snr_gamma
@@ -108,7 +108,7 @@ class DDPMObjective:
 class FlowObjective:
     """Flow matching on x_sigma = (1 - sigma) x + sigma noise: predict noise - x at timestep 1000 sigma."""
 
-    options = ("weighting_scheme", "logit_mean", "logit_std", "mode_scale")
+    options: tuple[str, ...] = ("weighting_scheme", "logit_mean", "logit_std", "mode_scale")
 
     def __init__(self, args: ObjectiveArguments):
         self.args = args

@@ -112,8 +112,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         recipe_args.check_batch_size(run_args.train_batch_size)
         run_args = replace(run_args, mixed_precision=resolve_precision(run_args.mixed_precision))
         data_args = replace(data_args, image_mode=data_args.image_mode or model_args.image_mode)
+        data_args = data_args.resolved(model_args.default_resolution)
         images, train_images, test_images = load_splits(data_args, validation_args, model_args.default_resolution)
-        data_args = images.arguments
         run_args, optimization_args = recipe_args.resolve_epochs(
             run_args, optimization_args, len(train_images), process_state().num_processes
         )

@@ -22,7 +22,7 @@ from accelerate.utils import reduce
 from PIL import Image
 from torch.utils.data import DataLoader, Subset
 
-from ..data import CorruptImageError, DataArguments
+from ..data import CorruptImageError, DataArguments, LabeledImages
 from ..data.latents.training_data import TrainingData, open_training_data
 from ..data.splits import ImageSubset
 from ..evaluation.cost import count_cost
@@ -312,6 +312,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if run.accelerator.is_main_process:
         move_into(run.output_dir, pipe.save_pretrained)
         if validation_args.label_accuracy_samples:
+            assert isinstance(data.images, LabeledImages)  # a cache was refused above
             results = label_accuracy(pipe, data.images, validation_args.label_accuracy_samples, sampling)
             write_atomically(
                 run.output_dir / "results.json", lambda path: path.write_text(json.dumps(results, indent=2))

@@ -123,7 +123,8 @@ class _Parser(HfArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """End the program."""
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        # By its own class, whose annotation says that it never returns; mypy does not see transformers' parser.
+        argparse.ArgumentParser.exit(self, 2, f"{self.prog}: error: {message}\n")
 
     def refuse_unknown(self, what: str, names: Sequence[str], known: Iterable[str], where: str = "") -> None:
         """End the program if a name is not known, and suggest a similar one."""

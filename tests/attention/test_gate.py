@@ -71,6 +71,12 @@ def test_autocast_and_bf16_inputs_compute_in_fp32():
     assert torch.equal(values, expected)
 
 
+def test_a_gate_built_for_conditioning_refuses_to_run_without_it():
+    gate = ContextAwareGate(8, 2, conditioning_dim=6)
+    with pytest.raises(ValueError, match="needs conditioning"):
+        gate(torch.randn(2, 5, 8))
+
+
 def test_fixed_gate_has_nothing_to_learn_or_to_round():
     gate = FixedGate(4)
     assert not list(gate.parameters())

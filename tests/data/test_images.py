@@ -114,6 +114,9 @@ def test_the_arguments_stay_and_the_images_carry_complete_ones(folder):
     assert arguments == DataArguments(dataset=str(folder), random_flip=True)
     assert images.arguments == DataArguments(dataset=str(folder), random_flip=True, resolution=8, image_mode="RGB")
     assert load_images(DataArguments(), default_resolution=None).arguments.image_mode == "L"
+    assert images.arguments.size_and_mode == (8, "RGB")
+    with pytest.raises(ValueError, match="not decided"):
+        _ = arguments.size_and_mode
 
 
 NAMES = {

@@ -74,6 +74,14 @@ def test_what_a_model_did_is_recorded(variant):
         torch.testing.assert_close(maps.sum(dim=(2, 3)), torch.ones(2, module.heads))
 
 
+def test_attention_that_was_not_recorded_cannot_be_mapped():
+    model = small_model()
+    with torch.no_grad(), record_decays(model) as decays:
+        model(images(num=1))
+    with pytest.raises(ValueError, match="attention=True"):
+        attention_maps(decays[0], [(0, 0)])
+
+
 @pytest.mark.parametrize("decomposed", [False, True])
 def test_recorded_attention_is_what_the_values_go_through(decomposed):
     torch.manual_seed(0)

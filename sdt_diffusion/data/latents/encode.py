@@ -179,8 +179,8 @@ def encode_into(
         ValueError: If the folder holds something else, another process writes to it, the images do not fit the VAE,
             latents are not finite, or too many images cannot be decoded.
     """
-    state, images = PartialState(), rows.arguments
-    check_images_fit(vae, images.resolution, images.image_mode)
+    state, (resolution, image_mode) = PartialState(), rows.arguments.size_and_mode
+    check_images_fit(vae, resolution, image_mode)
     writer = CacheWriter(folder, _settings(rows, vae, args))
     with FolderLock(folder) if state.is_main_process else nullcontext():
         if state.is_main_process:
@@ -194,23 +194,24 @@ def encode_into(
         if state.is_main_process:
             _check_unreadable(_unreadable(writer.finished()), args.max_unreadable)
             num_rows = writer.num_rows() if rows.num_rows is None else rows.num_rows
-            writer.finish(args.pretrained_vae_model_name_or_path, latent_shape(vae, images.resolution), num_rows)
+            assert num_rows is not None  # the rows were read to the end, or the manifest counts them
+            writer.finish(args.pretrained_vae_model_name_or_path, latent_shape(vae, resolution), num_rows)
         state.wait_for_everyone()
     return read_manifest(folder)
 
 
 def _encode_missing(writer, finished, rows, vae, args, progress):
     """Encode this process's share of the missing shards."""
-    state, images = PartialState(), rows.arguments
+    state, (resolution, image_mode) = PartialState(), rows.arguments.size_and_mode
     vae.to(state.device)
     if args.vae_dtype != "float32":
         vae.to(getattr(torch, args.vae_dtype))
-    encode = ShardEncoder(vae, latent_shape(vae, images.resolution), getattr(torch, args.dtype))
+    encode = ShardEncoder(vae, latent_shape(vae, resolution), getattr(torch, args.dtype))
 
     def is_mine(shard):
         return shard % state.num_processes == state.process_index and shard not in finished
 
-    decode = ImageDecoder(images.resolution, images.image_mode)
+    decode = ImageDecoder(resolution, image_mode)
     batches = shard_batches(rows, decode, args.shard_size, args.batch_size, is_mine, args.num_threads)
     unreadable = _unreadable(finished)
     total = rows.num_rows and sum(is_mine(row // args.shard_size) for row in range(rows.num_rows))

@@ -99,13 +99,14 @@ def open_training_data(data: DataArguments, vae_name: str | None, default_sample
         return _open_cache(folder, data, vae_name, seed)
     vae = _load_vae(vae_name)
     data = data.resolved(default_sample_size * vae_spatial_scale(vae))
-    images = load_images(data, data.resolution)
+    resolution, image_mode = data.size_and_mode
+    images = load_images(data, resolution)
     augment = RandomFlip(seed) if data.random_flip else None
     if vae is None:
-        shape = (images.num_channels, data.resolution, data.resolution)
+        shape = (images.num_channels, resolution, resolution)
         return TrainingData(data, images, None, None, augment, shape)
-    check_images_fit(vae, data.resolution, data.image_mode)
-    return TrainingData(data, images, vae, vae_name, augment, latent_shape(vae, data.resolution))
+    check_images_fit(vae, resolution, image_mode)
+    return TrainingData(data, images, vae, vae_name, augment, latent_shape(vae, resolution))
 
 
 def _open_cache(folder, data, vae_name, seed):

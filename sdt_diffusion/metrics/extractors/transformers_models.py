@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from ...data.decoding import IMAGE_MODES
+from ...data.decoding import IMAGE_MODES, ImageMode
 from ...utils.fingerprint import fingerprint
 from .base import FeatureExtractor, as_rgb, brief
 
@@ -141,7 +141,7 @@ def load_pretrained(auto_class: Any, name: str, what: str, **kwargs: Any) -> Any
         ) from error
 
 
-def image_mode_for(num_channels: int) -> str:
+def image_mode_for(num_channels: int) -> ImageMode:
     """Return the mode of images of a number of channels.
 
     Raises:

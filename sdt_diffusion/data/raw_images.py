@@ -276,9 +276,10 @@ def map_npz_array(path: Path, key: str) -> np.ndarray:
                 if 0 in shape:
                     return np.empty(shape, dtype)
                 if entry.compress_type != zipfile.ZIP_STORED:
-                    unpacked = tempfile.TemporaryFile()  # noqa: SIM115  (lives as long as the mapping)
-                    shutil.copyfileobj(member, unpacked)
-                    return np.memmap(unpacked, dtype=dtype, mode="r", shape=shape, order=order)
+                    with tempfile.TemporaryFile() as unpacked:  # the mapping keeps it
+                        shutil.copyfileobj(member, unpacked)
+                        unpacked.flush()
+                        return np.memmap(unpacked, dtype=dtype, mode="r", shape=shape, order=order)
     except (zipfile.BadZipFile, OSError, EOFError, RuntimeError, KeyError) as error:
         raise ValueError(f"{path} is not a whole .npz file: {error}") from error
     with path.open("rb") as file:  # the data follow the entry's own header, whose length is in bytes 26 to 29

@@ -10,7 +10,9 @@ import yaml
 import sdt_diffusion
 from sdt_diffusion.data import DataArguments
 from sdt_diffusion.evaluation.fid import FidArguments
-from sdt_diffusion.training.config import OptimizationArguments, RunArguments
+from sdt_diffusion.training.config import RunArguments
+from sdt_diffusion.training.ema import EMAArguments
+from sdt_diffusion.training.optimizer import OptimizationArguments
 from sdt_diffusion.training.recipe import RecipeArguments
 from sdt_diffusion.training.train_dit import ModelArguments
 from sdt_diffusion.utils.arguments import (
@@ -23,7 +25,7 @@ from sdt_diffusion.utils.arguments import (
     require_at_least,
 )
 
-TYPES = (ModelArguments, DataArguments, OptimizationArguments, RunArguments)
+TYPES = (ModelArguments, DataArguments, OptimizationArguments, EMAArguments, RunArguments)
 
 
 def parse(*argv, **kwargs):

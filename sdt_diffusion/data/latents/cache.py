@@ -110,10 +110,19 @@ class LatentCache:
     def __getstate__(self):
         return {**self.__dict__, "_files": {}}
 
+    def __del__(self):
+        self.close()
+
+    def close(self) -> None:
+        """Close the shards; they are opened again when they are read."""
+        files = self.__dict__.get("_files", {})  # none if `__init__` failed
+        while files:
+            files.popitem()[1].close()
+
     def _descriptor(self, shard):
         if shard not in self._files:
             if len(self._files) >= MAX_OPEN_FILES:
-                self._files.clear()
+                self.close()
             self._files[shard] = self._paths[shard].open("rb", buffering=0)
         return self._files[shard].fileno()
 

@@ -7,7 +7,7 @@ from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockR
 from diffusers.models.attention import AttentionModuleMixin, FeedForward
 from diffusers.models.attention_dispatch import (
     AttentionBackendName,
-    _AttentionBackendRegistry,  # no public function tells which backend `attention_backend(...)` made active
+    _AttentionBackendRegistry,  # no public function returns the backend that `attention_backend(...)` set
     dispatch_attention_fn,
 )
 from diffusers.models.embeddings import apply_rotary_emb
@@ -16,7 +16,7 @@ from torch import nn
 from .attention import build_gate, check_backend, check_variant, spatial_decay_attention
 from .attention.dispatch import Backend
 
-#: What diffusers' `FeedForward` knows.
+#: Activations that diffusers' `FeedForward` supports.
 ACTIVATIONS = ("gelu", "gelu-approximate", "geglu", "geglu-approximate", "swiglu", "linear-silu")
 
 #: diffusers' backends that add a mask of any values. The others refuse a mask or keep only where it is not zero.
@@ -26,12 +26,12 @@ MASK_BACKENDS = ("native", "_native_math", "_native_efficient", "_native_cudnn",
 class SDTAttnProcessor:
     """Computes `SDTAttention` through `spatial_decay_attention`.
 
-    Which backend computes it, the first of these that is set:
+    The backend is the first of these that is set:
 
     1. `model.set_attention_backend(name)` of diffusers;
     2. `backend` of this processor, which `set_decay_backend(model, name)` sets;
     3. diffusers' active backend (`with attention_backend(name):`, the environment variable DIFFUSERS_ATTN_BACKEND)
-       if it is another than diffusers' own default, `native`;
+       unless it is diffusers' default, `native`;
     4. the best of our backends for the device.
 
     A backend of diffusers receives the decay as an additive mask; those outside `MASK_BACKENDS`, such as the flash
@@ -227,9 +227,9 @@ class SDTAttention(nn.Module, AttentionModuleMixin):
 
 
 class AdaLayerNormZero(nn.Module):
-    """DiT's adaLN-Zero: a norm without affine parameters, modulated by the conditioning vector from a zero start.
+    """DiT's adaLN-Zero: a norm without affine parameters, modulated by the conditioning vector.
 
-    The vector comes with its SiLU applied, once for all blocks.
+    The modulation is zero at initialization. The caller applies the SiLU of the vector, once for all blocks.
     """
 
     def __init__(self, dim: int, conditioning_dim: int, eps: float):
@@ -285,7 +285,7 @@ class SDTBlock(nn.Module):
         conditional_position_kernel_size: Kernel size of a depth-wise convolution of the block's input that is added to
             it before anything else (conditional position encoding); 0 for none.
         mlp_kernel_size: Kernel size of a depth-wise convolution inside the MLP; 0 for none.
-        layer_scale_init_value: Start of a learned factor per channel on both branches, or `None` for no factor.
+        layer_scale_init_value: Initial value of a learned factor per channel on both branches; `None` for none.
         drop_path: Probability that training drops a branch of a sample.
         **attention_kwargs: Further options of `SDTAttention`.
     """
@@ -333,7 +333,7 @@ class SDTBlock(nn.Module):
         self.ff = SDTFeedForward(dim, int(dim * mlp_ratio), activation_fn, dropout, mlp_kernel_size)
         self.layer_scale1, self.layer_scale2, self.drop_path = nn.Identity(), nn.Identity(), nn.Identity()
         if layer_scale_init_value is not None or drop_path:
-            from timm.layers import DropPath, LayerScale  # only where needed: the diffusion models do without timm
+            from timm.layers import DropPath, LayerScale  # imported here because diffusion models do not need timm
 
             if layer_scale_init_value is not None:
                 self.layer_scale1 = LayerScale(dim, layer_scale_init_value)
@@ -352,15 +352,15 @@ class SDTBlock(nn.Module):
         Args:
             hidden_states: Tokens in raster order, shape (batch, tokens, dim).
             grid_size: Rows and columns of the patch grid.
-            conditioning: SiLU of the conditioning vector, shape (batch, conditioning_dim); needed exactly when the
-                block was built for it.
+            conditioning: SiLU of the conditioning vector, shape (batch, conditioning_dim); required if
+                and only if the block was built with it.
             image_rotary_emb: Cosines and sines of the rotary embedding, each of shape (tokens, head_dim), or `None`.
 
         Returns:
             Tokens of the same shape.
 
         Raises:
-            ValueError: If conditioning is missing or not wanted.
+            ValueError: If conditioning is missing or unexpected.
         """
         if self.conditioned != (conditioning is not None):
             raise ValueError(

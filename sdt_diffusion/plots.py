@@ -9,10 +9,10 @@ from PIL import Image, ImageDraw, ImageFont
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
-#: Columns of a grid whose caller names no number.
+#: Maximum number of columns of a grid whose caller does not set it.
 MAX_COLUMNS = 10
-#: Smallest size of the labels' font, and its part of an image's width: the labels of large images are to be readable
-#: where the grid is shown reduced.
+#: Minimum font size of labels, and their font size as a fraction of an image's width: labels of large images must stay
+#: readable when the grid is scaled down.
 MIN_FONT_SIZE, FONT_PART = 12, 1 / 8
 
 
@@ -25,8 +25,8 @@ def image_grid(
 ) -> Image.Image:
     """Draw a grid of images with their labels above them.
 
-    A label is written where it begins: an image without one has that of the image to its left, a row without any
-    those of the row above.
+    A label is written only where it changes: an image without one has that of the image to its left, and a row without
+    any has those of the row above.
 
     Args:
         images: Images of one size.
@@ -92,7 +92,7 @@ def _where_labels_begin(labels: Sequence[str], rows: Sequence[range]) -> set[int
 
 
 def _fit(labels: Sequence[str], font: Font, width: int) -> list[str]:
-    """Shorten labels to a width: to the words before their first comma, all of them if one is too long, then cut."""
+    """Shorten labels to a width: if one is too long, cut all at their first comma, then each at the width."""
     if any(font.getlength(label) > width for label in labels):
         labels = [label.partition(",")[0] for label in labels]
     return [_cut(label, font, width) for label in labels]
@@ -110,11 +110,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# matplotlib is imported where it draws: it takes a second, and most of the package does without.
+# matplotlib is imported inside the functions that draw, because importing it takes a second.
 
 
 def plot_loss_curve(records: Sequence[Mapping[str, float]], path: Path) -> None:
-    """Draw the loss over steps, with what else is known: held-out loss, losses by timestep, FID, learning rate.
+    """Draw the loss over steps, with held-out loss, losses by timestep, FID and learning rate where they are known.
 
     Args:
         records: Dictionaries with a `step` and any of `loss` (with `learning_rate` and "loss_by_timestep/..."),
@@ -180,7 +180,7 @@ def _plot_losses(
     axes.plot(steps, _smooth(losses), color="tab:blue", label="smoothed")
     if len(validation[0]):
         axes.plot(*validation, color="tab:orange", marker="o", markersize=4, label="held-out images")
-    if len(losses):  # the first steps would flatten all that comes after them
+    if len(losses):  # otherwise the first steps would flatten the rest
         shown = np.concatenate([losses, validation[1]])
         axes.set_ylim(0.95 * shown.min(), 1.05 * np.percentile(shown, 98))
     axes.set_ylabel("loss")
@@ -221,10 +221,10 @@ def _smooth(values: np.ndarray) -> np.ndarray:
     return (sums[center + reach + 1] - sums[center - reach]) / (2 * reach + 1)
 
 
-#: Numbers of classes up to which cells show their counts, and up to which classes are named. More classes are drawn in
-#: at most so many groups.
+#: Maximum number of classes for which cells show their counts, and for which classes are named; maximum number of
+#: groups in which more classes are drawn.
 MAX_NUMBERED, MAX_NAMED, MAX_GROUPS = 20, 40, 100
-#: A square-root color scale shows the rare confusions, which are what one looks for.
+#: A square-root color scale makes rare confusions visible.
 COLOR_POWER = 0.5
 
 

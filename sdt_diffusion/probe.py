@@ -29,14 +29,14 @@ class SDTClassifierConfig(PretrainedConfig):
     Args:
         transformer: Config of the whole `SDTTransformer2DModel`.
         block: Block whose tokens are the features; the blocks above it are left out.
-        timestep: Timestep that the transformer is given, of the noise in its input.
+        timestep: Timestep of the noise in the transformer's input.
         signal_scale: Factor of the image.
         noise_scale: Factor of the noise that is added to it.
         noise_seed: Seed of the noise in evaluation.
         vae: Config of the VAE, with the name of its class as `_class_name`; `None` for pixels.
-        freeze_backbone: Whether training leaves the transformer as it is.
+        freeze_backbone: Whether the transformer is frozen in training.
         num_channels: Channels of the images.
-        **kwargs: What every config takes, such as `id2label`.
+        **kwargs: Arguments of every config, such as `id2label`.
     """
 
     model_type = "sdt_classifier"
@@ -103,7 +103,7 @@ class Backbone:
         """
         if self.num_channels not in IMAGE_MODES:
             raise ValueError(
-                f"The transformer works in {self.num_channels} channels, which are no pixels: give the folder of the "
+                f"The transformer works in {self.num_channels} channels, which are not pixels: give the folder of the "
                 "pipeline, with its VAE."
             )
         return IMAGE_MODES[self.num_channels]
@@ -153,7 +153,7 @@ class SDTPreTrainedModel(ImagePreTrainedModel):
         if config.vae is not None:
             self.vae = getattr(diffusers, config.vae["_class_name"]).from_config(config.vae)
         self.transformer = SDTTransformer2DModel.from_config({**config.transformer, "num_layers": config.block + 1})
-        # These two predict noise; without them neither weights nor arithmetic are spent on it.
+        # A classifier does not need the two layers that predict noise.
         self.transformer.proj_out_1 = self.transformer.proj_out_2 = nn.Identity()
         self.dim = self.transformer.config.num_attention_heads * self.transformer.config.attention_head_dim
         self.norm = nn.BatchNorm1d(self.dim, affine=False, eps=1e-6)
@@ -174,7 +174,7 @@ class SDTPreTrainedModel(ImagePreTrainedModel):
         }
 
     def no_weight_decay(self) -> set[str]:
-        """Return no names: timm itself spares what is one-dimensional."""
+        """Return no names: timm already excludes one-dimensional parameters."""
         return set()
 
     def forward_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -212,7 +212,7 @@ class SDTPreTrainedModel(ImagePreTrainedModel):
 
 
 class SDTModel(SDTPreTrainedModel):
-    """Features of a generative transformer without a classifier: what `AutoModel` gives."""
+    """Features of a generative transformer without a classifier, as `AutoModel` returns it."""
 
     _keys_to_ignore_on_load_unexpected = [r"^head\."]  # noqa: RUF012
 
@@ -272,7 +272,7 @@ class SDTForImageClassification(SDTPreTrainedModel):
             backbone: The transformer, with its scheduler and VAE.
             block: Block whose tokens are the features, from 0; the middle one by default.
             timestep: Noise level, see `noise_scales`.
-            freeze_backbone: Whether training leaves the transformer as it is.
+            freeze_backbone: Whether the transformer is frozen in training.
             **config: Further values of the config, such as `id2label`.
 
         Raises:

@@ -26,7 +26,7 @@ TINY = {
 
 
 @torch.no_grad()
-def randomise(model, std=0.1, seed=0):
+def randomize(model, std=0.1, seed=0):
     """Move every parameter off its start, where zero modulations would hide the blocks."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
@@ -40,7 +40,7 @@ def make_model():
 
     def make(**overrides):
         torch.manual_seed(0)
-        return randomise(SDTTransformer2DModel(**{**TINY, **overrides})).eval()
+        return randomize(SDTTransformer2DModel(**{**TINY, **overrides})).eval()
 
     return make
 

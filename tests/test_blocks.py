@@ -4,7 +4,7 @@ import torch
 
 from sdt_diffusion.attention import BACKENDS, SPATIAL_DECAY_VARIANTS
 from sdt_diffusion.blocks import SDTAttention, SDTAttnProcessor, SDTBlock, set_decay_backend
-from tests.conftest import randomise
+from tests.conftest import randomize
 
 GRID = (3, 4)
 OPTIONS = [
@@ -29,7 +29,7 @@ def test_conditioned_block_starts_as_the_identity():
 @pytest.mark.parametrize("conditioning_dim", [None, 8])
 def test_every_option_trains_every_parameter(variant, options, conditioning_dim):
     torch.manual_seed(0)
-    block = randomise(SDTBlock(16, 2, conditioning_dim=conditioning_dim, spatial_decay=variant, **options))
+    block = randomize(SDTBlock(16, 2, conditioning_dim=conditioning_dim, spatial_decay=variant, **options))
     conditioning = None if conditioning_dim is None else torch.randn(2, 8)
     output = block(torch.randn(2, 12, 16), GRID, conditioning)
     assert output.shape == (2, 12, 16)
@@ -90,7 +90,7 @@ def test_convolutions_of_the_input_and_inside_the_mlp():
 @pytest.mark.parametrize("conditioning_dim", [None, 8])
 def test_layer_scale_multiplies_both_branches(conditioning_dim):
     torch.manual_seed(0)
-    plain = randomise(SDTBlock(16, 2, conditioning_dim=conditioning_dim))
+    plain = randomize(SDTBlock(16, 2, conditioning_dim=conditioning_dim))
     block = SDTBlock(16, 2, conditioning_dim=conditioning_dim, layer_scale_init_value=1.0)
     block.load_state_dict(plain.state_dict(), strict=False)
     x, conditioning = torch.randn(2, 12, 16), None if conditioning_dim is None else torch.randn(2, 8)
@@ -154,7 +154,7 @@ def test_backends_of_models_are_refused_with_the_known_ones():
 
 
 def test_fused_projections_change_nothing():
-    attn = randomise(SDTAttention(16, 2))
+    attn = randomize(SDTAttention(16, 2))
     x = torch.randn(2, 12, 16)
     expected = attn(x, GRID)
     attn.fuse_projections()

@@ -168,7 +168,7 @@ def test_what_does_not_fit_is_refused(make_model, make_probe):
     with pytest.raises(ValueError, match=r"must be a whole number from 0 to 999 .* not 0.5"):
         make_probe(scheduler=DDIMScheduler(), timestep=0.5)
     latents = Backbone(make_model(in_channels=4), FlowMatchEulerDiscreteScheduler())
-    with pytest.raises(ValueError, match="works in 4 channels, which are no pixels"):
+    with pytest.raises(ValueError, match="works in 4 channels, which are not pixels"):
         _ = latents.image_mode
 
 

@@ -1,4 +1,4 @@
-"""Spatial decay attention, from tensors to tensors, on torch alone: no timesteps, classes, models or files here."""
+"""Spatial decay attention on plain tensors; this folder depends on torch only."""
 
 from .dispatch import BACKENDS, check_backend, spatial_decay_attention
 from .formula import SPATIAL_DECAY_VARIANTS, Decay, check_variant, manhattan_distance, spatial_decay

@@ -4,10 +4,10 @@ import torch
 
 from .formula import Decay
 
-#: Bytes of logits to compute at a time; more if otherwise there were fewer heads than threads.
+#: Bytes of logits to compute at a time; exceeded where fewer heads than threads would fit.
 SCRATCH_BYTES = 2**21
 
-# Register as operators, which compiled models call as they are: a compiler would unroll the loops.
+# Registered as custom operators because a compiler would unroll the loops.
 
 
 @torch.library.custom_op("sdt_diffusion::blockwise_attention", mutates_args=())
@@ -19,7 +19,7 @@ def _forward(
     distance: torch.Tensor,
     scale: float,
 ) -> torch.Tensor:
-    """Compute what the dense backend does, one block of samples or heads after the other."""
+    """Compute the same as the dense backend, one block of samples or heads at a time."""
     output = torch.empty_like(value)
     for block in _blocks(half_decay, distance):
         attention = _attention(query[block], key[block], half_decay[block], distance, scale)  # (b, h', N, N)
@@ -38,7 +38,7 @@ def _backward(
     output: torch.Tensor,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Compute the gradients from attention that is computed again, which is cheaper than to store and load it."""
+    """Compute the gradients from recomputed attention, which is cheaper than storing and loading it."""
     grad_query, grad_key, grad_value = (torch.empty_like(x) for x in (query, key, value))
     grad_half_decay = torch.empty_like(half_decay)
     for block in _blocks(half_decay, distance):

@@ -1,4 +1,4 @@
-"""The one call through which models attend, `spatial_decay_attention`, and the table of its backends."""
+"""`spatial_decay_attention`, which every model calls to compute attention, and the table of its backends."""
 
 import math
 from collections.abc import Callable
@@ -121,7 +121,7 @@ def _resolve_backend(backend, variant):
         return backend
     check_backend(backend)
     attend = BACKENDS[backend]
-    if variant == "raster":  # no product with a distance, which all the other backends are built on
+    if variant == "raster":  # not a product with a distance, which all other backends rely on
         return reference_attention
     return sdpa_attention if variant == "none" and attend is not reference_attention else attend
 

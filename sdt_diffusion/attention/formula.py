@@ -1,4 +1,4 @@
-"""The paper's formula, written to be read.
+"""The paper's formula, in its most readable form.
 
 Source: "Learning Spatial Decay for Vision Transformers" (SDT, arXiv 2508.09525); the `fixed` variant is the decay of
 "RMT: Retentive Networks Meet Vision Transformers" (CVPR 2024).
@@ -84,7 +84,7 @@ def spatial_decay(
 
 
 class Decay(NamedTuple):
-    """What a spatial decay is made of, as backends receive it.
+    """The components of a spatial decay, as backends receive them.
 
     Args:
         gate: G = log sigmoid(decay logits) <= 0 in fp32 or fp64, shape (batch, heads, tokens).
@@ -111,7 +111,7 @@ class Decay(NamedTuple):
             u = 1/2 alpha G of shape (batch, heads, tokens), and d of shape (tokens, tokens).
 
         Raises:
-            ValueError: If the variant is `raster`, which is no product with a distance.
+            ValueError: If the variant is `raster`, which is not a product with a distance.
         """
         if self.variant == "raster":
             raise ValueError("The variant 'raster' has no distance to factor out: use `bias()`.")
@@ -127,8 +127,8 @@ def reference_attention(
 ) -> torch.Tensor:
     """Compute softmax(Q K^T * scale + M) V by plain differentiable operations.
 
-    All other backends are tested against this one. It differentiates any number of times and in forward mode, and
-    holds several (tokens, tokens) tensors per head for the backward pass.
+    All other backends are tested against this one. It supports higher derivatives and forward-mode differentiation,
+    and keeps several (tokens, tokens) tensors per head for the backward pass.
     """
     logits = (query @ key.transpose(-1, -2)) * scale  # (B, h, N, N)
     if decay is not None:

@@ -55,7 +55,7 @@ class ContextAwareGate(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Set the start described above."""
+        """Initialize the parameters as the docstring of the class describes."""
         nn.init.zeros_(self.proj.weight)
         self.proj.bias.copy_(torch.tensor([math.log(2**a - 1) for a in self.exponents]))
         if self.conditioning_proj is not None:
@@ -69,7 +69,7 @@ class ContextAwareGate(nn.Module):
 
         Args:
             hidden_states: The tokens that queries, keys and values see, shape (batch, tokens, dim).
-            conditioning: Shape (batch, conditioning_dim); needed exactly when the gate was built for it.
+            conditioning: Shape (batch, conditioning_dim); required if the gate was built with it, else unused.
 
         Returns:
             The gate G, shape (batch, heads, tokens), and alpha, shape (heads,).
@@ -88,7 +88,7 @@ class ContextAwareGate(nn.Module):
 
 
 class FixedGate(nn.Module):
-    """RMT's constant decay: G = log(1 - 2^-a_h) for every token, alpha = 1, nothing learned.
+    """RMT's constant decay: G = log(1 - 2^-a_h) for every token, alpha = 1, no learned parameters.
 
     It holds no tensors, so that no cast of the model can round the decay.
     """

@@ -38,7 +38,7 @@ class ImageDecoder:
         Args:
             image: Its `bytes`, or the `path` of its file.
             row: Its row in the data set, for messages.
-            dataset: What the data set is called, for messages.
+            dataset: Name of the data set, for messages.
 
         Returns:
             A picture, or a tensor in -1 to 1 of shape (channels, resolution, resolution).
@@ -76,7 +76,7 @@ def check_bit_depth(image: ImageFile.ImageFile) -> None:
     Raises:
         ValueError: If it has more; says its mode.
     """
-    # Pillow reads colors of 16 bits as RGB; only the layout of the bytes in the file, such as RGB;16B, shows it.
+    # Pillow reads colors of 16 bits as RGB; only the layout of the bytes in the file, such as RGB;16B, reveals them.
     if image.mode.startswith(("I", "F")) or any(re.search(";16[BLN]", str(tile)) for tile in image.tile):
         raise ValueError(f"mode {image.mode} has more than 8 bits per channel; convert it to 8 bits")
 

@@ -42,7 +42,7 @@ class ImageArguments:
     class_names: str | None = field(
         default=None,
         metadata={
-            "help": "File of names for classes that the data set calls otherwise, such as n01440764: .json as "
+            "help": "File of readable names for classes such as n01440764: .json as "
             "torchvision's imagenet_class_index.json, or lines 'n01440764 tench, Tinca tinca'."
         },
     )
@@ -54,10 +54,10 @@ class ImageArguments:
     )
 
     def resolved(self: Arguments, default_resolution: int | None) -> Arguments:
-        """Return a copy in which the resolution and the image mode are decided.
+        """Return a copy with the resolution and the image mode filled in.
 
         Args:
-            default_resolution: Side of the images in pixels where the arguments leave it open.
+            default_resolution: Side of the images in pixels if the arguments do not set it.
         """
         return replace(
             self,
@@ -95,7 +95,7 @@ class LabeledImages:
         arguments: The arguments.
         labels: Label of each image, shape (images,).
         class_names: Names of the classes, in the order of the labels.
-        stored_class_names: What the data set calls them: other than `class_names` where a file renames them.
+        stored_class_names: The data set's own names, which differ from `class_names` where a file renames them.
 
     Raises:
         ValueError: If the data set is empty, its labels are not 0 to num_classes - 1, or a class has no name in the
@@ -139,7 +139,7 @@ class LabeledImages:
 
     @property
     def name(self) -> str:
-        """What the data set is called in messages."""
+        """Name of the data set in messages."""
         return self.arguments.dataset
 
     @property
@@ -156,7 +156,7 @@ class LabeledImages:
         return len(self.dataset)
 
     def __getitems__(self, indices: Sequence[int]) -> list[tuple[torch.Tensor | Image.Image, int]]:
-        """Return images and labels, read in one go; tensors have the shape (channels, resolution, resolution)."""
+        """Return images and labels, read together; tensors have the shape (channels, resolution, resolution)."""
         images = self.dataset[list(indices)][self.image_column]
         return [
             (self.decode(image, index, self.name), int(self.labels[index]))
@@ -177,12 +177,12 @@ def load_images(args: ImageArguments, default_resolution: int | None, as_picture
 
     Args:
         args: The arguments, which stay as they are; those of the images returned are complete.
-        default_resolution: Side of the images in pixels where the arguments leave it open.
+        default_resolution: Side of the images in pixels if the arguments do not set it.
         as_pictures: See `LabeledImages`.
 
     Raises:
         FileNotFoundError: If a path does not exist.
-        ValueError: If nothing can be read there, or the columns cannot be told.
+        ValueError: If nothing can be read there, or the columns cannot be determined.
     """
     args = args.resolved(default_resolution)
     dataset = read_dataset(args)
@@ -204,7 +204,7 @@ def load_digits_dataset():
 
 
 def read_dataset(args: ImageArguments, streaming: bool = False):
-    """Return the `datasets.Dataset` that the arguments name; without a split, the only one there is.
+    """Return the `datasets.Dataset` that the arguments name; without a split, it must have only one.
 
     Args:
         args: The arguments.
@@ -297,7 +297,7 @@ def read_class_names(path: Path) -> dict[str, str]:
             `n01440764 tench, Tinca tinca`.
 
     Returns:
-        What a data set calls a class, a folder's name or a number, -> its name.
+        The data set's own name of a class, such as a folder or a number -> its readable name.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -338,16 +338,16 @@ def _names_of_lines(text):
 
 
 def rename_classes(stored: Sequence[str], path: str | None, dataset: str) -> list[str]:
-    """Return the names of classes in a file of class names.
+    """Return the names that a file of class names gives to classes.
 
     Args:
-        stored: What the data set calls its classes.
+        stored: The data set's own names.
         path: The file; see `read_class_names`. Without one the names stay.
-        dataset: What the data set is called in messages.
+        dataset: Name of the data set in messages.
 
     Returns:
-        The names in the order of `stored`. Those of several classes, such as ImageNet's two cranes, carry what the
-        data set calls them: "crane (n02012849)".
+        The names in the order of `stored`. A name of several classes, such as ImageNet's two cranes, is
+        followed by the data set's own name: "crane (n02012849)".
 
     Raises:
         FileNotFoundError: If there is no such file.

@@ -56,7 +56,7 @@ class RawImages(ABC):
         """
 
     def name_of(self, index: int) -> str:
-        """Return what an image is called in messages."""
+        """Return the name of an image in messages."""
         return f"image {index} of {self.name}"
 
     @property
@@ -79,10 +79,10 @@ class EncodedImages(RawImages):
     """Images in files or in rows of a data set, decoded on access.
 
     Args:
-        name: What the images are called in messages and records.
+        name: Name of the images in messages and records.
         image_mode: "RGB" or "L".
         resolution: Convert images to that mode and crop them to squares of this side, as training does; `None` to
-            take them as they are.
+            leave them as they are.
     """
 
     def __init__(self, name: str, image_mode: str, resolution: int | None):
@@ -245,7 +245,7 @@ class SubsetImages(RawImages):
         return self.images[self.indices[index]]
 
     def name_of(self, index: int) -> str:
-        """Return what the image is called in the whole set."""
+        """Return the name of the image in the whole set."""
         return self.images.name_of(self.indices[index])
 
     def describe(self) -> dict[str, Any]:
@@ -259,7 +259,7 @@ def map_npz_array(path: Path, key: str) -> np.ndarray:
     A compressed array is first unpacked into an unnamed temporary file.
 
     Raises:
-        ValueError: If the file is not a whole `.npz` file or lacks the array.
+        ValueError: If the file is not a complete `.npz` file or lacks the array.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -281,7 +281,7 @@ def map_npz_array(path: Path, key: str) -> np.ndarray:
                         unpacked.flush()
                         return np.memmap(unpacked, dtype=dtype, mode="r", shape=shape, order=order)
     except (zipfile.BadZipFile, OSError, EOFError, RuntimeError, KeyError) as error:
-        raise ValueError(f"{path} is not a whole .npz file: {error}") from error
+        raise ValueError(f"{path} is not a complete .npz file: {error}") from error
     with path.open("rb") as file:  # the data follow the entry's own header, whose length is in bytes 26 to 29
         file.seek(entry.header_offset)
         local = file.read(30)

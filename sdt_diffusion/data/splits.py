@@ -56,7 +56,7 @@ class ImageSubset(Dataset):
 
     @property
     def name(self) -> str:
-        """What the data set is called in messages."""
+        """Name of the data set in messages."""
         return self.images.name
 
     @property
@@ -73,7 +73,7 @@ class ImageSubset(Dataset):
         return len(self.indices)
 
     def __getitems__(self, indices: Sequence[int]) -> list[tuple[Any, int]]:
-        """Return images and labels, read in one go."""
+        """Return images and labels, read together."""
         return self.images.__getitems__([int(self.indices[index]) for index in indices])
 
 
@@ -83,7 +83,7 @@ def load_splits(
     """Open the pictures to train and to test on.
 
     Args:
-        data: The data to train on; `arguments` of the images returned has the values that it leaves open.
+        data: The data to train on; `arguments` of the images returned has the values that it does not set.
         validation: The data to test on.
         default_resolution: See `load_images`.
 

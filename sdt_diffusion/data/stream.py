@@ -1,4 +1,4 @@
-"""An endless, reshuffled stream of samples that can start anywhere, and the augmentations of its images."""
+"""An endless, reshuffled stream of samples that can start at any position, and the augmentations of its images."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -67,9 +67,9 @@ class ShuffledStream(Dataset):
         augment: Function of (image, position) that returns the tensor; `None` to leave images as they are.
         start: First position.
         stop: Position after the last.
-        num_repeats: How often in a row a sample comes, augmented anew each time ("Augment your batch", Hoffer et al.
-            2020). An epoch is then that many times longer: no sample is left out, unlike in DeiT's sampler, whose
-            epochs stay as long as the data set and so leave samples out.
+        num_repeats: How many times in a row a sample is repeated, augmented anew each time ("Augment your batch",
+            Hoffer et al. 2020). An epoch is then that many times longer: no sample is left out, unlike in DeiT's
+            sampler, whose epochs stay as long as the data set and so leave samples out.
     """
 
     def __init__(

@@ -1,1 +1,1 @@
-"""What eval/ runs: from arguments to numbers, tables and pictures."""
+"""The evaluation scripts of eval/: from arguments to numbers, tables and pictures."""

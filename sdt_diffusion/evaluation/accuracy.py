@@ -2,8 +2,8 @@
 
     python eval/accuracy.py --model outputs/sdt-h --dataset data/val --output outputs/sdt-h/accuracy.json
 
-The model is any of transformers' AutoModelForImageClassification, this project's among them. The images are a folder
-with a subfolder for each class, a parquet file or a data set of the Hub, prepared by the model's own image processor.
+The model is any that transformers' AutoModelForImageClassification loads, including this project's. The images are a
+folder with a subfolder for each class, a parquet file or a data set of the Hub, prepared by the model's own processor.
 Classes and labels are matched by name where both have names, else by index. The script prints a table, and writes the
 numbers, class by class, with the settings that made them to --output and a picture of the confusion beside it.
 `accelerate launch eval/accuracy.py` shares the work among processes.
@@ -46,7 +46,7 @@ class AccuracyArguments:
     )
     output: Path = field(metadata={"help": "JSON file for the numbers; a picture of the confusion goes beside it."})
     dataset_split: str | None = field(
-        default=None, metadata={"help": "Split to read of a data set; the only one there is by default."}
+        default=None, metadata={"help": "Split to read of a data set; by default, the data set must have only one."}
     )
     image_column: str | None = field(default=None, metadata={"help": "Column of the images; found by its type."})
     label_column: str | None = field(default=None, metadata={"help": "Column of the labels; found by its type."})
@@ -74,7 +74,7 @@ def evaluate_accuracy(args: AccuracyArguments) -> str | None:
         The table, on the main process; `None` on the others.
 
     Raises:
-        FileNotFoundError: If model or data set are not there.
+        FileNotFoundError: If the model or the data set does not exist.
         OSError: If no file can be written beside `output`.
         ValueError: If model and data set do not fit, an image cannot be used, or an output exists.
     """
@@ -153,7 +153,7 @@ def open_labeled_images(args: AccuracyArguments, num_channels: int) -> LabeledIm
     return images
 
 
-#: Most classes in the printed table, those with the lowest accuracy. The record has all classes.
+#: Maximum number of classes in the printed table: those with the lowest accuracy. The record has all classes.
 TABLE_CLASSES = 20
 
 
@@ -202,7 +202,7 @@ def format_summary(record: dict[str, Any]) -> str:
 
 
 def format_classes(classes: Sequence[dict[str, Any]]) -> str:
-    """Format a table of classes, of many those with the lowest accuracy, and what each is mostly taken for."""
+    """Format a table of classes (at most `TABLE_CLASSES`) and of what each is most often mistaken for."""
     names = {described["label"]: described["name"] for described in classes}
     shown = classes
     note = ""
@@ -210,7 +210,7 @@ def format_classes(classes: Sequence[dict[str, Any]]) -> str:
         present = [described for described in classes if described["count"]]
         shown = sorted(present, key=lambda described: described["top1"])[:TABLE_CLASSES]
         note = f"\nThe {len(shown)} of {len(classes)} classes with the lowest accuracy; the JSON file has all."
-    rows = [("class", "images", "top-1", "top-5", "mostly taken for")]
+    rows = [("class", "images", "top-1", "top-5", "most often mistaken for")]
     for described in shown:
         wrong = {label: count for label, count in described["predicted"].items() if label != described["label"]}
         most = max(wrong, key=lambda label: wrong[label], default=None)

@@ -35,7 +35,7 @@ class Cost:
         return 2 * self.multiply_adds / 1e9
 
     def as_dict(self) -> dict[str, float]:
-        """Return all of it, for records."""
+        """Return all values, for records."""
         return {**asdict(self), "multiply_adds_2_30": self.gibi_multiply_adds, "gflops": self.gflops}
 
 
@@ -56,7 +56,7 @@ def count_cost(model: nn.Module, *inputs: Any) -> Cost:
 
 @contextmanager
 def _reference_attention_in(model: nn.Module) -> Iterator[None]:
-    """Let spatial decay attention consist of torch's own operators, which the counter knows."""
+    """Make spatial decay attention use torch's own operators, which the counter supports."""
     modules = [module for module in model.modules() if isinstance(module, SDTAttention)]
     processors = [module.processor for module in modules]
     try:

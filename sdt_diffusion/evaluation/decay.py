@@ -120,7 +120,7 @@ def half_distances(decay: BlockDecay, patches: Sequence[tuple[int, int]]) -> tor
     """Compute the distance in patches at which the factor falls to a half, for partners with the grid's mean gate.
 
     Returns:
-        Shape (patches, heads); in steps along the raster for `raster`, `None` for `content`, which knows no distance.
+        Shape (patches, heads); in steps along the raster for `raster`; `None` for `content`.
     """
     if decay.variant == "content":
         return None

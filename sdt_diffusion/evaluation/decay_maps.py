@@ -195,7 +195,7 @@ class RecordedInput:
     """One input of a network, and the decays that its blocks had for it.
 
     Args:
-        label: What tells it from other inputs.
+        label: Text that distinguishes it from other inputs.
         picture: What the network sees.
         decays: One for each block that is drawn.
     """
@@ -207,7 +207,7 @@ class RecordedInput:
 
 @dataclass
 class Recording:
-    """A network with all that is drawn of it."""
+    """A network and everything that is drawn of it."""
 
     title: str
     model: nn.Module
@@ -224,7 +224,7 @@ def draw_decays(args: DecayArguments, device: torch.device | str = "cpu") -> Non
     """Draw what the arguments ask for to `output`.
 
     Raises:
-        FileNotFoundError: If a model or an image is not there.
+        FileNotFoundError: If a model or an image does not exist.
         OSError: If no file can be written beside `output`.
         ValueError: If the arguments do not fit together or to the model, or the output exists.
     """

@@ -105,7 +105,7 @@ class FidSamplingArguments(SamplingArguments):
         },
     )
     class_labels: Literal["balanced", "random"] = field(
-        default="balanced", metadata={"help": "The classes in turn, or each sample's drawn by its seed."}
+        default="balanced", metadata={"help": "The classes in turn, or drawn at random for each sample."}
     )
     samples_dir: str | None = field(
         default=None, metadata={"help": "Where samples are kept; a folder beside --output by default."}
@@ -191,7 +191,7 @@ def compare(
 ) -> str | None:
     """Compare samples with a reference and write `output`, a picture beside it, and, if asked for, an `.npz`.
 
-    Called by all processes. Whatever can be refused is refused before anything is sampled.
+    Called by all processes. Arguments are checked before anything is sampled.
 
     Args:
         args: What to compare.
@@ -289,7 +289,7 @@ def draw_samples(pipe: SDTPipeline, args: FidSamplingArguments, num_samples: int
 
 
 def side_by_side(samples: RawImages, reference: RawImages | None, columns: int = 12, rows: int = 3) -> Image.Image:
-    """Draw some samples above some images of the reference, where a wrong range, crop or channel order is seen."""
+    """Draw samples above images of the reference, to reveal a wrong range, crop or channel order."""
     images, texts = [], []
     for name, source in (("samples", samples), ("reference", reference)):
         if source is None:
@@ -327,7 +327,7 @@ def _check_arguments(args: FidArguments, sampling_args: FidSamplingArguments) ->
 def _check_counts(
     args: FidArguments, metrics: list[str], num_samples: int, num_reference: int | None
 ) -> tuple[list[str], list[str]]:
-    """Leave out metrics that need more images than there are, if nobody asked for them.
+    """Leave out metrics that need more images than there are, unless the user named them.
 
     Returns:
         The metrics that remain, and a note for each that does not.
@@ -351,7 +351,7 @@ def _check_counts(
 
 
 def _notes_on_sampling(pipe: SDTPipeline, args: FidSamplingArguments) -> list[str]:
-    """Say if guidance is the default of pictures because neither the pipeline nor the arguments name one."""
+    """Return a note if neither the pipeline nor the arguments set the guidance."""
     if args.guidance_scale is not None or pipe.config.guidance_scale is not None:
         return []
     guidance = args.settings(pipe)["guidance_scale"]

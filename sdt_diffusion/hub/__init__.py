@@ -1,4 +1,4 @@
-"""Give a trained model to others: the record of its run, a model card, the Hub."""
+"""Share a trained model: the record of its run, a model card, uploads to the Hub."""
 
 from .model_card import write_model_card
 from .push import HubArguments, create_hub_repo, push_folder, share_folder, share_run

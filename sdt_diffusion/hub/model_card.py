@@ -52,12 +52,12 @@ print(classify("image.png"))"""
 def write_model_card(folder: Path, name: str | None = None, license: str | None = None) -> Path:
     """Write `README.md` into the folder of a pipeline or classifier that a training script made.
 
-    Written again, when there are new numbers, it keeps a license, other metadata, and the text below its last line. A
-    README.md that this function has not written is left as it is.
+    A card that is written again, with new numbers, keeps its license, other metadata, and the text below its last
+    line. A README.md that this function did not write is left as it is.
 
     Args:
         folder: The folder.
-        name: What `from_pretrained` is to be given; the folder by default, from the working directory if it is in it.
+        name: Name for `from_pretrained` in the card; by default the folder, relative to the working directory.
         license: The model's license, in the Hub's names.
 
     Raises:
@@ -93,13 +93,13 @@ def write_model_card(folder: Path, name: str | None = None, license: str | None 
 
 
 def _with_short_paths(record: dict[str, Any]) -> dict[str, Any]:
-    """Shorten the paths of a record; new ones have none that are long."""
+    """Shorten the paths of a record; new records have short ones already."""
     data = {**record["data"], "name": shorten_path(record["data"]["name"])}
     return {**record, "data": data, "config": {key: shorten_path(value) for key, value in record["config"].items()}}
 
 
 def _name_of(folder: Path) -> str:
-    """Return the folder's path from the working directory; of one elsewhere its name alone, which is not private."""
+    """Return the folder's path relative to the working directory, or its name if it is elsewhere."""
     folder = folder.resolve()
     return str(folder.relative_to(Path.cwd())) if Path.cwd() in folder.parents else folder.name
 
@@ -176,7 +176,7 @@ def _use(folder: Path, record: Mapping[str, Any], name: str) -> str:
 
 
 def _install_command() -> str:
-    """Return how to install this package: from the address that it names as its own, if there is one."""
+    """Return the command that installs this package: from its repository, if its metadata names one."""
     urls = dict(entry.split(", ", 1) for entry in metadata("sdt_diffusion").get_all("Project-URL") or [])
     named = {key.lower(): url for key, url in urls.items()}
     url = next((named[key] for key in ("repository", "source", "homepage") if key in named), None)

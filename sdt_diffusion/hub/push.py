@@ -1,7 +1,9 @@
 """Write the model card of a trained model again, with the numbers found since, and push the model to the Hub.
 
-python train/share.py --folder outputs/digits                                            # README.md only
-python train/share.py --folder outputs/digits --push_to_hub --hub_model_id me/digits     # and push
+python train/share.py --folder outputs/digits                                          # README.md only
+python train/share.py --folder outputs/digits --push_to_hub --hub_model_id me/digits   # and push
+
+The first command writes nothing but the card.
 """
 
 import glob
@@ -54,7 +56,7 @@ class HubArguments:
 
 
 def create_hub_repo(args: HubArguments, folder: Path) -> str | None:
-    """Make the repository if there is none, which also shows, before hours are spent, that it can be written.
+    """Create the repository if there is none, which also checks early that it can be written.
 
     Args:
         args: Where to push to.
@@ -64,7 +66,7 @@ def create_hub_repo(args: HubArguments, folder: Path) -> str | None:
         The repository's full name, or `None` without `push_to_hub`.
 
     Raises:
-        ValueError: If it cannot be made.
+        ValueError: If it cannot be created.
     """
     if not args.push_to_hub:
         return None

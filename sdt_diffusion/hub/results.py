@@ -1,4 +1,4 @@
-"""Read the numbers that a model's folder holds, each with how it was found."""
+"""Read the numbers that a model's folder holds, and how each was measured."""
 
 import json
 import warnings
@@ -21,7 +21,7 @@ class Result:
         data: What it was measured on or against.
         images: Number of samples, or of test images.
         how: Sampler, steps, network evaluations and guidance; or nothing.
-        file: The file with all that is known of it.
+        file: Name of the file that it comes from.
     """
 
     metric: str
@@ -37,9 +37,9 @@ def read_results(folder: Path, weights: str) -> list[Result]:
     """Read what the evaluation and training scripts wrote into a model's folder.
 
     Args:
-        folder: The folder; JSON files of other kinds are passed over.
+        folder: The folder; JSON files of other kinds are skipped.
         weights: Fingerprint of the model's weights. Numbers of other weights, which an earlier part of the run may
-            have left there, are passed over with a warning.
+            have left there, are skipped with a warning.
 
     Raises:
         ValueError: If a file is damaged.
@@ -56,14 +56,16 @@ def read_results(folder: Path, weights: str) -> list[Result]:
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path} is damaged ({error}): delete it, or make it again.") from error
         if measured not in (None, weights):
-            warnings.warn(f"{path} is of other weights than the model's: left out of its card.", stacklevel=2)
+            warnings.warn(
+                f"{path} was measured with other weights than the model's: left out of its card.", stacklevel=2
+            )
         else:
             results += found
     return results
 
 
 def kind_of(content: Any) -> str | None:
-    """Return the kind of a results file; of one written before files said their kind, by the keys it has."""
+    """Return the kind of a results file, inferred from its keys if it has no `kind`."""
     if not isinstance(content, dict):
         return None
     if isinstance(content.get("kind"), str):
@@ -121,7 +123,7 @@ def _read_classifier_training(content: Mapping[str, Any], file: str) -> Iterator
             yield Result(metric, value, f"{value:.2%}", "held-out images", count, "", file)
 
 
-#: Kind of a results file -> what finds its numbers, given its content and name.
+#: Kind of a results file -> function that reads its numbers, given its content and name.
 READERS: Mapping[str | None, Callable[[Mapping[str, Any], str], Iterator[Result]]] = {
     "fid": _read_fid,
     "accuracy": _read_accuracy,
@@ -131,7 +133,7 @@ READERS: Mapping[str | None, Callable[[Mapping[str, Any], str], Iterator[Result]
 
 
 def _weights_of(content: Mapping[str, Any]) -> str | None:
-    """Return the fingerprint of the weights that were measured, or `None`: that of rounded weights says nothing."""
+    """Return the fingerprint of the measured weights; `None` for half precision, which changes the fingerprint."""
     measured = {**content.get("samples", {}), **content.get("throughput", {})}
     if measured.get("dtype") != "float32":
         return None

@@ -16,7 +16,7 @@ from ..utils.fingerprint import fingerprint
 
 RECORD_FILE = "training_run.json"
 
-#: Arguments that no record shows: a secret, and how often the run was interrupted, which changes nothing in it.
+#: Arguments that records leave out: a secret, and resuming, which does not change the result.
 OMITTED_ARGUMENTS = frozenset({"hub_token", "resume_from_checkpoint"})
 
 PACKAGES = ("sdt_diffusion", "torch", "diffusers", "transformers", "accelerate")
@@ -89,7 +89,7 @@ def derive_record(source_folder: Path, networks: Sequence[nn.Module], changes: M
 
 
 def command_of(script: str, argv: Sequence[str], num_processes: int | None = None) -> str:
-    """Return the command line of a run, as one would type it, without tokens, resuming and private paths.
+    """Return the command line of a run, ready to be typed, without tokens, resuming and private paths.
 
     Args:
         script: The script, such as train/train_dit.py.

@@ -1,1 +1,1 @@
-"""Numbers that say how good samples are, and the features they are computed from."""
+"""Metrics of sample quality, and the features they are computed from."""

@@ -1,4 +1,4 @@
-"""Two sets of features compared: Frechet distance (FID, sFID), kernel distance (KID), precision and recall."""
+"""Compare two sets of features: Frechet distance (FID, sFID), kernel distance (KID), precision and recall."""
 
 from collections.abc import Iterator
 

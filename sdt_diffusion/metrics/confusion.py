@@ -1,4 +1,4 @@
-"""Count what a classifier takes images for: its accuracy, in training and in eval/accuracy.py, and its confusion."""
+"""Compute the accuracy and the confusion of a classifier, for training and for eval/accuracy.py."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from ..data import CorruptImageError
 from .extractors.transformers_models import prepare_picture
 
-#: A label among so many of the highest logits counts for `top5`.
+#: Number of highest logits among which a label counts for `top5`.
 TOP_K = 5
 #: Number -> its name in the log of a training run, where `loss` is that of training.
 LOG_NAMES = {"top1": "test_accuracy", "top5": "test_accuracy_top5", "loss": "test_loss", "count": "test_images"}
@@ -26,13 +26,13 @@ LOG_NAMES = {"top1": "test_accuracy", "top5": "test_accuracy_top5", "loss": "tes
 
 @dataclass(frozen=True)
 class Confusion:
-    """What a classifier took images for.
+    """Predictions of a classifier, counted by class.
 
     Args:
         labels: The model's label for each class of the data set.
         counts: Images of each class of the data set (rows) by the label predicted (columns), int64.
         found: Images of each class whose label is among the five highest logits; `None` for models of five labels or
-            fewer, where that says nothing.
+            fewer, where that is meaningless.
         loss: Mean cross entropy.
     """
 
@@ -48,7 +48,7 @@ class Confusion:
 
     @property
     def correct(self) -> np.ndarray:
-        """Images of each class that were taken for it."""
+        """Correctly classified images of each class."""
         return self.counts[np.arange(len(self.labels)), self.labels]
 
     @property
@@ -58,7 +58,7 @@ class Confusion:
 
     @property
     def top1_standard_error(self) -> float:
-        """Standard error of `top1` for a sample of so many images, sqrt(p (1 - p) / n)."""
+        """Standard error of `top1` given the number of images, sqrt(p (1 - p) / n)."""
         return float(np.sqrt(self.top1 * (1 - self.top1) / self.num_images.sum()))
 
     @property
@@ -83,7 +83,7 @@ class Confusion:
 
 
 def to_log(numbers: Mapping[str, float | int | None]) -> dict[str, float | int]:
-    """Rename the numbers of a test for the log of a training run, and leave out those that say nothing."""
+    """Rename the numbers of a test for the log of a training run, and leave out those that are `None`."""
     return {LOG_NAMES[key]: value for key, value in numbers.items() if value is not None}
 
 
@@ -94,7 +94,7 @@ def from_log(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class RunningConfusion:
-    """Count predictions; in whole numbers, so that neither batches nor processes nor their order change a digit.
+    """Counts predictions as integers, so that batches and processes do not change the result.
 
     Args:
         labels: The model's label for each class of the data set.
@@ -127,15 +127,15 @@ class RunningConfusion:
         """Return the counts of all processes together; called by all."""
         tensors = (self.counts, self.found, self.loss)
         counts, found, loss = (gather(tensor[None].contiguous()).sum(dim=0).cpu().numpy() for tensor in tensors)
-        says_something = counts.shape[1] > TOP_K
+        has_top5 = counts.shape[1] > TOP_K
         labels = self.labels.cpu().numpy()
-        return Confusion(labels, counts, found if says_something else None, float(loss / counts.sum()))
+        return Confusion(labels, counts, found if has_top5 else None, float(loss / counts.sum()))
 
 
 class PreparedImages(Dataset):
     """Images as the model's own image processor makes them, with their classes.
 
-    Errors are items: a worker of a data loader would wrap them in its own traceback.
+    Errors are returned as items, because a data loader's worker would wrap them in its own traceback.
 
     Args:
         images: Pictures and their classes, as `load_images(..., as_pictures=True)` opens them, or a part of them.
@@ -159,7 +159,7 @@ class PreparedImages(Dataset):
             return [error]
 
     def first(self) -> torch.Tensor:
-        """Return the first image, which tells the shape of all; errors as of `prepare_picture` and the images'."""
+        """Return the first image, whose shape all have; errors are those of `prepare_picture` and of the data set."""
         (item,) = self.__getitems__([0])
         if isinstance(item, CorruptImageError):
             raise item

@@ -1,4 +1,4 @@
-"""Extract from images what metrics need, on all processes, in memory that does not grow with the number of images."""
+"""Extract the features that metrics need, on all processes, in memory that does not grow with the number of images."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

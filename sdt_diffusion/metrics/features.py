@@ -1,4 +1,4 @@
-"""What metrics know of a set of images: features, their Gaussians, and the record of how they were made."""
+"""Summaries of sets of images for metrics: features, their Gaussians, and the record of how they were made."""
 
 import json
 import os
@@ -85,7 +85,7 @@ class GaussianStatistics:
     Args:
         mean: Shape (dim,), float64.
         covariance: Shape (dim, dim), float64, with n - 1 in the denominator as `numpy.cov` has it.
-        count: Number of samples; `None` where the source does not say.
+        count: Number of samples; `None` if the source does not say.
     """
 
     mean: np.ndarray
@@ -162,7 +162,7 @@ class RunningGaussian:
 
 @dataclass
 class FeatureSummary:
-    """What metrics know of a set of images.
+    """Summary of a set of images for metrics.
 
     Args:
         statistics: Kind of features -> their Gaussian.
@@ -254,7 +254,7 @@ def has_statistics(path: Path) -> bool:
             with zipfile.ZipFile(path) as archive:
                 return "mu.npy" in archive.namelist()
         except NPZ_ERRORS as error:
-            raise ValueError(f"{path} is not a whole .npz file: {error}") from error
+            raise ValueError(f"{path} is not a complete .npz file: {error}") from error
     return path.suffix == ".safetensors"
 
 

@@ -42,7 +42,7 @@ class Metric:
         statistics: Kind of features whose Gaussians it compares, if any: a summary then holds them.
         features: Whether it compares the pooled features themselves: a summary then holds them.
         logits: Whether it needs the samples' Inception Score, and no reference.
-        least_images: Fewest images on each side, or the setting that says so.
+        least_images: Minimum number of images on each side, or the name of the setting that holds it.
         title: Name in tables, if other than the metric's.
         general_title: Name in tables for extractors other than Inception, if other than the metric's.
     """
@@ -167,7 +167,7 @@ def check_counts(
         kid_subset_size: Images of each set in a subset of KID.
 
     Raises:
-        ValueError: If there are too few; says how many there are and have to be.
+        ValueError: If there are too few; says how many there are and how many are needed.
     """
     settings = MetricSettings(inception_splits=inception_splits, kid_subset_size=kid_subset_size)
     for name in names:
@@ -228,7 +228,7 @@ def label(name: str, count: int, extractor: FeatureExtractor) -> str:
 
 
 def warnings_about(samples: FeatureSummary, reference: FeatureSummary, names: Sequence[str]) -> list[str]:
-    """Return what a reader of the numbers should know."""
+    """Return notes on what limits the numbers."""
     warnings = []
     count = samples.provenance["count"]
     if count < FULL_COUNT and any(METRICS[name].statistics for name in names):

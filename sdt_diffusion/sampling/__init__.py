@@ -1,1 +1,1 @@
-"""Sample images from a saved pipeline: how to sample, many samples, folders of samples on all processes."""
+"""Sample images from a saved pipeline: settings, many samples, folders of samples, on all processes."""

@@ -1,4 +1,4 @@
-"""Keep tens of thousands of samples in a folder, made by all processes; an interrupted run continues."""
+"""Keep tens of thousands of samples in a folder, made by all processes; interrupted runs can be resumed."""
 
 import json
 from collections.abc import Sequence
@@ -56,7 +56,7 @@ class SampleFolder(RawImages):
         return {**super().describe(), "model_weights": made.pop("weights"), **made}
 
     def name_of(self, index: int) -> str:
-        """Return what to call a sample in a message."""
+        """Return the name of a sample in messages."""
         return f"sample {index} of {self.name}"
 
 
@@ -166,7 +166,7 @@ def _claim(folder, manifest):
                 "samples_dir."
             )
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} holds something else than samples: give another samples_dir.")
+        raise ValueError(f"{folder} holds something other than samples: give another samples_dir.")
     else:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(path, lambda partial: partial.write_text(json.dumps(manifest)))

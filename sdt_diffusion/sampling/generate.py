@@ -36,7 +36,7 @@ def stack_samples(samples: Iterable[tuple[int, np.ndarray]]) -> np.ndarray:
 
 
 def describe_sampling(pipe: SDTPipeline, sampling: dict[str, Any]) -> str:
-    """Describe the sampler for people: scheduler, steps, network evaluations, guidance and seed.
+    """Describe the sampler in words: scheduler, steps, network evaluations, guidance and seed.
 
     Args:
         pipe: The pipeline.
@@ -63,7 +63,7 @@ def generate(
     progress: bool = True,
     **call_kwargs: Any,
 ) -> Iterator[tuple[int, Any]]:
-    """Sample image after image, batch by batch.
+    """Yield samples one by one, computed in batches.
 
     Sample i gets the noise of `sample_generator(seed, i)`, initial and per step, so it does not depend on the batch
     size or on which other samples are drawn, up to the rounding of batched arithmetic.

@@ -1,9 +1,9 @@
-"""Sample images of given classes from a saved pipeline: PNG files, a labeled grid, and ADM's .npz if wanted.
+"""Sample images of given classes from a saved pipeline: PNG files, a labeled grid and, on request, ADM's .npz.
 
     python sample/sample.py --model outputs/digits --classes 3 7 --num_images 64 --output_dir outputs/threes_and_sevens
 
-Guidance and steps are those saved in the pipeline. Each sample has its own seed, so that it is the same picture
-whatever the batch size and the number of images.
+Guidance and steps are those saved in the pipeline. Each sample has its own seed, so its picture does not
+depend on the batch size or the number of images.
 """
 
 import json
@@ -52,7 +52,7 @@ def sample(args: SampleArguments, sampling_args: SamplingArguments) -> str:
         The sampler in words.
 
     Raises:
-        FileNotFoundError: If the model is not there.
+        FileNotFoundError: If the model does not exist.
         OSError: If no file can be written.
         ValueError: If the arguments do not fit together or to the model, or the output folder is not empty.
     """

@@ -1,4 +1,4 @@
-"""Say how to sample: one family of arguments for all scripts, and the pipeline and classes that they name."""
+"""Sampling arguments shared by all scripts, and the pipeline and classes that they name."""
 
 import re
 from collections.abc import Sequence
@@ -155,9 +155,9 @@ def set_attention_backend(model: SDTTransformer2DModel, name: str | None) -> Non
 
 
 def parse_classes(pipe: SDTPipeline, words: Sequence[str]) -> list[int]:
-    """Return the labels of classes given as text: a word that names a class is that class, else a number is an id.
+    """Return the labels of classes given as text, each a class name or an id.
 
-    Names come first because they can be numbers themselves, as those of the digits are.
+    Names take precedence because they can be numbers themselves, as those of the digits are.
 
     Raises:
         ValueError: If a word is neither, means several classes, or an id is out of range.

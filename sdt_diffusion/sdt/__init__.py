@@ -1,4 +1,4 @@
-"""The diffusers face: model and pipeline. Saved pipelines name this subpackage as their components' library."""
+"""Model and pipeline for diffusers. Saved pipelines name this subpackage as their components' library."""
 
 from .pipeline_sdt import SDTPipeline
 from .transformer_sdt import PRESETS, SDTTransformer2DModel

@@ -1,4 +1,4 @@
-"""Choose a scheduler for a trained model, and tell the noise levels that the model was trained on."""
+"""Choose schedulers for trained models, and compute the noise levels of training."""
 
 import inspect
 
@@ -55,7 +55,7 @@ def swap_scheduler(scheduler: SchedulerMixin, name: str) -> SchedulerMixin:
     known = FLOW_SCHEDULERS if flow else DIFFUSION_SCHEDULERS
     if name not in known:
         kind = "flow-matching" if flow else f"{scheduler.config.prediction_type}"
-        raise ValueError(f"{name!r} is no scheduler for this {kind} model: choose one of {', '.join(known)}.")
+        raise ValueError(f"{name!r} is not a scheduler for this {kind} model: choose one of {', '.join(known)}.")
     if name == type(scheduler).__name__:
         return scheduler
     scheduler_class = getattr(diffusers, name)

@@ -94,7 +94,7 @@ class SDTPatchEmbed(nn.Module):
         tokens = self.proj(sample)  # (B, D, H/p, W/p)
         grid_size = tuple(tokens.shape[-2:])
         is_trained_grid = [size == trained for size, trained in zip(grid_size, self.grid_size, strict=True)]
-        # A compiler that keeps the sizes symbolic does not know, and makes one graph for all grids.
+        # With symbolic sizes this is not statically known, and the compiler makes one graph for all grids.
         if all(statically_known_true(equal) for equal in is_trained_grid):
             pos_embed = self.pos_embed
         else:
@@ -106,8 +106,8 @@ class SDTPatchEmbed(nn.Module):
 class TimestepClassEmbedding(nn.Module):
     """c = SiLU(timestep embedding + class embedding), shared by all blocks.
 
-    The table has a row more than there are classes: the null class `num_classes`, which training puts in place of a
-    label with probability `class_dropout_prob` and classifier-free guidance asks for.
+    The embedding table has one extra row: the null class `num_classes`, which replaces a label in training with
+    probability `class_dropout_prob`, and which classifier-free guidance uses.
     """
 
     def __init__(self, dim: int, num_classes: int, class_dropout_prob: float, frequency_embedding_size: int):

@@ -50,7 +50,7 @@ def rename(key: str) -> str:
 def read_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
     """Read a state dict that torch.save or safetensors wrote, without running code from the file.
 
-    The state dict may stand at the top or under one of `CHECKPOINT_KEYS`; the prefix "module." that
+    The state dict may be at the top level or under one of `CHECKPOINT_KEYS`; the prefix "module." that
     DistributedDataParallel gives to all names is removed.
 
     Raises:
@@ -81,10 +81,10 @@ def _without_module_prefix(state_dict: Mapping[str, torch.Tensor]) -> dict[str, 
 
 
 def rmt_config(state_dict: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-    """Read the config of an RMT off its tensors; without `head`, `num_labels` is 0.
+    """Infer the config of an RMT from its tensors; without `head`, `num_labels` is 0.
 
-    No tensor tells which stages attend along rows, then along columns: RMT-T's first two, and the first three of all
-    larger ones.
+    The tensors do not say which stages attend along rows, then along columns: RMT-T's first two, and the first three
+    of all larger ones.
 
     Raises:
         ValueError: If tensors that every RMT has are missing.
@@ -97,7 +97,7 @@ def rmt_config(state_dict: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         num_channels = state_dict["patch_embed.proj.0.weight"].shape[1]
         head_hidden_size = len(state_dict["proj.weight"])
     except KeyError as error:
-        raise ValueError(f"This is no checkpoint of RMT: it has no {error}.") from error
+        raise ValueError(f"This is not a checkpoint of RMT: it has no {error}.") from error
     depths = [len({k.split(".")[3] for k in state_dict if k.startswith(f"layers.{i}.blocks.")}) for i in stages]
     # decay = log(1 - 2^-a); fp32 has rounded away parts in 10,000 of an exponent.
     exponents = [-torch.log2(-torch.expm1(decay)) for decay in decays]
@@ -145,8 +145,8 @@ def load_rmt(path: str | Path, **overrides) -> SDTHForImageClassification:
     Args:
         path: The checkpoint, see `read_checkpoint`.
         **overrides: Config values in place of `rmt_config`'s, such as `id2label`. `spatial_decay="context"` starts
-            SDT-H from RMT: new gates, which give RMT's decay at first. A checkpoint without `head` gives the features
-            before it as logits, or a new classifier for `num_labels`.
+            SDT-H from RMT, with new gates that initially give RMT's decay. A checkpoint without `head` gives the
+            features before it as logits, or a new classifier for `num_labels`.
 
     Returns:
         The model, in evaluation mode.

@@ -26,8 +26,8 @@ class SDTHConfig(PretrainedConfig):
     """Config of `SDTHForImageClassification` and `SDTHModel`.
 
     Args:
-        **kwargs: The arguments of `SDTHNetwork` (2 labels by default, as everywhere in transformers), and what every
-            config takes, such as `id2label`.
+        **kwargs: The arguments of `SDTHNetwork` (2 labels by default, as in all of transformers), and those of every
+            config, such as `id2label`.
     """
 
     model_type = "sdt_h"
@@ -41,7 +41,7 @@ class SDTHConfig(PretrainedConfig):
 
     @classmethod
     def from_preset(cls, name: str, **overrides) -> "SDTHConfig":
-        """Make the config of a named size.
+        """Build the config of a named size.
 
         Args:
             name: A key of `PRESETS`, such as "SDT-H-T".
@@ -61,8 +61,8 @@ class SDTHConfig(PretrainedConfig):
 class SDTHImageProcessor(TorchvisionBackend):
     """DeiT's evaluation: shorter side to 256 pixels (bicubic), the central 224x224, ImageNet's mean and deviation.
 
-    A single value in `image_mean` means a model of gray images. Color pictures, which transformers' pipelines make of
-    every picture, are turned to gray for it.
+    A single value in `image_mean` means a model of gray images. Color images, to which transformers' pipelines
+    convert every image, are converted to gray for it.
     """
 
     resample = PILImageResampling.BICUBIC
@@ -88,7 +88,7 @@ class SDTHImageProcessor(TorchvisionBackend):
 
 
 class ImagePreTrainedModel(PreTrainedModel):
-    """What all image models of this package share: errors that name weights and labels that do not fit."""
+    """Base of all image models of this package, with errors that name weights and labels that do not fit."""
 
     main_input_name = "pixel_values"
     input_modalities = ("image",)
@@ -102,9 +102,9 @@ class ImagePreTrainedModel(PreTrainedModel):
         Args:
             pretrained_model_name_or_path: Folder or Hub name.
             *args: See transformers.
-            ignore_mismatched_sizes: Initialize weights anew whose shape differs from the config's, such as the
+            ignore_mismatched_sizes: Reinitialize weights whose shape differs from the config's, such as the
                 classifier for another `num_labels`.
-            **kwargs: See transformers; config values among them.
+            **kwargs: See transformers; may include config values.
 
         Raises:
             RuntimeError: If shapes differ, with the names of the weights and what to do.
@@ -172,7 +172,7 @@ class ImagePreTrainedModel(PreTrainedModel):
 
 
 class SDTHPreTrainedModel(ImagePreTrainedModel):
-    """What the models around `SDTHNetwork` share. Weights of a bare network, as timm saves them, load as well."""
+    """Base of the models around `SDTHNetwork`; also loads the weights of a bare network, as timm saves them."""
 
     config_class = SDTHConfig
     base_model_prefix = "network"
@@ -181,7 +181,7 @@ class SDTHPreTrainedModel(ImagePreTrainedModel):
 
     @classmethod
     def from_preset(cls, name: str, **overrides) -> "SDTHPreTrainedModel":
-        """Make a randomly initialized model of a named size; arguments and errors of `SDTHConfig.from_preset`."""
+        """Build a randomly initialized model of a named size; arguments and errors of `SDTHConfig.from_preset`."""
         return cls(SDTHConfig.from_preset(name, **overrides))
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
@@ -193,14 +193,14 @@ class SDTHPreTrainedModel(ImagePreTrainedModel):
         return self.network.no_weight_decay()
 
     def _init_weights(self, module: nn.Module) -> None:
-        # transformers marks the tensors that it has loaded, but torch's own resets do not look at marks.
+        # transformers marks the tensors that it has loaded, but torch's `reset_parameters` ignores the marks.
         tensors = (*module.parameters(), *module.buffers())
         if not all(getattr(tensor, "_is_hf_initialized", False) for tensor in tensors):
             self.network.initialize(module)
 
 
 class SDTHModel(SDTHPreTrainedModel):
-    """SDT-H without its classifier, for features: what `AutoModel` and "image-feature-extraction" give."""
+    """SDT-H without its classifier, for features, as `AutoModel` and "image-feature-extraction" use it."""
 
     _keys_to_ignore_on_load_unexpected = [r"(^|\.)head\."]  # noqa: RUF012
 

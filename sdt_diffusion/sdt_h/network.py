@@ -100,12 +100,12 @@ def raster_rotary_embedding(
 
 
 def conv_norm(in_channels: int, out_channels: int, stride: int) -> list[nn.Module]:
-    """Make a 3x3 convolution and its batch norm; with stride 2 it halves the sides, rounding up."""
+    """Build a 3x3 convolution and its batch norm; with stride 2 it halves the sides, rounding up."""
     return [nn.Conv2d(in_channels, out_channels, 3, stride, padding=1), nn.BatchNorm2d(out_channels)]
 
 
 def check_images(pixel_values: torch.Tensor, num_channels: int) -> None:
-    """Refuse what is no batch of images of so many channels.
+    """Refuse tensors that are not batches of images with `num_channels` channels.
 
     Raises:
         ValueError: If the images have a wrong shape.
@@ -122,7 +122,7 @@ class SDTHStage(nn.Module):
     Args:
         in_channels: Channels of the finer grid, or `None` for the first stage.
         dim: Channels of this stage.
-        drop_paths: Drop path probability of each block; as many blocks.
+        drop_paths: Drop path probability of each block; one block is built for each.
         num_attention_heads: Heads of each block.
         **block_kwargs: Further options of `SDTBlock`.
     """
@@ -172,13 +172,13 @@ class SDTHNetwork(nn.Module):
         decay_initial_value: Exponent a of the most near-sighted head; it decays by log(1 - 2^-a) a patch, with
             `context` at the start.
         decay_heads_ranges: Span of the exponents over the heads, for each stage.
-        layer_scale_init_values: Start of LayerScale in each stage, `None` for a stage without.
+        layer_scale_init_values: Initial value of LayerScale in each stage; `None` for a stage without.
         drop_path_rate: Drop path probability of the last block; it grows linearly from 0 at the first.
         head_hidden_size: Width of the head before pooling.
         dropout: Dropout before the classifier.
         stem_strides: Strides of the stem's first and third convolution; (1, 1) or (1, 2) for images of few pixels.
         layer_norm_eps: Epsilon of the blocks' norms.
-        initializer_range: Standard deviation of every linear layer's weights at the start.
+        initializer_range: Standard deviation of every linear layer's initial weights.
 
     Raises:
         ValueError: If an option is unknown, sizes do not divide, or a value per stage is missing.
@@ -282,7 +282,7 @@ class SDTHNetwork(nn.Module):
         return {"stem": r"^(?:network\.)?patch_embed", "blocks": stages if coarse else blocks}
 
     def no_weight_decay(self) -> set[str]:
-        """Return no names: timm itself spares biases, norms, LayerScale and the decay's alpha, all one-dimensional."""
+        """Return no names: timm already excludes one-dimensional parameters, such as norms and log_alpha."""
         return set()
 
     def forward_stages(self, pixel_values: torch.Tensor, num_stages: int | None = None) -> list[torch.Tensor]:
@@ -290,7 +290,7 @@ class SDTHNetwork(nn.Module):
 
         Args:
             pixel_values: See `forward`.
-            num_stages: Run only so many stages.
+            num_stages: Number of stages to run; all by default.
 
         Returns:
             Tensors of shape (batch, width of the stage, height, width); the stem has the first stage's.

@@ -6,7 +6,7 @@ timm's own scripts need that import first:
 
 `create_model` with all options of timm's factory, `features_only` with every feature class, `reset_classifier`, layer
 decay, gradient checkpointing, `torch.jit.trace` and `torch.compile` work, and with them timm's `train.py` and
-`validate.py`. `torch.jit.script`, which is what `--torchscript` stands for, does not: it cannot compile attention.
+`validate.py`. `torch.jit.script`, which timm's `--torchscript` uses, does not: it cannot compile attention.
 """
 
 from collections.abc import Sequence
@@ -39,9 +39,9 @@ class SDTHForTimm(SDTHNetwork):
     Args:
         in_chans: Channels of the images.
         num_classes: Classes; 0 for no classifier.
-        global_pool: Pooling before the classifier, in timm's names; "" for none, which gives logits at every place.
+        global_pool: Pooling before the classifier, in timm's names; "" for none, which gives logits at every position.
         drop_rate: Dropout before the classifier.
-        img_size: Taken, as timm's callers hand it to any model, but without effect: images of every size fit.
+        img_size: Ignored, because images of any size work; timm's callers pass it to every model.
         device: Where to create the weights.
         dtype: Data type of the weights.
         **kwargs: Further arguments of `SDTHNetwork`.

@@ -1,4 +1,4 @@
-"""Checkpoints that are written whole or not at all, and the folder of a run."""
+"""Checkpoints that are written completely or not at all, and the folder of a run."""
 
 import json
 import logging
@@ -77,9 +77,13 @@ def save_checkpoint(
             (partial / MANIFEST_FILE).write_text(
                 json.dumps({"step": step, "config": config or {}, "state": state or {}, "files": sizes}, indent=2)
             )
-            for path_inside in (*inside, partial / MANIFEST_FILE, partial):  # of folders, their lists of files
+            for path_inside in (
+                *inside,
+                partial / MANIFEST_FILE,
+                partial,
+            ):  # for a folder, this syncs its list of files
                 sync(path_inside)
-            if path.exists():  # the run was resumed from an earlier one
+            if path.exists():  # the run was resumed from an earlier checkpoint
                 path.rename(output_dir / f"checkpoint-{step}.old.partial")
             partial.rename(path)
             sync(output_dir)
@@ -91,10 +95,10 @@ def save_checkpoint(
             raise CheckpointError(f"{path} could not be written: {error}. {_last_complete(output_dir)}") from error
         raise
     if is_main_process and total_limit is not None:
-        # Damaged ones do not count, or a later damaged one could cost the run the one just written.
+        # Count complete checkpoints only: later damaged ones must not cause the one just written to be deleted.
         others = [other for other in complete_checkpoints(output_dir) if other != path]
         for old in others[: max(0, len(others) + 1 - max(1, total_limit))]:
-            renamed = old.rename(old.with_name(f"{old.name}.partial"))  # half deleted, it would look damaged
+            renamed = old.rename(old.with_name(f"{old.name}.partial"))  # a half-deleted checkpoint would look damaged
             shutil.rmtree(renamed, ignore_errors=True)
     wait_for_everyone()
     return path
@@ -103,8 +107,8 @@ def save_checkpoint(
 def _last_complete(output_dir):
     complete = [path.name for path in complete_checkpoints(output_dir)]
     if not complete:
-        return "There is none before it."
-    return f"{complete[-1]} is complete: once there is space, continue with --resume_from_checkpoint latest."
+        return "There is no earlier checkpoint."
+    return f"{complete[-1]} is complete: once there is space, continue with resume_from_checkpoint latest."
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
@@ -217,7 +221,7 @@ def check_same_run(
         changes: Keys whose change the user has asked for.
 
     Returns:
-        The changes asked for that there are: dictionaries of `argument`, `before` and `after`.
+        The requested changes that apply: dictionaries of `argument`, `before` and `after`.
 
     Raises:
         ValueError: Lists the other keys that differ.

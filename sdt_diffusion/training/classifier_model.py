@@ -1,4 +1,4 @@
-"""Build the classifier that the arguments of a training describe."""
+"""Build the classifier that a training run's arguments describe."""
 
 import json
 from dataclasses import dataclass, field, fields
@@ -14,11 +14,11 @@ from ..sdt_h.modeling_sdt_h import SDTHConfig, SDTHForImageClassification, SDTHI
 from ..sdt_h.network import PRESETS
 from ..utils.arguments import json_object
 
-#: Config values that follow from the data set.
+#: Config values that are derived from the data set.
 DERIVED_KEYS = frozenset({"num_channels", "num_labels", "id2label", "label2id"})
 #: Names of the classifier layer's weights.
 HEAD_PREFIX = "network.head."
-#: Kind of `model` -> the arguments that apply to this kind, and not to all.
+#: Kind of `model` -> arguments that apply to this kind but not to all kinds.
 ARGUMENTS_OF_KIND = {
     "preset": {"spatial_decay", "drop_path", "model_overrides"},
     "classifier": {"drop_path", "reinitialise_head"},
@@ -111,14 +111,14 @@ class ClassifierModelArguments:
         """The image processor saved with the classifier to start from, if there is one.
 
         Raises:
-            ValueError: If it does something else than to resize the shorter side, crop a square and normalize.
+            ValueError: If it does anything but resize the shorter side, crop a square and normalize.
         """
         path = Path(self.model) / "preprocessor_config.json"
         return load_processor(path) if self.kind == "classifier" and path.is_file() else None
 
     @property
     def default_resolution(self) -> int:
-        """Side of the images in pixels where the arguments leave it open."""
+        """Side of the images in pixels if the arguments do not set it."""
         if self.processor is not None:
             return self.processor.crop_size["height"]
         return 224 if self.backbone is None else self.backbone.resolution
@@ -136,7 +136,7 @@ class ClassifierModelArguments:
             class_names: Names of the classes, in the order of their labels.
 
         Raises:
-            ValueError: If a value or the classes do not fit the model, or `model_overrides` is no JSON object.
+            ValueError: If a value or the classes do not fit the model, or `model_overrides` is not a JSON object.
         """
         labels = {
             "id2label": dict(enumerate(class_names)),
@@ -204,10 +204,10 @@ class ClassifierModelArguments:
 
 
 def load_processor(path: Path) -> SDTHImageProcessor:
-    """Load an image processor from a preprocessor_config.json, if training can follow it.
+    """Load an image processor from a preprocessor_config.json, if training supports its steps.
 
     Raises:
-        ValueError: If it does something else than to resize the shorter side, crop a square and normalize pixels.
+        ValueError: If it does anything but resize the shorter side, crop a square and normalize pixels.
     """
     try:
         processor = SDTHImageProcessor.from_dict(json.loads(path.read_text()))

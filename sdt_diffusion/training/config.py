@@ -1,4 +1,4 @@
-"""The arguments of a run, and the one immutable config that training goes by."""
+"""The arguments of a run, and the immutable config that training uses."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ RESUMABLE = {"resumable": True}
 
 @dataclass(frozen=True)
 class RunArguments:
-    """Length, place and pace of a run."""
+    """Length, folder, batches and intervals of a run."""
 
     output_dir: str = field(
         default="outputs/sdt", metadata={"help": "Folder for everything the run writes."} | RESUMABLE
@@ -26,7 +26,7 @@ class RunArguments:
     seed: int = field(default=0, metadata={"help": "Seed of everything random."})
     train_batch_size: int = field(
         default=256,
-        # A resumed run may split a step in another way as long as it has as many images.
+        # A resumed run may split a step differently, as long as the step has as many images.
         metadata={"help": "Images of a batch on each process."} | RESUMABLE,
     )
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "Batches of a step."} | RESUMABLE)
@@ -77,7 +77,7 @@ class RunArguments:
 
 
 def check_tracker(name: str) -> None:
-    """Refuse a tracker that accelerate would leave out with a warning, and the run untracked.
+    """Refuse a tracker that accelerate would skip with a warning, leaving the run untracked.
 
     Raises:
         ValueError: If there is no such tracker, or its package is not installed.
@@ -95,7 +95,7 @@ def check_tracker(name: str) -> None:
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """What a run learns from.
+    """The training data of a run.
 
     Args:
         images: The data set; see `ShuffledStream`.
@@ -103,7 +103,7 @@ class TrainingSet:
         num_repeats: See `ShuffledStream`.
         num_workers: Processes that load images.
         identity: What steps depend on besides the arguments, such as fingerprints of data.
-        relocatable: Names of arguments that are paths to what `identity` tells apart; a resumed run may have others.
+        relocatable: Names of arguments that are paths to data in `identity`; a resumed run may change them.
     """
 
     images: Any
@@ -119,7 +119,7 @@ class TrainingConfig:
     """Everything a run depends on besides model, loss and data, resolved before it starts.
 
     Args:
-        run: Length, place and pace.
+        run: Length, folder, batches and intervals.
         optimization: Optimizer and learning rate.
         ema: Averages of the weights.
         validation_steps: Steps between validations; 0 for none but the last.

@@ -1,4 +1,4 @@
-"""Processes, devices and precision: accelerate as the arguments and `accelerate launch` want it, FSDP2, SIGTERM."""
+"""Processes, devices and precision, as the arguments and `accelerate launch` set them; FSDP2; SIGTERM."""
 
 import os
 import signal
@@ -103,7 +103,7 @@ def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
 def copy_full(source: torch.Tensor, target: torch.Tensor) -> None:
     """Copy a whole tensor into one that may be sharded."""
     if isinstance(target, DTensor):
-        source = source.to(target.device)  # every process has read the whole, so none needs sending
+        source = source.to(target.device)  # every process has read the whole tensor, so nothing needs to be sent
         source = distribute_tensor(source, target.device_mesh, target.placements, src_data_rank=None)
     target.copy_(source)
 
@@ -126,7 +126,7 @@ class StopRequest:
         self._previous = None
 
     def __enter__(self) -> "StopRequest":
-        # Only the main thread may set handlers; in others, as in a notebook's, the signal does what it always did.
+        # Only the main thread may set handlers; in other threads, such as a notebook's, the signal acts as before.
         if threading.current_thread() is threading.main_thread():
             self._previous = signal.signal(signal.SIGTERM, self._receive)
         return self

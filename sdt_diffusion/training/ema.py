@@ -86,7 +86,7 @@ def inner_products(
 def combination(
     steps: Sequence[float], gammas: Sequence[float], wanted_step: float, wanted_gamma: float
 ) -> tuple[np.ndarray, float]:
-    """Fit the profile of a wanted average by those of stored ones, in the least squares sense.
+    """Fit the profile of a wanted average by those of stored averages, in the least-squares sense.
 
     Args:
         steps: When the averages were stored.

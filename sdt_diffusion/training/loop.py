@@ -28,7 +28,7 @@ class Validation(Protocol):
     """What `train` does every `validation_steps`: pictures, accuracies, held-out losses."""
 
     def __call__(self, run: TrainingRun) -> dict[str, float]:
-        """Judge `run.trained_model`, and return what to log; all processes call it."""
+        """Evaluate `run.trained_model`, and return what to log; all processes call it."""
 
 
 def train(run: TrainingRun, loss: Loss, validate: Validation | None = None) -> None:
@@ -107,7 +107,7 @@ def train(run: TrainingRun, loss: Loss, validate: Validation | None = None) -> N
             if stop:
                 accelerator.print(
                     f"Stopped by SIGTERM after step {run.step}, which checkpoint-{run.step} holds. Continue with "
-                    "--resume_from_checkpoint latest."
+                    "resume_from_checkpoint latest."
                 )
                 run.finish()
                 raise Interrupted
@@ -123,7 +123,7 @@ def _validate(run: TrainingRun, validate: Validation) -> None:
 
 
 def _validation_is_missing(run: TrainingRun) -> bool:
-    """Return whether the step a run starts from is to be validated and was not, because a kill came before it."""
+    """Return whether the step that a run starts from still needs validation, because the run was killed before it."""
     due = run.is_due(run.config.validation_steps) if run.step else run.config.validate_first
     missing = due and not run.log.has(run.step, "validation_seconds")
     return bool(run.accelerator.reduce(torch.tensor(float(missing), device=run.accelerator.device), "sum"))

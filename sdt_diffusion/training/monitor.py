@@ -1,4 +1,4 @@
-"""What a run measures of itself: the log file, the means since the last record, and steps that are not finite."""
+"""Measurements of a run: the log file, the means since the last record, and steps that are not finite."""
 
 import json
 import math
@@ -14,7 +14,7 @@ LOG_FILE = "log.jsonl"
 
 
 class TrainingLog:
-    """Append records, one JSON object a line, to `output_dir/log.jsonl`.
+    """Appends records, one JSON object per line, to `output_dir/log.jsonl`.
 
     Args:
         output_dir: The run's folder.
@@ -63,11 +63,11 @@ class Window:
         self.reset()
 
     def reset(self) -> None:
-        """Start anew, after a record."""
+        """Reset the sums, after a record."""
         self.steps, self.losses, self.norms, self.seconds = 0, [], [], 0.0
 
     def add(self, loss: float, norm: float) -> None:
-        """Count a step and stop the clock; a step that is not finite has no part in the means."""
+        """Count a step and stop the clock; steps that are not finite do not count in the means."""
         self.seconds += time.perf_counter() - self._since
         self.steps += 1
         if math.isfinite(loss) and math.isfinite(norm):
@@ -102,7 +102,7 @@ class NonFiniteLossError(RuntimeError):
 
 
 class FiniteGuard:
-    """Decide which steps are made: those with a finite loss and gradient.
+    """Decides which steps are applied: those with a finite loss and gradient.
 
     Args:
         limit: Consecutive steps that may be skipped.
@@ -127,9 +127,9 @@ class FiniteGuard:
             what, value = ("gradient norm", gradient_norm) if math.isfinite(loss) else ("loss", loss)
             raise NonFiniteLossError(
                 f"The {what} is {value} at step {step}, and {self.limit} step(s) before it were skipped for the same "
-                "reason. None of them changed the weights; the last checkpoint is sound. What helps: a lower "
-                "learning_rate or max_grad_norm, mixed_precision no, for generation qk_norm rms_norm. Start another "
-                "run with its own output_dir, or resume with change_on_resume."
+                "reason. None of them changed the weights; the last checkpoint is sound. Try a lower "
+                "learning_rate or max_grad_norm, mixed_precision no or, for generation, qk_norm rms_norm. Start "
+                "another run with its own output_dir, or resume with change_on_resume."
             )
         return False
 

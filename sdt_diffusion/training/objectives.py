@@ -209,7 +209,7 @@ class DiffusionLoss:
         """Return the mean squared error in each range of timesteps since the last call, over all processes.
 
         Returns:
-            "loss_by_timestep/0000-0099" and so on to the error; without ranges in which there was no image.
+            "loss_by_timestep/0000-0099" and so on -> the error; ranges without images are left out.
         """
         errors, images = reduce(self._sums, "sum").tolist()
         self._sums = torch.zeros_like(self._sums)

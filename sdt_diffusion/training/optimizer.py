@@ -18,7 +18,7 @@ class OptimizationArguments:
     learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate."})
     lr_scheduler: str = field(default="constant", metadata={"help": "A schedule of diffusers.optimization."})
     lr_warmup_steps: int = field(default=0, metadata={"help": "Steps of linear warm-up."})
-    min_lr: float = field(default=0.0, metadata={"help": "Where the schedule ends instead of 0."})
+    min_lr: float = field(default=0.0, metadata={"help": "Learning rate at the end of the schedule."})
     adam_beta1: float = field(default=0.9, metadata={"help": "AdamW's beta1."})
     adam_beta2: float = field(default=0.999, metadata={"help": "AdamW's beta2."})
     adam_weight_decay: float = field(default=0.0, metadata={"help": "AdamW's weight decay."})
@@ -44,9 +44,9 @@ def build_optimizer(
         model: The model.
         args: How to optimize.
         groups: Parameters in groups with a `weight_decay` of their own and, as in timm, a factor `lr_scale` of the
-            learning rate. By default weight decay spares parameters of fewer than two dimensions: biases, norms, the
-            strength of the decay.
-        device: Where it will train; on CUDA its kernels are fused.
+            learning rate. By default weight decay excludes parameters of fewer than two dimensions: biases, norms,
+            the strength of the spatial decay.
+        device: Device of the training; on CUDA the fused kernels are used.
     """
     if groups is None:
         parameters = [p for p in model.parameters() if p.requires_grad]

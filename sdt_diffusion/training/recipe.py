@@ -125,7 +125,7 @@ def build_processor(
     imagenet_normalization: bool = True,
     base: SDTHImageProcessor | None = None,
 ) -> SDTHImageProcessor:
-    """Make the image processor that is saved with the classifier and that evaluation uses too.
+    """Build the image processor that is saved with the classifier and that evaluation uses too.
 
     Args:
         num_channels: 3, or 1 for gray images.
@@ -165,7 +165,7 @@ def build_processor(
 def train_transform(
     args: RecipeArguments, processor: SDTHImageProcessor, random_flip: bool
 ) -> Callable[[Image.Image], torch.Tensor]:
-    """Make timm's training transform, with the size and normalization of the processor."""
+    """Build timm's training transform, with the size and normalization of the processor."""
     transform = create_transform(
         processor.crop_size["height"],
         is_training=True,
@@ -205,7 +205,7 @@ def check_auto_augment(args: RecipeArguments) -> None:
     """
     wrong = None
     for word in (args.aa or "").split("-")[1:]:
-        # timm passes over words without a number, except for names of sets of transforms.
+        # timm skips words without a number, except for names of sets of transforms.
         if word != "tweights" and not any(letter.isdigit() for letter in word):
             wrong = f"timm would ignore {word!r}"
     if wrong is None:
@@ -217,7 +217,7 @@ def check_auto_augment(args: RecipeArguments) -> None:
             wrong = str(error) or type(error).__name__
     if wrong is not None:
         raise ValueError(
-            f"aa {args.aa!r} is no automatic augmentation of timm's ({wrong}): give one such as "
+            f"aa {args.aa!r} is not an automatic augmentation of timm ({wrong}): give one such as "
             "rand-m9-mstd0.5-inc1, augmix-m5-w4-d2, original-mstd0.5 or 3a."
         )
 
@@ -256,7 +256,7 @@ class ClassificationLoss:
         return self.cross_entropy(model(images).logits.float(), targets)
 
     def pop_values(self) -> dict[str, float]:
-        """Return nothing to log besides the loss."""
+        """Return an empty dictionary: there is nothing to log besides the loss."""
         return {}
 
 

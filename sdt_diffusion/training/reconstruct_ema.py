@@ -1,7 +1,9 @@
-"""Make the pipeline of another average of the weights than the run kept, from the snapshots it stored.
+"""Make a pipeline whose weights are averaged over another width than the run kept, from the run's snapshots.
 
 accelerate launch train/train_dit.py --ema_profile power --ema_snapshot_steps 50 --output_dir outputs/power
 python train/reconstruct_ema.py --run outputs/power --sigma_rel 0.15 --output_dir outputs/power-0.15
+
+A width is given as a fraction of the training, as in EDM2's paper.
 """
 
 import re

@@ -1,4 +1,4 @@
-"""A run made ready for the training loop: processes, model, optimizer, averages, folder, log, and resuming."""
+"""Prepare a run for the training loop: processes, model, optimizer, averages, folder, log, and resuming."""
 
 import copy
 from collections.abc import Iterator, Sequence
@@ -35,24 +35,24 @@ from .state import BatchNormStatistics, TrainingState, gather
 
 
 class TrainingRun:
-    """Everything that `train` works with.
+    """Everything that `train` needs.
 
     Every random draw of a step follows from the seed, the step and the image's place in it, and every sample, with its
-    augmentation, from its position in the stream. So weights, moments and averages are all the state there is: a run
-    that is killed anywhere and resumed ends with the same weights, and any number of processes whose steps have as
+    augmentation, from its position in the stream. So weights, moments and averages are the entire state: a run that is
+    killed at any time and resumed ends with the same weights, and any number of processes whose steps have as
     many images gives the same weights up to rounding. Only dropout, drop path and mixup differ between processes.
 
     Args:
         model: The model to train; has `save_pretrained` and `from_pretrained`.
         name: Its folder in a checkpoint; averages lie in `<name>_ema...`.
-        data: What it learns from.
+        data: The training data.
         config: Everything else, resolved.
         parameter_groups: See `build_optimizer`.
 
     Attributes:
         step: Optimizer steps made.
         model: The model that is trained, wrapped by accelerate.
-        trained_model: The model that the run is for, whole: the first average, or the trained weights without one.
+        trained_model: The complete model that the run saves: the first average, or the trained weights without one.
 
     Raises:
         ValueError: If the output folder or the checkpoint belongs to another run, the checkpoint is not usable, or
@@ -73,7 +73,7 @@ class TrainingRun:
         self.images_per_step = (
             config.run.train_batch_size * config.run.gradient_accumulation_steps * self.accelerator.num_processes
         )
-        # What a step learns follows from these as well.
+        # Steps depend on these as well.
         self.checkpoint_config = {
             **config.as_dict(),
             **data.identity,
@@ -95,7 +95,7 @@ class TrainingRun:
         scalars = {key: value for key, value in config.as_dict().items() if isinstance(value, (int, float, str, bool))}
         self.accelerator.init_trackers("sdt_diffusion", config=scalars)
         self.accelerator.print(self.describe())
-        self.accelerator.wait_for_everyone()  # all have looked at the folder before the first step marks it
+        self.accelerator.wait_for_everyone()  # all must have checked the folder before the first step marks it
 
     @property
     def unwrapped_model(self) -> nn.Module:
@@ -211,7 +211,7 @@ class TrainingRun:
         images_per_second = window.steps * self.images_per_step / window.seconds
         values = {
             **window.means(),
-            "learning_rate": max(group["lr"] for group in self.optimizer.param_groups),  # layer decay lowers others
+            "learning_rate": max(group["lr"] for group in self.optimizer.param_groups),  # lower with layer decay
             "images_per_second": images_per_second,
             "epoch": self.step * self.images_per_step / (len(self.data.images) * self.data.num_repeats),
             "memory_gib": memory_gib(self.accelerator.device),
@@ -236,7 +236,7 @@ class TrainingRun:
                 tracker.log_images({"samples": np.asarray(picture)[None]}, step=self.step, **layout)
 
     def finish(self) -> None:
-        """Close the trackers and the processes' connections: together, and after DDP, which would outlive them."""
+        """Close the trackers and the process group, on all processes at once, after removing DDP's wrapper."""
         self.accelerator.wait_for_everyone()
         self.model = self.unwrapped_model
         self.accelerator.free_memory()
@@ -244,9 +244,9 @@ class TrainingRun:
         self._lock.release()
 
     def _find_checkpoint(self):
-        """Find the checkpoint to resume from, or `None`, and the changes to the run's arguments so far.
+        """Return the checkpoint to resume from, or `None`, and the changes to the run's arguments so far.
 
-        Refuses what cannot be resumed, before anything is written.
+        Runs that cannot be resumed are refused before anything is written.
         """
         run, resume = self.config.run, self.config.run.resume_from_checkpoint is not None
         known = self.config.as_dict()
@@ -290,7 +290,7 @@ class TrainingRun:
         config, accelerator = self.config, self.accelerator
         optimizer = build_optimizer(model, config.optimization, parameter_groups, accelerator.device)
         skeleton = copy.deepcopy(model).to("meta")
-        separate = None  # without an average, the model that is trained is the one the run is for
+        separate = None  # without an average, the trained model is the one that is saved
         if config.ema.use_ema or accelerator.is_fsdp2:
             separate = copy.deepcopy(model).to(accelerator.device).eval().requires_grad_(False)
         self.model, self.optimizer = prepare(accelerator, model, optimizer)
@@ -319,4 +319,4 @@ class TrainingRun:
         if self.accelerator.is_main_process:
             drop_snapshots_after(self.output_dir, self.step)
         if self.config.ema.ema_snapshot_steps and self.is_due(self.config.ema.ema_snapshot_steps):
-            self.save_snapshots()  # a kill may have come between the checkpoint and them
+            self.save_snapshots()  # the run may have been killed after the checkpoint and before them

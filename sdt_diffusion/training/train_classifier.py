@@ -1,4 +1,4 @@
-"""Trains an image classifier, SDT-H or a head on a trained SDT pipeline, and saves it for transformers' Auto classes.
+"""Train an image classifier, SDT-H or a head on a trained SDT pipeline, and save it for transformers' Auto classes.
 
     accelerate launch train/train_classifier.py                                 # the digits, in minutes on a CPU
     accelerate launch train/train_classifier.py --config train/configs/imagenet_classifier.yaml --dataset DIR
@@ -52,9 +52,9 @@ def evaluate_classifier(
 
     Args:
         model: A classifier of transformers, in evaluation mode.
-        images: Pictures and labels, which are the model's.
+        images: Pictures with the model's labels.
         processor: The image processor that is saved with the model.
-        accelerator: Knows the precision.
+        accelerator: Provides the precision.
         batch_size: Images at a time.
         num_workers: Processes that load images.
 
@@ -139,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             optimization_args,
             ema_args,
             evaluation_args.validation_steps,
-            validate_first=True,  # finds images that cannot be read before hours are spent
+            validate_first=True,  # finds unreadable images before training starts
             arguments=(
                 *(model_args, data_args, validation_args, recipe_args),
                 *(optimization_args, ema_args, run_args, evaluation_args),
@@ -148,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         groups = layer_decay_groups(model, recipe_args, optimization_args.adam_weight_decay)
         run = TrainingRun(model, "classifier", training_set, config, groups)
         if run.accelerator.is_main_process:
-            create_hub_repo(hub_args, run.output_dir)  # what prevents it shows now, not after the training
+            create_hub_repo(hub_args, run.output_dir)  # so that errors show now rather than after training
 
     def test(run):
         numbers = evaluate_classifier(

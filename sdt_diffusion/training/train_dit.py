@@ -112,7 +112,7 @@ def load_weights(model: SDTTransformer2DModel, folder: Path) -> None:
     folder = folder / "transformer" if (folder / "model_index.json").is_file() else folder
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"init_from {folder} holds no SDT transformer (no config.json).")
-    # In training only; it may differ.
+    # These matter in training only, so they may differ.
     ours = {key: value for key, value in config_of(model).items() if key not in ("class_dropout_prob", "dropout")}
     stored = json.loads((folder / "config.json").read_text())
     found = differences({key: stored.get(key, value) for key, value in ours.items()}, ours)
@@ -126,7 +126,7 @@ def load_weights(model: SDTTransformer2DModel, folder: Path) -> None:
 
 @dataclass(frozen=True)
 class ValidationArguments:
-    """What to look at as training goes and at its end."""
+    """What to validate during training and at its end."""
 
     validation_steps: int = field(
         default=0, metadata={"help": "Steps between validations; 0 for none but the last.", "resumable": True}
@@ -152,7 +152,7 @@ class ValidationArguments:
 
 
 class DiffusionValidation:
-    """Draw a grid of samples and the loss curve, and measure the loss of held-out images.
+    """Draws a grid of samples and the loss curve, and measures the loss of held-out images.
 
     Args:
         pipe: The pipeline around the run's `trained_model`.
@@ -290,7 +290,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         run = TrainingRun(model, "transformer", training_set, config)
         if run.accelerator.is_main_process:
-            create_hub_repo(hub_args, run.output_dir)  # what prevents it shows now, not after the training
+            create_hub_repo(hub_args, run.output_dir)  # so that errors show now rather than after training
 
         if data.vae is not None:
             data.vae.to(run.accelerator.device)
@@ -318,8 +318,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 run.output_dir / "results.json", lambda path: path.write_text(json.dumps(results, indent=2))
             )
             print(
-                "{label_accuracy:.1%} of {num_images} samples are taken for their label by an RBF SVM trained on the "
-                "{num_real_images} real images ({sampler}).".format(**results)
+                "{label_accuracy:.1%} of {num_images} samples are classified as their label by an RBF SVM trained on "
+                "the {num_real_images} real images ({sampler}).".format(**results)
             )
         print(f"Saved the pipeline, samples.png and loss_curve.png to {run.output_dir}")
     run.finish()

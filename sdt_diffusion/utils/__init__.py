@@ -1,1 +1,1 @@
-"""Helpers that know nothing of models: arguments, files, fingerprints, seeds."""
+"""Helpers that do not depend on models: arguments, files, fingerprints, seeds."""

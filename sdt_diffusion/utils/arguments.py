@@ -36,7 +36,7 @@ def require_at_least(arguments: Any, least: float, *names: str) -> None:
 
 
 def json_object(text: str | None, name: str) -> dict[str, Any]:
-    """Return the JSON object that an argument holds; an empty one if the argument is not given.
+    """Return the JSON object that an argument holds, or an empty one if it is not given.
 
     Raises:
         ValueError: If it holds something else; names the argument.
@@ -62,7 +62,7 @@ def merged(*arguments: Any) -> dict[str, Any]:
 
 @contextmanager
 def exit_on_error(*kinds: type[Exception]) -> Iterator[None]:
-    """End the program with a line and exit code 1, instead of a traceback, for errors that the user can correct."""
+    """End the program with one line and exit code 1, instead of a traceback, for errors that the user can correct."""
     try:
         yield
     except kinds as error:
@@ -78,7 +78,7 @@ def parse_arguments(
     """Parse a command line into dataclasses, over values from a YAML file.
 
     `--config` names the YAML file, a flat mapping of the same keys, or a recipe of the package; the command line wins.
-    Unknown keys and flags, and values that do not fit, end the program with a line that names them.
+    Unknown keys and flags, and values that do not fit, end the program with one line that names them.
 
     Args:
         dataclass_types: The dataclasses.
@@ -115,7 +115,7 @@ def parse_arguments(
 
 
 class _Parser(HfArgumentParser):
-    """Answer wrong input by one line, without the usage of all flags."""
+    """Reports wrong input in one line, without the usage of all flags."""
 
     def add_argument(self, *names: str, **settings: Any) -> argparse.Action:
         """Add an argument; HfArgumentParser hands over all metadata of a field, argparse knows only its own."""
@@ -138,7 +138,7 @@ class _Parser(HfArgumentParser):
 
 
 class _DefaultsHelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Show the default of each flag that has one, as one would type it."""
+    """Shows the default of each flag that has one, as one would type it."""
 
     def _get_help_string(self, action):  # the method that argparse's ArgumentDefaultsHelpFormatter overrides
         if isinstance(action, argparse._StoreFalseAction):  # HfArgumentParser's --no_x, with the help of --x
@@ -151,7 +151,7 @@ class _DefaultsHelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 
 class _TextLoader(yaml.SafeLoader):
-    """Read single values as they are written (`no`, `1e-4`), for argparse to convert; only null is None."""
+    """Reads single values as they are written (`no`, `1e-4`), for argparse to convert; only null is None."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012 (PyYAML's name and form)
         letter: [(tag, pattern) for tag, pattern in found if tag.rpartition(":")[2] in ("null", "merge")]
@@ -174,7 +174,7 @@ def _find_config(parser: _Parser, given: str) -> Path:
 
 
 def _flags_of(parser: _Parser, dataclass_types: Sequence[Any], path: Path) -> list[str]:
-    """Turn a YAML file into flags: so its values are checked and converted like those of the command line."""
+    """Turn a YAML file into flags, so that its values are checked and converted like those of the command line."""
     try:
         content = path.read_bytes()
         values = yaml.load(content, Loader=_TextLoader)  # a SafeLoader

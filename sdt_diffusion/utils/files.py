@@ -1,4 +1,4 @@
-"""Write files whole or not at all, lock folders, and shorten paths for others to read."""
+"""Write files completely or not at all, lock folders, and shorten paths for others to read."""
 
 import contextlib
 import errno
@@ -21,7 +21,7 @@ LOCK_FILE = ".lock"
 
 
 class FolderLock:
-    """Keep other runs from writing to a folder for as long as this process lives, or until it is released.
+    """Keeps other runs from writing to a folder until it is released or this process ends.
 
     The main process of a run takes it before it looks at what the folder holds. It is a POSIX lock, which forked
     workers do not inherit: a worker that outlives a killed run does not keep the next run out. Nothing is locked where
@@ -61,7 +61,7 @@ class FolderLock:
                 os.close(descriptor)
 
     def release(self) -> None:
-        """Give the lock back if it is held."""
+        """Release the lock if it is held."""
         if self._descriptor is not None:
             (self.folder / LOCK_FILE).unlink(missing_ok=True)
             os.close(self._descriptor)
@@ -149,7 +149,7 @@ def sync(path: Path) -> None:
 
 
 def shorten_path(text: Any, home: str = "~/") -> Any:
-    """Return a path, or a text with paths, without what tells of the machine and its user.
+    """Return a path, or a text with paths, without details of the machine and its user.
 
     Paths in the working directory become relative, those in the home begin with `home`. Of another absolute path only
     the last name is kept, behind `.../`. What is not a string is returned as it is, lists item by item.

@@ -1,4 +1,4 @@
-"""Tell networks apart by their weights, data sets by their files, and runs by their settings."""
+"""Identify networks by their weights, data sets by their files, and runs by their settings."""
 
 import hashlib
 import json
@@ -50,7 +50,7 @@ def fingerprint_files(dataset: str) -> str | None:
 def differences(there: Mapping[str, Any], now: Mapping[str, Any], unquoted: Collection[str] = ()) -> list[str]:
     """Describe each setting that differs.
 
-    Texts that hold a JSON object are compared by what they mean, so that spaces and the order of keys do not count.
+    Texts that hold a JSON object are compared as objects, so that spaces and the order of keys do not count.
 
     Args:
         there: Settings that were found.

@@ -13,7 +13,7 @@ SEED_STREAMS_VERSION = 1
 
 
 class Stream(IntEnum):
-    """Name each use of random numbers. Keep the numbers: another number gives other draws."""
+    """Names of all uses of random numbers; changing a value changes its draws."""
 
     EPOCH_ORDER = 1  # key: epoch
     FLIP = 2  # key: position in the stream of training images
@@ -39,7 +39,7 @@ def seed_sequence(stream: Stream, seed: int, *key: int) -> np.random.SeedSequenc
     Args:
         stream: What the numbers are for.
         seed: Seed of the run, 0 to 2^128 - 1.
-        *key: Integers that tell draws of the stream apart, 0 to 2^64 - 1; each stream has a fixed number of them.
+        *key: Integers that distinguish the draws of a stream, 0 to 2^64 - 1; each stream has a fixed number of them.
     """
     words = [word for number in key for word in (number & 0xFFFFFFFF, number >> 32)]
     return np.random.SeedSequence(seed, spawn_key=(int(stream), *words))
@@ -85,7 +85,7 @@ def seeded_cpu_generators(stream: Stream, seed: int, *key: int) -> Iterator[None
 
 
 class Draws:
-    """Draw the random numbers of a batch: its rows of those for all images of the step.
+    """Draws the random numbers of a batch: its rows of those for all images of the step.
 
     Every process draws for the whole step, from the same seed, and keeps its own rows. So an image gets the same noise
     whether one process sees the whole step or several see a part each, in one batch or in several. This costs a tensor

@@ -191,5 +191,5 @@ def test_an_npz_of_something_else_is_refused(tmp_path, arrays, message):
 def test_a_truncated_npz_is_refused(tmp_path):
     np.savez(tmp_path / "bad.npz", arr_0=PIXELS)
     (tmp_path / "bad.npz").write_bytes((tmp_path / "bad.npz").read_bytes()[:1000])
-    with pytest.raises(ValueError, match=r"bad.npz is not a whole .npz file"):
+    with pytest.raises(ValueError, match=r"bad.npz is not a complete .npz file"):
         NpzImages(tmp_path / "bad.npz")

@@ -10,7 +10,7 @@ def test_every_class_is_described():
     assert ant == {"name": "ant", "label": 0, "count": 4, "top1": 0.75, "top5": None, "predicted": {0: 3, 2: 1}}
     assert bee == {"name": "bee", "label": 1, "count": 0, "top1": None, "top5": None, "predicted": {}}
     assert format_classes([ant, bee]).splitlines() == [
-        "class  images  top-1  top-5  mostly taken for",
+        "class  images  top-1  top-5  most often mistaken for",
         "ant         4  75.0%      -  label 2 (1)",
         "bee         0      -      -",
     ]

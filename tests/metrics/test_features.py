@@ -107,7 +107,7 @@ def test_statistics_that_make_no_sense_are_refused(tmp_path, change, message):
 def test_an_array_under_the_wrong_ending_is_refused(tmp_path):
     np.save(tmp_path / "images.npy", np.zeros(3))
     (tmp_path / "images.npy").rename(tmp_path / "images.npz")
-    with pytest.raises(ValueError, match=r"images.npz is not a whole .npz file"):
+    with pytest.raises(ValueError, match=r"images.npz is not a complete .npz file"):
         has_statistics(tmp_path / "images.npz")
 
 

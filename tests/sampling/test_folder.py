@@ -69,7 +69,7 @@ def test_samples_of_another_model_are_not_mixed(make_pipe, tmp_path):
 
 def test_a_folder_of_something_else_is_left_alone(make_pipe, tmp_path):
     (tmp_path / "thesis.tex").write_text("precious")
-    with pytest.raises(ValueError, match="holds something else than samples"):
+    with pytest.raises(ValueError, match="holds something other than samples"):
         sample(tmp_path, make_pipe())
     with pytest.raises(ValueError, match=r"holds no samples with a manifest\.json"):
         SampleFolder(tmp_path)

@@ -69,7 +69,7 @@ def test_models_that_cannot_be_loaded_are_named(make_pipe, tmp_path):
         load_pipeline(PipelineArguments(model=str(tmp_path)), "cpu")
     make_pipe().save_pretrained(tmp_path)
     for arguments, message in [
-        ({"scheduler": "DDIMScheduler"}, "'DDIMScheduler' is no scheduler for this flow-matching model"),
+        ({"scheduler": "DDIMScheduler"}, "'DDIMScheduler' is not a scheduler for this flow-matching model"),
         ({"attention_backend": "fast"}, "attention_backend must be one of .*blockwise or of diffusers"),
     ]:
         with pytest.raises(ValueError, match=message):

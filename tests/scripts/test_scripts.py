@@ -42,7 +42,7 @@ def test_training_leaves_a_pipeline_pictures_a_log_and_its_config(trained):
     assert "learning_rate: 0.001" in (output_dir / "training_config.yaml").read_text()
     assert list((output_dir / "logs").rglob("*tfevents*"))
     accuracy = json.loads((output_dir / "results.json").read_text())["label_accuracy"]
-    assert f"{accuracy:.1%} of 20 samples are taken for their label" in result.stdout
+    assert f"{accuracy:.1%} of 20 samples are classified as their label" in result.stdout
     assert "images/s" in result.stderr
     pipe = DiffusionPipeline.from_pretrained(output_dir)
     assert pipe(["7"], num_inference_steps=1).images[0].size == (8, 8)
@@ -194,14 +194,14 @@ class TestSampling:
             first, second = (
                 np.array(Image.open(folder / path.name)).astype(int) for folder in (sampled[0] / "images", path.parent)
             )
-            assert np.abs(first - second).max() <= 1  # a rounding of 1e-6 may cross the edge of a grey level
+            assert np.abs(first - second).max() <= 1  # a rounding of 1e-6 may cross the edge of a gray level
 
     @pytest.mark.parametrize(
         ("argv", "message", "returncode"),
         [
             (["--classes", "10"], "Class label 10 is out of range: the model has labels 0..9", 1),
             (["--classes", "wolf"], "Unknown class name(s) 'wolf'", 1),
-            (["--scheduler", "DDIMScheduler"], "'DDIMScheduler' is no scheduler for this flow-matching model", 1),
+            (["--scheduler", "DDIMScheduler"], "'DDIMScheduler' is not a scheduler for this flow-matching model", 1),
             (["--samples_npz", "a.zip"], "a.zip must end in .npz", 1),
             (["--num_images", "0"], "must be at least 1", 2),
         ],

@@ -125,7 +125,7 @@ def main():
 
 @pytest.fixture
 def folders(tmp_path):
-    """Six coloured pictures in three class folders, to train and to test on."""
+    """Six color pictures in three class folders, to train and to test on."""
     for split in ("train", "val"):
         for i in range(6):
             path = tmp_path / "images" / split / ("ant", "bee", "cat")[i % 3] / f"{i}.png"
@@ -218,8 +218,8 @@ def test_bad_data_is_named_before_training(main, folders, tmp_path):
     [
         (["--model", "SDT-H-XXL"], "model 'SDT-H-XXL' is neither a preset (SDT-H-T, "),
         (["--mixup", "1", "--train_batch_size", "7"], "train_batch_size must be even for mixup and cutmix, not 7"),
-        (["--aa", "rand-q9"], "aa 'rand-q9' is no automatic augmentation of timm's"),
-        (["--aa", "much"], "aa 'much' is no automatic augmentation of timm's"),
+        (["--aa", "rand-q9"], "aa 'rand-q9' is not an automatic augmentation of timm"),
+        (["--aa", "much"], "aa 'much' is not an automatic augmentation of timm"),
         (["--probe_block", "1"], "probe_block does not apply to model SDT-H-digits, which is a preset"),
         (["--model_overrides", '{"num_labels": 3}'], "num_labels follow from the data set"),
         (["--validation_split", "test"], "name the images of digits that are trained on"),

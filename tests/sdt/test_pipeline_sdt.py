@@ -108,8 +108,8 @@ def test_a_generator_per_image_makes_images_independent_of_the_batch(make_pipe):
 def test_num_images_per_prompt_repeats_each_label(make_pipe):
     pipe = make_pipe()
     twice = pipe([2, 4], num_images_per_prompt=2, generator=[seeded(i) for i in range(4)], output_type="pt", **STEPS)
-    spelt = pipe([2, 2, 4, 4], generator=[seeded(i) for i in range(4)], output_type="pt", **STEPS)
-    assert torch.equal(twice.images, spelt.images)
+    repeated = pipe([2, 2, 4, 4], generator=[seeded(i) for i in range(4)], output_type="pt", **STEPS)
+    assert torch.equal(twice.images, repeated.images)
 
 
 def test_callback_sees_every_step_and_may_replace_latents_and_guidance(make_pipe):

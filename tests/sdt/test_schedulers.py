@@ -88,11 +88,13 @@ def test_learned_variance_is_dropped_where_it_would_cut_channels():
 
 
 def test_schedulers_of_the_other_kind_are_refused():
-    with pytest.raises(ValueError, match=r"'DDIMScheduler' is no scheduler for this flow-matching model.*FlowMatch"):
+    with pytest.raises(
+        ValueError, match=r"'DDIMScheduler' is not a scheduler for this flow-matching model.*FlowMatch"
+    ):
         swap_scheduler(diffusers.FlowMatchEulerDiscreteScheduler(), "DDIMScheduler")
     with pytest.raises(ValueError, match=r"for this epsilon model: choose one of DDPMScheduler"):
         swap_scheduler(diffusers.DDIMScheduler(), "FlowMatchEulerDiscreteScheduler")
-    with pytest.raises(ValueError, match="'PLMS' is no scheduler"):
+    with pytest.raises(ValueError, match="'PLMS' is not a scheduler"):
         swap_scheduler(diffusers.DDIMScheduler(), "PLMS")
 
 

@@ -8,7 +8,7 @@ from sdt_diffusion import SDTTransformer2DModel
 from sdt_diffusion.attention import SPATIAL_DECAY_VARIANTS
 from sdt_diffusion.sdt import PRESETS
 from sdt_diffusion.sdt.transformer_sdt import position_embedding
-from tests.conftest import TINY, randomise
+from tests.conftest import TINY, randomize
 
 OPTIONS = [
     *({"spatial_decay": variant} for variant in SPATIAL_DECAY_VARIANTS),
@@ -34,7 +34,7 @@ class TestAgainstDiT:
         torch.manual_seed(0)
         config = {k: TINY[k] for k in ("num_layers", "num_attention_heads", "attention_head_dim", "in_channels")}
         config.update(sample_size=8, patch_size=2)
-        dit = randomise(DiTTransformer2DModel(**config, norm_eps=1e-6)).eval()
+        dit = randomize(DiTTransformer2DModel(**config, norm_eps=1e-6)).eval()
         sdt = SDTTransformer2DModel(**config, num_classes=1000, spatial_decay="none").eval()
         weights = {}
         for name, value in dit.state_dict().items():
@@ -147,7 +147,7 @@ def test_untrained_model_predicts_zero_and_decays_like_rmt(make_model):
     models = [SDTTransformer2DModel(**TINY, spatial_decay=variant).eval() for variant in ("context", "fixed")]
     assert torch.equal(models[0](images, timestep, labels).sample, torch.zeros_like(images))
     # With the gates at their start, and all else moved alike, SDT is RMT's fixed decay.
-    randomise(models[1])
+    randomize(models[1])
     missing = models[0].load_state_dict(models[1].state_dict(), strict=False)
     assert all(".gate." in name for name in missing.missing_keys)
     outputs = [model(images, timestep, labels).sample for model in models]

@@ -1,7 +1,7 @@
 import torch
 
 from sdt_diffusion.classification import SDTHConfig, SDTHForImageClassification, SDTHNetwork
-from tests.conftest import randomise
+from tests.conftest import randomize
 
 SMALL = {
     "hidden_sizes": (16, 32, 32),
@@ -18,7 +18,7 @@ SMALL = {
 def small_network(**overrides):
     """A small network with all parameters and statistics off their start."""
     torch.manual_seed(0)
-    network = randomise(SDTHNetwork(**{**SMALL, "num_labels": 5, **overrides}), std=0.2)
+    network = randomize(SDTHNetwork(**{**SMALL, "num_labels": 5, **overrides}), std=0.2)
     network.train()(images(num=4, channels=network.num_channels))  # running statistics
     return network.eval()
 

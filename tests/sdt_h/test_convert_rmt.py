@@ -207,7 +207,7 @@ def test_other_files_are_refused(tmp_path):
     with pytest.raises(ValueError, match="holds no state dict, neither at the top nor under 'model' or 'state_dict'"):
         load_rmt(path)
     torch.save(torch.nn.Linear(2, 2).state_dict(), path)
-    with pytest.raises(ValueError, match=r"no checkpoint of RMT: it has no 'patch_embed.proj.0.weight'"):
+    with pytest.raises(ValueError, match=r"not a checkpoint of RMT: it has no 'patch_embed.proj.0.weight'"):
         load_rmt(path)
     torch.save({**reference.state_dict(), "layers.0.blocks.0.ffn.ffn_layernorm.weight": torch.ones(32)}, path)
     with pytest.raises(ValueError, match=r"in 1 tensor\(s\), such as .*ffn_layernorm"):

@@ -99,7 +99,7 @@ def test_the_limit_deletes_the_oldest(tmp_path):
 def test_the_limit_never_deletes_the_checkpoint_just_written(tmp_path):
     damaged = save_checkpoint(tmp_path, 10, save)
     (damaged / "state").unlink()
-    path = save_checkpoint(tmp_path, 6, save, total_limit=1)  # the run goes on from before the damage
+    path = save_checkpoint(tmp_path, 6, save, total_limit=1)  # the run continues from before the damage
     assert find_checkpoint(tmp_path, "latest") == path
 
 

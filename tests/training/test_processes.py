@@ -72,7 +72,7 @@ def test_two_processes_with_half_the_batch_each_learn_what_one_does(alone, tmp_p
         found, expected = ({k: v for k, v in record.items() if k not in measured} for record in (found, expected))
         assert found == pytest.approx(expected, rel=1e-4)
 
-    # What two have saved, one goes on from.
+    # Resume on one process what two have saved.
     resume = ("train_batch_size=4", "gradient_accumulation_steps=2", "resume_from_checkpoint=latest")
     part = train(begun(tmp_path / "part", shared), "ddp", *resume, processes=1)
     assert_same(part / "checkpoint-6", alone / "checkpoint-6")

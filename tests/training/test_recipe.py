@@ -98,7 +98,9 @@ def test_timms_automatic_augmentations_are_taken(aa):
     ],
 )
 def test_augmentations_that_timm_does_not_understand_are_refused_with_its_reason(aa, reason):
-    message = rf"^aa {re.escape(repr(aa))} is no automatic augmentation of timm's \({re.escape(reason)}.*\): give one"
+    message = (
+        rf"^aa {re.escape(repr(aa))} is not an automatic augmentation of timm \({re.escape(reason)}.*\): give one"
+    )
     with pytest.raises(ValueError, match=message):
         RecipeArguments(aa=aa)
 

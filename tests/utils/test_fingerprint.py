@@ -15,5 +15,5 @@ def test_json_values_differ_by_what_they_mean():
         """model_overrides: '{"num_layers": 6}' there, '{"num_layers": 7}' now"""
     ]
     assert found('{"num_layers": 6', '{"num_layers":6')  # no JSON: compared as text
-    assert found("1.0", "1")  # a text such as a path is no JSON object
+    assert found("1.0", "1")  # a text such as a path is not a JSON object
     assert found(None, "{}")

@@ -1,4 +1,4 @@
-"""A cache of latents: they are encoded once and read from files image by image.
+"""A cache of latents, which are encoded once and then read from files image by image.
 
 A cache is a folder of
 
@@ -6,8 +6,8 @@ A cache is a folder of
   standard deviation of the VAE's posterior, not normalized, for an image and for its mirror; and `labels` of shape
   (images,), int64. The header's metadata name the classes.
 - `manifest.json`: how they were made, the VAE's normalization, the classes, and size and checksum of every shard.
-- `records`: the parts of the manifest, one file of settings and one for each shard, by which encoding goes on and a
-  cache is repaired. Training does not need them.
+- `records`: the parts of the manifest, one file of settings and one for each shard, which are used to
+  resume encoding and to repair a cache. Training does not need them.
 """
 
 import hashlib
@@ -39,7 +39,7 @@ MAX_OPEN_FILES = 512
 
 
 class LatentCache:
-    """The posteriors of a data set's images, which are read when they are asked for.
+    """The VAE posteriors of a data set's images, read from files on demand.
 
     The files are not mapped into memory: the pages of a mapping count as the process's memory until the system takes
     them back, and an error of the disk would kill the process without a message.
@@ -50,7 +50,7 @@ class LatentCache:
         class_names: File of names for the classes; see `rename_classes`.
 
     Raises:
-        ValueError: If it is not a cache, of another version, or not whole; the message names the shard.
+        ValueError: If it is not a cache, of another version, or incomplete; the message names the shard.
     """
 
     def __init__(self, folder: Path, mirrors: bool = False, class_names: str | None = None):

@@ -4,8 +4,8 @@
     accelerate launch train/encode_latents.py ... --dataset "tars/train-*.tar" --streaming True
     python train/encode_latents.py --output_dir CACHE --verify True
 
-The same command goes on where it was interrupted. preview.png, which is written with the first shard, shows images and
-what the VAE makes of them.
+Run the same command again to continue an interrupted run. preview.png, written with the first shard, shows images
+and their reconstructions by the VAE.
 """
 
 import sys
@@ -45,13 +45,13 @@ from .writer import CacheWriter
 PREVIEW_FILE = "preview.png"
 #: Images in the preview.
 NUM_SHOWN = 8
-#: Side of the images in pixels where the arguments leave it open.
+#: Side of the images in pixels if the arguments do not set it.
 DEFAULT_RESOLUTION = 256
 
 
 @dataclass
 class EncodingArguments:
-    """What to encode with, and where to."""
+    """How to encode, and where to write."""
 
     output_dir: Path = field(metadata={"help": "Folder of the cache."})
     pretrained_vae_model_name_or_path: str | None = field(
@@ -131,7 +131,9 @@ class ShardEncoder:
         moments = torch.stack(both, dim=1).to(self.dtype)  # (B, 2, 2, C, H, W)
         if not moments.isfinite().all():
             name = str(self.dtype).removeprefix("torch.")
-            raise ValueError(f"The VAE's latents are not finite in {name}: give dtype float32, or a finer vae_dtype.")
+            raise ValueError(
+                f"The VAE's latents are not finite in {name}: give dtype float32, or a more precise vae_dtype."
+            )
         return moments.cpu()
 
     @torch.no_grad()
@@ -167,7 +169,7 @@ def encode_into(
     Args:
         folder: New, empty, or begun by the same call.
         rows: The data set.
-        vae: The VAE in fp32, in which its weights are identified; it is moved to the process's device and
+        vae: The VAE in fp32, from which its fingerprint is computed; it is moved to the process's device and
             `args.vae_dtype`.
         args: How to encode.
         progress: Whether the main process shows a progress bar.
@@ -219,7 +221,7 @@ def _encode_missing(writer, finished, rows, vae, args, progress):
         for shard, of_shard in groupby(batches, key=lambda batch: batch.shard):
             before = len(unreadable)
             moments, labels = encode(_counted(of_shard, unreadable, args.max_unreadable, bar))
-            if shard == 0:  # early, so that the user sees mistakes before all is encoded
+            if shard == 0:  # written early, so that mistakes show before everything is encoded
                 preview = encode.preview(moments, labels, rows.class_names)
                 write_atomically(writer.folder / PREVIEW_FILE, preview.save)
             writer.save(shard, moments, labels, unreadable[before:])
@@ -235,7 +237,7 @@ def _settings(rows, vae, args):
         "class_names": rows.class_names,
         "resolution": images.resolution,
         "image_mode": images.image_mode,
-        "crop": "centre, by ADM's rule",  # as spelled in the caches of before
+        "crop": "centre, by ADM's rule",  # existing caches have this spelling, and settings are compared
         **describe_vae(vae),
         **LatentNormalization.of(vae)._asdict(),
         "vae_dtype": args.vae_dtype,

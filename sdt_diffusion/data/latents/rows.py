@@ -88,7 +88,7 @@ class StreamedRows:
         """Iterate over number, encoded image and label of the wanted rows, in order; set `num_rows` at the end.
 
         Raises:
-            ValueError: If a label is not one, or a row cannot be read.
+            ValueError: If a label is invalid, or a row cannot be read.
         """
         rows = enumerate(self.dataset)
         number = -1
@@ -123,11 +123,11 @@ def open_rows(args: ImageArguments, streaming: bool, default_resolution: int) ->
     Args:
         args: The arguments, which stay as they are; those of the rows returned are complete.
         streaming: Read the files in order, without copying them first.
-        default_resolution: Side of the images in pixels where the arguments leave it open.
+        default_resolution: Side of the images in pixels if the arguments do not set it.
 
     Raises:
         FileNotFoundError: If a path does not exist.
-        ValueError: If nothing can be read there, or the columns or classes cannot be told.
+        ValueError: If nothing can be read there, or the columns or classes cannot be determined.
     """
     rows: StoredRows | StreamedRows
     if streaming:
@@ -158,8 +158,8 @@ def shard_batches(
         decode: The decoder.
         shard_size: Rows of a shard.
         batch_size: Rows of a batch.
-        wanted: Tells whether a shard, by its number, is wanted.
-        num_threads: Threads that decode; Pillow releases Python's lock while it does.
+        wanted: Returns whether to read a shard, given its number.
+        num_threads: Threads that decode; Pillow releases Python's global lock meanwhile.
     """
     with ThreadPoolExecutor(num_threads) as pool:
         ahead = deque()

@@ -26,7 +26,7 @@ from .cache import is_latent_cache
 
 @dataclass
 class TrainingData:
-    """The images of a run, and how batches of them become what the model is trained on.
+    """The images of a run, and the way batches of them become clean pixels or latents.
 
     Args:
         arguments: The data arguments, complete; see `ImageArguments.resolved`.
@@ -34,7 +34,7 @@ class TrainingData:
         vae: The VAE, with the normalization that decoding has to use; `None` to train on pixels.
         vae_name: Where the VAE came from.
         augment: See `ShuffledStream`.
-        sample_shape: Channels, height and width of what the model makes.
+        sample_shape: Channels, height and width of the model's samples.
     """
 
     arguments: DataArguments
@@ -46,7 +46,7 @@ class TrainingData:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What identifies the latents, wherever VAE and cache are stored; a run is resumed with the same ones only."""
+        """What identifies the latents, independent of paths; a resumed run must have the same."""
         if self.vae is None:
             return {}
         if isinstance(self.images, LatentCache):  # the fingerprint covers the VAE
@@ -66,7 +66,7 @@ class TrainingData:
         return isinstance(self.images, LatentCache)
 
     def clean(self, batch: torch.Tensor, draws: Draws) -> torch.Tensor:
-        """Return what the model is trained to make.
+        """Return the clean pixels or latents that the model learns to generate.
 
         Args:
             batch: Pixels in -1 to 1, or moments of a cache, shape (batch, ...).
@@ -87,7 +87,7 @@ def open_training_data(data: DataArguments, vae_name: str | None, default_sample
     Args:
         data: The data arguments, which stay as they are; those of the data returned are complete.
         vae_name: Folder or Hub name of the VAE; a cache names its own, and without either the data are pixels.
-        default_sample_size: Side of what the model makes where `data` leaves the resolution open.
+        default_sample_size: Side of the model's samples if `data` does not set the resolution.
         seed: Seed of the run, for mirrored images.
 
     Raises:

@@ -55,7 +55,7 @@ class CacheWriter:
         elif manifest:
             there = manifest["settings"]
         elif self._holds_something_else():
-            raise ValueError(f"{self.folder} holds something else than latents: give another output_dir.")
+            raise ValueError(f"{self.folder} holds something other than latents: give another output_dir.")
         else:
             there = self.settings
         found = differences(there, self.settings, unquoted=("class_names",))
@@ -94,7 +94,7 @@ class CacheWriter:
             unreadable: Messages about the images that were left out.
         """
         path = self.folder / f"shard-{shard:05d}.safetensors"
-        self._record_file(path.name).unlink(missing_ok=True)  # it describes the file that is replaced
+        self._record_file(path.name).unlink(missing_ok=True)  # it describes the file being replaced
         write_atomically(path, lambda partial: write_shard(partial, moments, labels, self.settings["class_names"]))
         record = {
             "file": path.name,
@@ -145,7 +145,7 @@ class CacheWriter:
         _write_json(self.folder / MANIFEST_FILE, manifest)
 
     def _manifest(self):
-        """Return the manifest, or `None` where there is none yet."""
+        """Return the manifest, or `None` if there is none yet."""
         is_there = is_latent_cache(self.folder) and (self.folder / MANIFEST_FILE).is_file()
         return read_manifest(self.folder) if is_there else None
 

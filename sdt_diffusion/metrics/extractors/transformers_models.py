@@ -1,4 +1,4 @@
-"""Extractors saved by transformers: DINOv2 and image classifiers, and how classifiers are loaded and fed."""
+"""Extractors saved by transformers: DINOv2 and image classifiers, with helpers to load and call classifiers."""
 
 import hashlib
 from typing import Any

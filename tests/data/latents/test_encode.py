@@ -288,7 +288,7 @@ class TestBadInput:
     def test_a_folder_of_something_else(self, encode, tmp_path):
         (tmp_path / "cache").mkdir()
         (tmp_path / "cache" / "thesis.tex").write_text("precious")
-        with pytest.raises(ValueError, match="cache holds something else than latents: give another output_dir"):
+        with pytest.raises(ValueError, match="cache holds something other than latents: give another output_dir"):
             encode()
         assert [path.name for path in (tmp_path / "cache").iterdir()] == ["thesis.tex"]
 
@@ -337,7 +337,9 @@ class TestBadInput:
     def test_latents_that_are_not_finite(self, encode, tiny_vae, tmp_path):
         with torch.no_grad():
             tiny_vae.quant_conv.bias[:4] = 1e6
-        with pytest.raises(ValueError, match=r"not finite in float16: give dtype float32, or a finer vae_dtype"):
+        with pytest.raises(
+            ValueError, match=r"not finite in float16: give dtype float32, or a more precise vae_dtype"
+        ):
             encode()
         assert not list(tmp_path.rglob("shard*"))
         assert len(LatentCache(encode("other", dtype="float32"))) == 10

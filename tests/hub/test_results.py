@@ -86,7 +86,7 @@ def test_a_classifiers_accuracy(read):
 
 def test_numbers_of_other_weights_are_left_out(read):
     other = {**FID, "samples": {**FID["samples"], "model_weights": "def"}}
-    with pytest.warns(UserWarning, match=r"fid.json is of other weights"):
+    with pytest.warns(UserWarning, match=r"fid.json was measured with other weights"):
         assert read(fid=other) == []
     rounded = {**other, "samples": {**other["samples"], "dtype": "float16"}}  # whose fingerprint says nothing
     with warnings.catch_warnings(action="error"):

@@ -37,7 +37,7 @@ def test_an_example_is_short_and_shows_its_command(name):
     assert f"`python examples/{name}.py" in text
 
 
-def test_schedulers_are_compared_on_a_pipeline_of_ones_own(run_example, make_pipe, tmp_path):
+def test_schedulers_are_compared_on_a_given_pipeline(run_example, make_pipe, tmp_path):
     make_pipe().save_pretrained(tmp_path / "own")
     run_example("sample_with_another_scheduler", tmp_path / "own")
     assert Image.open(tmp_path / "schedulers.png").width > 4 * 64

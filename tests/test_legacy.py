@@ -39,7 +39,7 @@ def test_a_cache_of_latents_holds_the_same_moments_and_labels(expected):
     assert torch.equal(torch.tensor(labels), expected["cache_labels"])
 
 
-def test_a_cache_of_latents_knows_its_vae_from_another():
+def test_a_cache_of_latents_refuses_another_vae():
     cache = LatentCache(SAVED / "cache")
     vae = AutoencoderKL.from_pretrained(SAVED / "pipeline" / "vae")
     check_vae(vae, cache.folder, cache.manifest)

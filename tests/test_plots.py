@@ -122,7 +122,7 @@ def test_names_of_several_words_are_shortened_to_their_first_together():
 @pytest.mark.parametrize(
     ("num_images", "num_classes", "columns"), [(80, 10, 10), (80, 1, 9), (80, 2, 8), (1, 1, 1), (20, 5, 5), (9, 20, 3)]
 )
-def test_columns_hold_a_class_each_and_few_classes_make_no_tower(num_images, num_classes, columns):
+def test_each_column_holds_one_class_and_few_classes_share_rows(num_images, num_classes, columns):
     labels = [str(i % num_classes) for i in range(num_images)]
     assert plots.choose_columns(labels) == columns
     assert plots.choose_columns(sorted(labels)) <= 10

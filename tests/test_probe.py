@@ -62,7 +62,7 @@ def test_features_of_a_flow_are_the_transformers_hidden_states(make_model, make_
     assert len(model.transformer.transformer_blocks) == block + 1
 
 
-def test_features_of_a_ddpm_take_its_schedule(make_model, make_probe):
+def test_features_of_a_ddpm_use_its_schedule(make_model, make_probe):
     scheduler = DDIMScheduler(beta_start=1e-4, beta_end=2e-2)
     transformer = make_model(num_layers=3)
     model = make_probe(transformer, scheduler, timestep=40)

@@ -303,7 +303,7 @@ def test_empty_class_folders_are_named(tmp_path, split):
     check_class_folders(tmp_path, ["ant"])  # classes that are not folders
 
 
-def test_links_to_class_folders_hold_what_they_lead_to(tmp_path):
+def test_links_to_class_folders_count_as_their_targets(tmp_path):
     for name in ("cat", "dog"):
         (tmp_path / name).mkdir()
         Image.new("L", (2, 2)).save(tmp_path / name / "a.png")

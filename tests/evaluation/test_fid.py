@@ -129,7 +129,7 @@ def test_some_of_the_samples_may_be_taken(real, tmp_path):
     assert record["samples"]["drawn_from"] == 25
 
 
-def test_metrics_that_nobody_asked_for_and_need_more_images_are_left_out_with_a_note(real, tmp_path):
+def test_default_metrics_that_need_more_images_are_left_out_with_a_note(real, tmp_path):
     record, table = evaluate(tmp_path / "a.json", samples=str(real), reference=str(real), kid_subset_size=1000)
     assert sorted(record["labels"]) == ["fid", "precision", "recall"]
     assert "kid takes at least 1000 samples" in record["warnings"][0]

@@ -51,7 +51,7 @@ def test_a_classifiers_weights_arrive(hub, finished_run):
     assert {"config.json", "preprocessor_config.json"} < set(hub.repositories["me/flowers"])
 
 
-def test_configs_tell_nothing_of_the_machine(finished_run, make_model, tiny_vae, tmp_path):
+def test_configs_reveal_nothing_about_the_machine(finished_run, make_model, tiny_vae, tmp_path):
     tiny_vae.save_pretrained(tmp_path / "my vaes" / "vae")
     vae = AutoencoderKL.from_pretrained(tmp_path / "my vaes" / "vae")
     pipe = SDTPipeline(make_model(in_channels=4), FlowMatchEulerDiscreteScheduler(), vae)

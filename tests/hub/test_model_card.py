@@ -21,7 +21,7 @@ def with_fid(finished_run):
     return finished_run
 
 
-def test_the_card_tells_of_data_model_training_and_results(with_fid):
+def test_the_card_describes_data_model_training_and_results(with_fid):
     text = write_model_card(with_fid.folder).read_text()
     for said in (
         "accelerate launch train/train_dit.py --dataset flowers",
@@ -78,7 +78,7 @@ def test_the_snippet_names_classes_and_only_settings_that_are_not_saved(finished
     assert snippet_call(folder) == f"{labels}, guidance_scale=1.5"
 
 
-def test_classes_without_a_name_of_their_own_are_ids_in_the_snippet(finished_run, make_pipe):
+def test_classes_without_a_unique_name_are_ids_in_the_snippet(finished_run, make_pipe):
     folder = finished_run.folder
     # "crane" is the whole name of two classes, "bee" a word for two.
     names = {0: "crane", 1: "bee, honey bee", 2: "crane", 3: "bee, bumble bee"}
@@ -114,7 +114,7 @@ def test_without_the_import_diffusers_says_what_the_card_says(finished_run, monk
         diffusers.DiffusionPipeline.from_pretrained(finished_run.folder)
 
 
-def test_the_card_and_the_record_tell_nothing_of_the_machine(finished_run, monkeypatch, tmp_path):
+def test_the_card_and_the_record_reveal_nothing_about_the_machine(finished_run, monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path / "someone"))
     (tmp_path / "cwd").mkdir()
     monkeypatch.chdir(tmp_path / "cwd")
@@ -170,7 +170,7 @@ def test_written_again_it_has_the_new_numbers_and_keeps_what_people_wrote(with_f
     assert write_model_card(with_fid.folder).read_text() == again
 
 
-def test_a_card_that_someone_else_wrote_is_left_alone(finished_run):
+def test_a_card_written_by_someone_else_is_kept(finished_run):
     path = finished_run.folder / "README.md"
     path.write_text("# Mine\n")
     with pytest.warns(UserWarning, match="left as it is"):

@@ -34,7 +34,7 @@ def test_every_number_has_its_sampler_and_network_evaluations(read):
     assert kid.shown == "0.001 ± 0.0002"
 
 
-def test_paths_of_the_machine_are_not_told(read, tmp_path):
+def test_paths_of_the_machine_are_not_recorded(read, tmp_path):
     reference = {"path": f"{tmp_path}/imagenet.npz", "count": 10_000}
     fid, _ = read(fid={**FID, "kind": "fid", "reference": reference})
     assert fid.data == ".../imagenet.npz, 10000 images"

@@ -56,7 +56,7 @@ def test_paths_are_of_the_working_directory_or_the_home(tmp_path):
     assert str(tmp_path) not in line
 
 
-def test_of_other_paths_only_the_last_name_is_told(tmp_path):
+def test_other_paths_are_reduced_to_their_last_name(tmp_path):
     line = command(
         "--dataset", f"{tmp_path}/my data/birds", f"--output_dir={tmp_path}/x*.tar", "--config", "/run.yaml"
     )

@@ -55,7 +55,7 @@ class TestKnownDistances:
         assert distance > 0
 
 
-def test_small_eigenvalues_cost_no_digits():
+def test_small_eigenvalues_lose_no_digits():
     """Over 40 orders of magnitude, against the singular values of the features themselves."""
     scales = torch.exp(-48 * torch.arange(64) / 64)
     first, second = (features(500, 64, seed) * scales + 0.001 * seed for seed in (0, 1))
@@ -67,7 +67,7 @@ def test_small_eigenvalues_cost_no_digits():
     assert frechet_distance(statistics(first), statistics(second)) == pytest.approx(expected.item(), rel=1e-9)
 
 
-def test_few_real_images_cost_no_digits_as_they_cost_peers():
+def test_few_real_images_lose_no_digits_unlike_in_other_libraries():
     """Against the singular values of the pixels themselves, of fewer images than dimensions."""
     from sklearn.datasets import load_digits
     from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric

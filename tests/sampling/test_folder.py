@@ -83,7 +83,7 @@ def test_samples_that_are_not_finite_are_refused(make_pipe, make_model, tmp_path
         sample(tmp_path / "samples", make_pipe(transformer=model))
 
 
-def test_fingerprints_tell_values_names_and_types_apart():
+def test_fingerprints_distinguish_values_names_and_types():
     layer = torch.nn.Linear(3, 3)
     first = fingerprint(layer)
     assert fingerprint(layer) == first

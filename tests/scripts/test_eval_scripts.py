@@ -49,7 +49,7 @@ def test_number_of_processes_and_workers_change_no_digit(model, tmp_path):
     assert result.stdout.count("FD(pixels)") == 1
 
 
-def test_a_killed_run_goes_on_where_it_stopped(model, tmp_path):
+def test_a_killed_run_resumes_where_it_stopped(model, tmp_path):
     run(*FID, *flags(model, tmp_path / "whole.json", "--metrics", "fid"))
     output = tmp_path / "killed.json"
     command = list(map(str, [*FID, *flags(model, output, "--metrics", "fid")]))

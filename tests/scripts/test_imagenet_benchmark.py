@@ -23,7 +23,7 @@ def test_the_cache_holds_mean_and_std_of_two_mirrors(benchmark):
     assert benchmark.latent_cache_bytes(512, images=10) == 10 * (4 * 64 * 64 * 2 * 2 * 2 + 8)
 
 
-def test_activations_of_two_blocks_tell_of_twelve(benchmark):
+def test_activations_of_two_blocks_predict_those_of_twelve(benchmark):
     def kept(batch_size):
         return benchmark.kept_bytes("SDT-S/2", 128, "context", 12, batch_size)
 

@@ -81,7 +81,7 @@ def test_guidance_of_one_asks_for_no_null_class(make_pipe):
     assert sizes == [2, 2, 2, 4, 4, 4]
 
 
-def test_learned_variance_goes_to_ddpm_only(make_pipe, make_model):
+def test_learned_variance_is_passed_to_ddpm_only(make_pipe, make_model):
     model = make_model(out_channels=6)
     x, t, labels = torch.randn(2, 3, 8, 8), torch.tensor(500), torch.tensor([1, 2])
     for scheduler, channels in (

@@ -107,7 +107,7 @@ class TestTheOutputFolder:
     config = {"model": "SDT-S/2", "seed": 0, "max_train_steps": 10}  # noqa: RUF012
     other = {"model": "SDT-B/2", "seed": 1, "max_train_steps": 10}  # noqa: RUF012
 
-    def test_a_new_folder_is_free_and_untouched_by_the_question(self, tmp_path):
+    def test_checking_a_new_folder_creates_nothing(self, tmp_path):
         check_output_dir(tmp_path / "a", self.config, resume=False)
         check_output_dir(tmp_path / "a", self.config, resume=True)
         assert names(tmp_path) == []
@@ -132,7 +132,7 @@ class TestTheOutputFolder:
         check_output_dir(tmp_path, {**self.config, "max_train_steps": 20}, resume=True, may_differ=["max_train_steps"])
 
     @pytest.mark.parametrize("name", ["model_index.json", "checkpoint-4"])
-    def test_somebody_elses_work_is_refused(self, tmp_path, name):
+    def test_a_folder_of_other_work_is_refused(self, tmp_path, name):
         (tmp_path / name).mkdir()
         for resume in (False, True):
             with pytest.raises(ValueError, match=f"holds {name} of something else"):

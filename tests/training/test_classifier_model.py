@@ -50,7 +50,7 @@ def test_other_classes_need_a_new_head_and_get_nothing_else_new(folder, class_na
 
 
 @pytest.mark.parametrize("reinitialise_head", [False, True])
-def test_no_other_weight_is_ever_new(folder, reinitialise_head):
+def test_no_other_weight_is_reinitialized(folder, reinitialise_head):
     with pytest.raises(ValueError, match=r"takes images of 3 channel\(s\), not of 1: set image_mode to RGB"):
         build(folder, num_channels=1, reinitialise_head=reinitialise_head)
     stored = load_file(folder / "model.safetensors")
@@ -85,7 +85,7 @@ def save_processor(folder, **values):
     ("resolution", "crop_pct", "sizes"),
     [(64, None, (73, 64)), (128, None, (146, 128)), (64, 1.0, (64, 64)), (32, 0.5, (64, 32))],
 )
-def test_the_folders_processor_goes_on_but_for_what_is_given(folder, resolution, crop_pct, sizes):
+def test_the_folders_processor_is_kept_except_for_given_values(folder, resolution, crop_pct, sizes):
     save_processor(folder)
     arguments = ClassifierModelArguments(model=str(folder))
     assert arguments.default_resolution == 64

@@ -105,7 +105,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path, what):
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient norm"])
-def test_too_many_such_steps_end_the_run_and_change_nothing(tmp_path, what):
+def test_too_many_skipped_steps_end_the_run_and_change_nothing(tmp_path, what):
     def compute_loss(model, images, labels, draws):
         loss = mean_loss(model, images, labels, draws)
         return loss if run.step < 3 else spoiled(loss, model, what)

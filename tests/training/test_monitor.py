@@ -1,7 +1,7 @@
 from sdt_diffusion.training.monitor import TrainingLog, read_log
 
 
-def test_a_resumed_log_forgets_the_steps_to_be_done_again(tmp_path):
+def test_a_resumed_log_drops_the_steps_to_be_repeated(tmp_path):
     log = TrainingLog(tmp_path, start_step=0)
     for step in (10, 20, 30):
         log.append({"step": step, "loss": 1 / step})

@@ -108,7 +108,7 @@ def test_labels_are_dropped_as_often_as_asked():
 
 
 @pytest.mark.parametrize("objective", ["ddpm", "flow"])
-def test_the_error_is_told_by_ranges_of_timesteps(objective):
+def test_the_error_is_logged_by_ranges_of_timesteps(objective):
     model, loss = Zero(), DiffusionLoss(build_objective(ObjectiveArguments(objective=objective)), num_buckets=4)
     clean = torch.full((64, 1, 2, 2), 0.7)
     draws = draws_for(64)

@@ -78,7 +78,7 @@ def test_two_processes_with_half_the_batch_each_learn_what_one_does(alone, tmp_p
     assert_same(part / "checkpoint-6", alone / "checkpoint-6")
 
 
-def test_what_one_has_saved_two_go_on_from(alone, tmp_path):
+def test_two_processes_resume_what_one_saved(alone, tmp_path):
     resume = ("train_batch_size=4", "resume_from_checkpoint=latest")
     part = train(begun(tmp_path / "part", alone), "fsdp2", *resume, processes=2)
     assert_same(part / "checkpoint-6", alone / "checkpoint-6")
@@ -101,7 +101,7 @@ def test_fsdp2_computes_in_the_precision_of_ddp(tmp_path, group):
     assert_same(found / "product", expected / "product", files=1)
 
 
-def test_a_finished_run_resumed_under_fsdp2_has_its_product(alone, tmp_path, group):
+def test_a_finished_run_resumed_under_fsdp2_saves_its_model(alone, tmp_path, group):
     part = begun(tmp_path / "part", alone, step=6)
     train(part, "fsdp2", "resume_from_checkpoint=latest", processes=1)
     assert_same(part / "product", alone / "product", files=1)

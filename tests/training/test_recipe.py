@@ -56,7 +56,7 @@ def test_transforms_give_what_the_processor_gives(mode):
 
 
 @pytest.mark.parametrize("aa", ["rand-m10-mstd0-inc1-n15", "augmix-m10-mstd0-w9", "v0-mstd9"])
-def test_full_magnitude_leaves_pictures_a_bit(aa):
+def test_full_magnitude_keeps_at_least_one_bit(aa):
     """DeiT's magnitude of 9 plus noise gets there now and then; Pillow refuses to posterize to none."""
     transform = train_transform(RecipeArguments(aa=aa), build_processor(3, 24), random_flip=False)
     for seed in range(200 if aa.startswith("v0") else 20):

@@ -44,7 +44,7 @@ def test_an_earlier_end_uses_nothing_later(run):
     assert found.profile_error < 1e-4
 
 
-def test_snapshots_of_steps_that_come_again_are_dropped(run):
+def test_snapshots_of_steps_to_be_repeated_are_dropped(run):
     drop_snapshots_after(run[0], 400)
     assert max(snapshot.step for snapshot in list_snapshots(run[0])) == 400
     assert len(list_snapshots(run[0])) == 16

@@ -3,7 +3,7 @@ import torch
 from sdt_diffusion.training.state import BatchNormStatistics
 
 
-def test_a_batch_that_is_not_finite_leaves_no_trace():
+def test_a_batch_that_is_not_finite_changes_no_state():
     model = torch.nn.Sequential(torch.nn.BatchNorm2d(3), torch.nn.Conv2d(3, 3, 1)).train()
     statistics = BatchNormStatistics(model, num_processes=1)
     statistics.remember()

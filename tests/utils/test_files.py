@@ -178,7 +178,7 @@ def test_nothing_is_locked_where_there_are_no_locks(tmp_path, monkeypatch, missi
     assert names(tmp_path) == []
 
 
-def test_paths_are_told_without_the_machine(tmp_path, monkeypatch):
+def test_recorded_paths_hide_the_machine(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "someone"))
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")

@@ -6,7 +6,7 @@ def test_each_difference_is_named():
     assert differences(there, now, unquoted=("names",)) == ["a: 1 there, 2 now", "b: 'x' there, None now", "names"]
 
 
-def test_json_values_differ_by_what_they_mean():
+def test_json_values_are_compared_as_objects():
     def found(there, now):
         return differences({"model_overrides": there}, {"model_overrides": now})
 

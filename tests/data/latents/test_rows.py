@@ -98,14 +98,14 @@ def test_a_stream_of_numbers_needs_names_of_numbers(tmp_path):
 
 
 class TestBadInput:
-    def test_strings_are_no_labels_of_a_stream(self, tmp_path):
+    def test_strings_are_refused_as_labels_of_a_stream(self, tmp_path):
         table(["ant", "bee"], label=Value("string")).to_parquet(tmp_path / "x.parquet")
         assert open_rows(ImageArguments(dataset=str(tmp_path / "x.parquet")), False, 8).class_names == ["ant", "bee"]
         with pytest.raises(ValueError, match=r"x.parquet: the labels in column 'label' are not integers.*streaming"):
             open_rows(ImageArguments(dataset=str(tmp_path / "x.parquet")), True, 8)
 
     @pytest.mark.parametrize(("label", "feature"), [(-1, CLASSES), (-2, Value("int64")), (None, Value("int64"))])
-    def test_labels_of_a_stream_that_are_no_class(self, tmp_path, label, feature):
+    def test_invalid_labels_of_a_stream_are_refused(self, tmp_path, label, feature):
         table([0, label], label=feature).to_parquet(tmp_path / "x.parquet")
         with pytest.raises(ValueError, match=rf"x.parquet, row 1: {label} in column 'label' is not a label"):
             all_batches(tmp_path / "x.parquet", True)

@@ -74,7 +74,7 @@ def test_latents_are_identified_wherever_their_files_are(folder):
 
 
 @pytest.mark.parametrize("change", ["weights", "config", "normalization"])
-def test_another_vae_in_the_same_place_is_told_apart(folder, change):
+def test_another_vae_in_the_same_place_is_detected(folder, change):
     before = open_data(folder, "x.parquet", "vae", resolution=16).identity
     vae = AutoencoderKL.from_pretrained(folder / "vae")
     if change == "weights":

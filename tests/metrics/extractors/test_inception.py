@@ -91,7 +91,7 @@ def test_missing_weights_say_which_file_to_put_where(tmp_path, monkeypatch):
         TorchFidelityInception("/nowhere")
 
 
-def test_a_file_of_something_else_is_refused_and_not_run(tmp_path):
+def test_a_file_that_is_not_a_state_dict_is_refused_and_not_run(tmp_path):
     path = tmp_path / "weights.pth"
     torch.save({"weight": torch.zeros(1)}, path)
     with pytest.raises(ValueError, match="does not hold torch-fidelity's Inception"):

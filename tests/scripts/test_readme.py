@@ -63,7 +63,7 @@ def test_the_commands_and_programs_run(tmp_path, monkeypatch, capsys):
             seen.append(command)
     assert len(seen) == 7
     output = capsys.readouterr().out
-    assert "of 10 samples are taken for their label" in output
+    assert "of 10 samples are classified as their label" in output
     assert "FD(pixels)-8" in output
     pipe = DiffusionPipeline.from_pretrained(tmp_path / "digits")
     assert pipe.sampling_settings() == {"guidance_scale": 1.5, "num_inference_steps": 2}

@@ -8,7 +8,7 @@ from sdt_diffusion.data.latents.training_data import open_training_data
 from sdt_diffusion.evaluation.cost import count_cost
 from sdt_diffusion.training.objectives import DiffusionLoss, ObjectiveArguments, build_objective
 from sdt_diffusion.training.train_dit import DiffusionValidation, ModelArguments, flops_of, hold_out
-from tests.conftest import randomise
+from tests.conftest import randomize
 from tests.training.helpers import build_run
 
 SIZES = {"sample_size": 8, "in_channels": 1, "num_classes": 10}
@@ -23,7 +23,7 @@ def digits():
 class TestStartingFromTrainedWeights:
     @pytest.fixture
     def trained(self):
-        return randomise(ModelArguments(**ARGUMENTS).build(**SIZES))
+        return randomize(ModelArguments(**ARGUMENTS).build(**SIZES))
 
     @pytest.mark.parametrize("kind", ["pipeline", "transformer"])
     def test_a_new_run_starts_from_a_saved_pipeline_or_transformer(self, trained, tmp_path, kind):

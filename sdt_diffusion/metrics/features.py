@@ -41,6 +41,10 @@ class FeatureFile:
         self.shape = (rows, dim)
         self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  (lives as long as the object)
 
+    def __del__(self):
+        if hasattr(self, "_file"):  # not if it could not be made
+            self._file.close()
+
     def __len__(self) -> int:
         return self.shape[0]
 

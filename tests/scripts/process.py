@@ -1,11 +1,14 @@
 """Run scripts in processes of their own, or in this one."""
 
+import contextlib
 import importlib.util
+import io
 import subprocess
 import sys
 from pathlib import Path
 
 import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[2]
@@ -36,3 +39,21 @@ def load_main(script):
     sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module.main
+
+
+def call(script, *arguments):
+    """Run a script in this process, in seconds less; return the finished process as `run` does."""
+    for state in (AcceleratorState, PartialState, GradientState):
+        state._reset_state()
+    threads, out, err, code = torch.get_num_threads(), io.StringIO(), io.StringIO(), 0
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            load_main(script)([str(word) for word in arguments])
+    except SystemExit as stop:
+        code = stop.code
+        if isinstance(code, str):  # as Python ends a process that says why it exits
+            err.write(f"{code}\n")
+            code = 1
+    finally:
+        torch.set_num_threads(threads)
+    return subprocess.CompletedProcess([script, *arguments], code or 0, out.getvalue(), err.getvalue())

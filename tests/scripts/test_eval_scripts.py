@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.scripts.process import ROOT, run
+from tests.scripts.process import ROOT, call, run
 
 FID = [sys.executable, "eval/fid.py"]
-MAKE_REFERENCE = [sys.executable, "eval/make_reference.py"]
 
 
 @pytest.fixture
@@ -69,12 +68,12 @@ def test_a_killed_run_resumes_where_it_stopped(model, tmp_path):
 
 def test_a_reference_made_beforehand_gives_the_same_numbers(model, tmp_path):
     reference = tmp_path / "references" / "digits.safetensors"
-    result = run(*MAKE_REFERENCE, "--images", "digits", "--extractor", "pixels", "--output", reference)
+    result = call("eval/make_reference.py", "--images", "digits", "--extractor", "pixels", "--output", reference)
     assert "Statistics of 1797 images written to" in result.stdout
     assert [path.name for path in reference.parent.iterdir()] == ["digits.safetensors"]
-    run(*FID, *flags(model, tmp_path / "a.json"))
+    call("eval/fid.py", *flags(model, tmp_path / "a.json"))
     again = flags(model, tmp_path / "b.json", "--reference", reference, "--samples_dir", tmp_path / "a.samples")
-    run(*FID, *again)
+    call("eval/fid.py", *again)
     first, second = (json.loads((tmp_path / name).read_text()) for name in ("a.json", "b.json"))
     for name in ("fid", "precision", "recall", "kid", "kid_std"):
         assert first[name] == second[name]
@@ -96,8 +95,8 @@ def test_errors_are_one_line(tmp_path):
             "Error: extractor_weights: there is no file",
         ),
     ]:
-        command = [*FID, "--samples", folder, "--reference", folder, "--output", output, *arguments]
-        result = run(*command, check=False)
+        flags = ["--samples", folder, "--reference", folder, "--output", output, *arguments]
+        result = call("eval/fid.py", *flags)
         assert result.returncode == 1
         assert result.stderr.splitlines()[-1].startswith(message)
         assert "Traceback" not in result.stderr

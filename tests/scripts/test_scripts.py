@@ -14,7 +14,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from sdt_diffusion.training.monitor import read_log
-from tests.scripts.process import ROOT, assert_same_weights, run
+from tests.scripts.process import ROOT, assert_same_weights, call, run
 
 TRAIN = [sys.executable, "train/train_dit.py"]
 SMALL = [
@@ -90,9 +90,9 @@ def test_a_killed_and_resumed_run_ends_with_the_same_weights(trained, tmp_path, 
 def test_a_second_run_does_not_touch_the_first(trained):
     output_dir, _ = trained
     before = (output_dir / "training_config.yaml").read_text()
-    again = run(*TRAIN, *SMALL, "--label_accuracy_samples", "20", "--output_dir", output_dir, check=False)
+    again = call("train/train_dit.py", *SMALL, "--label_accuracy_samples", "20", "--output_dir", output_dir)
     assert "already holds this run. Continue it with resume_from_checkpoint latest" in again.stderr
-    other = run(*TRAIN, *SMALL, "--output_dir", output_dir, "--learning_rate", "1", check=False)
+    other = call("train/train_dit.py", *SMALL, "--output_dir", output_dir, "--learning_rate", "1")
     assert "another config: learning_rate: 0.001 there, 1.0 now" in other.stderr
     assert again.returncode == other.returncode == 1
     assert (output_dir / "training_config.yaml").read_text() == before
@@ -100,9 +100,9 @@ def test_a_second_run_does_not_touch_the_first(trained):
 
 def test_a_run_that_diverges_stops_and_saves_no_pipeline(tmp_path):
     output_dir = tmp_path / "diverged"
-    command = [*TRAIN, *SMALL, "--validation_steps", "0", "--output_dir", output_dir]
+    arguments = [*SMALL, "--validation_steps", "0", "--output_dir", output_dir]
     steep = ("--learning_rate", "1e30", "--lr_warmup_steps", "0", "--max_grad_norm", "1e30")
-    result = run(*command, *steep, "--max_skipped_steps", "3", check=False)
+    result = call("train/train_dit.py", *arguments, *steep, "--max_skipped_steps", "3")
     assert result.returncode == 1
     assert re.search(r"Error: The loss is (nan|inf) at step 5, and 3 step\(s\) before it", result.stderr)
     assert not (output_dir / "model_index.json").exists()
@@ -118,11 +118,11 @@ def test_a_run_that_diverges_stops_and_saves_no_pipeline(tmp_path):
         (["--resume_from_checkpoint", "checkpoint-7"], "There is no checkpoint checkpoint-7"),
         (["--num_validation_images", "0"], "num_validation_images must be at least 1, not 0"),
         (["--lr_scheduler", "steep"], "'steep' is not a valid SchedulerType"),
-        (["--model_overrides", '{"sample_size": [8, 16]}'], "sample_size follow from the data set and --resolution"),
+        (["--model_overrides", '{"sample_size": [8, 16]}'], "sample_size follow from the data set and resolution"),
     ],
 )
 def test_bad_flags_stop_before_anything_is_written(tmp_path, argv, message):
-    result = run(*TRAIN, "--output_dir", tmp_path / "out", *argv, check=False)
+    result = call("train/train_dit.py", "--output_dir", tmp_path / "out", *argv)
     assert result.returncode != 0
     assert message in result.stderr
     assert not (tmp_path / "out").exists()
@@ -138,8 +138,8 @@ def test_trains_in_the_latents_of_a_vae_on_a_folder_of_images(tmp_path, tiny_vae
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.random.default_rng(i).integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(path)
     output_dir = tmp_path / "out"
-    run(
-        *TRAIN,
+    call(
+        "train/train_dit.py",
         *("--dataset", tmp_path / "images", "--resolution", "16", "--random_flip", "True"),
         *("--pretrained_vae_model_name_or_path", tmp_path / "vae", "--model", "SDT-S/2", "--qk_norm", "rms_norm"),
         *("--model_overrides", '{"num_layers": 1, "num_attention_heads": 2}', "--mixed_precision", "bf16"),
@@ -163,7 +163,8 @@ def test_trains_in_the_latents_of_a_vae_on_a_folder_of_images(tmp_path, tiny_vae
 
 class TestSampling:
     @pytest.fixture(scope="class")
-    def sampled(self, trained, tmp_path_factory):
+    @classmethod
+    def sampled(cls, trained, tmp_path_factory):
         output_dir = tmp_path_factory.mktemp("samples") / "a"
         argv = ("--classes", "3", "7", "--num_images", "10", "--num_inference_steps", "4", "--npz")
         result = run(sys.executable, "sample/sample.py", "--model", trained[0], *argv, "--output_dir", output_dir)
@@ -189,7 +190,7 @@ class TestSampling:
 
     def test_another_batch_size_and_count_give_the_same_pictures(self, trained, sampled, tmp_path):
         argv = ("--classes", "3", "7", "--num_images", "5", "--num_inference_steps", "4", "--batch_size", "2")
-        run(sys.executable, "sample/sample.py", "--model", trained[0], *argv, "--output_dir", tmp_path / "b")
+        call("sample/sample.py", "--model", trained[0], *argv, "--output_dir", tmp_path / "b")
         for path in sorted((tmp_path / "b" / "images").iterdir()):
             first, second = (
                 np.array(Image.open(folder / path.name)).astype(int) for folder in (sampled[0] / "images", path.parent)
@@ -207,28 +208,19 @@ class TestSampling:
         ],
     )
     def test_bad_flags_are_refused(self, trained, tmp_path, argv, message, returncode):
-        command = (sys.executable, "sample/sample.py", "--model", trained[0], "--output_dir", tmp_path / "c", *argv)
-        result = run(*command, check=False)
+        result = call("sample/sample.py", "--model", trained[0], "--output_dir", tmp_path / "c", *argv)
         assert result.returncode == returncode
         assert message in result.stderr.splitlines()[-1]
         assert not (tmp_path / "c").exists()
 
     def test_a_folder_with_files_is_left_alone(self, trained, sampled):
-        command = (sys.executable, "sample/sample.py", "--model", trained[0], "--output_dir", sampled[0])
-        assert "is not an empty folder" in run(*command, check=False).stderr
+        result = call("sample/sample.py", "--model", trained[0], "--output_dir", sampled[0])
+        assert "is not an empty folder" in result.stderr
 
 
 def test_label_accuracy_script_reports_the_measure(trained):
-    result = run(
-        sys.executable,
-        "eval/label_accuracy.py",
-        "--model",
-        trained[0],
-        "--num_images",
-        "20",
-        "--num_inference_steps",
-        "2",
-    )
+    flags = ("--num_images", "20", "--num_inference_steps", "2")
+    result = call("eval/label_accuracy.py", "--model", trained[0], *flags)
     report = json.loads(result.stdout)
     assert 0 <= report["label_accuracy"] <= 1
     assert report["sampler"].startswith("FlowMatchEulerDiscreteScheduler, 2 steps, 4 network evaluations")

@@ -15,8 +15,8 @@ from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 CLASSES, IMAGES_A_CLASS = 10, 20
 
 
-def main(output_dir):
-    output_dir = Path(output_dir)
+def main(argv):
+    output_dir = Path(argv[0])
     for label in range(CLASSES):
         folder = output_dir / "images" / f"n{label:08d}"
         folder.mkdir(parents=True, exist_ok=True)
@@ -55,4 +55,4 @@ def make_vae():
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1:])

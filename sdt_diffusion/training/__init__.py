@@ -1,1 +1,1 @@
-"""What all training scripts share: arguments, the loop, checkpoints, averaging; and the diffusion objectives."""
+"""Train: the loop, runs and their checkpoints, objectives, recipes, and the training scripts."""

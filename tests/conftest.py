@@ -6,6 +6,7 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 import diffusers
 import pytest
 import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from hypothesis import settings
 
 from sdt_diffusion import SDTPipeline, SDTTransformer2DModel
@@ -32,6 +33,14 @@ def randomize(model, std=0.1, seed=0):
     for parameter in model.parameters():
         parameter.add_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter) * std)
     return model
+
+
+@pytest.fixture(autouse=True)
+def fresh_processes():
+    """Let no test find accelerate's processes, precision or strategy as another one left them."""
+    yield
+    for state in (AcceleratorState, PartialState, GradientState):
+        state._reset_state()
 
 
 @pytest.fixture

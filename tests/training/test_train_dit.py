@@ -1,15 +1,17 @@
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from sdt_diffusion import SDTPipeline
 from sdt_diffusion.data import DataArguments
 from sdt_diffusion.data.latents.training_data import open_training_data
 from sdt_diffusion.evaluation.cost import count_cost
+from sdt_diffusion.training import train_dit
 from sdt_diffusion.training.objectives import DiffusionLoss, ObjectiveArguments, build_objective
 from sdt_diffusion.training.train_dit import DiffusionValidation, ModelArguments, flops_of, hold_out
 from tests.conftest import randomize
-from tests.training.helpers import build_run
+from tests.training.helpers import build_run, trained
 
 SIZES = {"sample_size": 8, "in_channels": 1, "num_classes": 10}
 ARGUMENTS = {"model": "SDT-digits", "model_overrides": '{"num_layers": 1}'}
@@ -102,3 +104,20 @@ def test_operations_are_counted_without_running_the_model():
     model = ModelArguments(**ARGUMENTS).build(**SIZES)
     inputs = (torch.zeros(1, 1, 8, 8), torch.zeros(1), torch.zeros(1, dtype=torch.long))
     assert flops_of(model) == 2 * count_cost(model, *inputs).multiply_adds > 1e6
+
+
+def test_the_last_grid_is_sampled_once_and_is_also_samples_png(digits, tmp_path, monkeypatch):
+    calls = []
+
+    def generate(pipe, labels, **sampling):
+        calls.append(labels)
+        return [Image.new("L", (8, 8), 25 * label) for label in labels]
+
+    monkeypatch.setattr(train_dit, "generate_on_all_processes", generate)
+    run = build_run(tmp_path, max_train_steps=4, config={"validation_steps": 2})
+    loss = DiffusionLoss(build_objective(ObjectiveArguments()))
+    trained(run, validate=DiffusionValidation(None, loss, digits, None, num_images=20, sampling={"seed": 0}))
+    assert calls == [[*range(10), *range(10)]] * 2
+    assert [path.name for path in sorted((tmp_path / "samples").iterdir())] == ["step-0000002.png", "step-0000004.png"]
+    assert (tmp_path / "samples.png").read_bytes() == (tmp_path / "samples" / "step-0000004.png").read_bytes()
+    assert (tmp_path / "loss_curve.png").is_file()

@@ -180,7 +180,7 @@ def _install_command() -> str:
     urls = dict(entry.split(", ", 1) for entry in metadata("sdt_diffusion").get_all("Project-URL") or [])
     named = {key.lower(): url for key, url in urls.items()}
     url = next((named[key] for key in ("repository", "source", "homepage") if key in named), None)
-    return f'pip install "sdt_diffusion @ git+{url}"' if url else "pip install sdt_diffusion"
+    return f'pip install "sdt_diffusion @ git+{url}"' if url else "pip install -e .  # in a checkout of sdt_diffusion"
 
 
 def _call_arguments(folder: Path, record: Mapping[str, Any]) -> str:

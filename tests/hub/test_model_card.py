@@ -98,8 +98,8 @@ def test_the_card_says_how_to_install_and_that_the_import_comes_first(finished_r
             ["Documentation, https://docs.x", "Repository, https://x/y"],
             'pip install "sdt_diffusion @ git+https://x/y"',
         ),
-        (["Documentation, https://docs.x"], "pip install sdt_diffusion"),
-        (None, "pip install sdt_diffusion"),
+        (["Documentation, https://docs.x"], "pip install -e .  # in a checkout of sdt_diffusion"),
+        (None, "pip install -e .  # in a checkout of sdt_diffusion"),
     ):
         metadata = Message()
         for url in urls or []:

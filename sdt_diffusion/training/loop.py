@@ -90,7 +90,7 @@ def train(run: TrainingRun, loss: Loss, validate: Validation | None = None) -> N
             window.add(mean_loss, norm)
             progress_bar.update()
             if run.is_due(config.run.logging_steps):
-                values = run.record_window(window) | loss.pop_values()
+                values = run.pop_window(window) | loss.pop_values()
                 run.record(values)
                 progress_bar.set_postfix_str(
                     f"loss {values.get('loss', math.nan):.4f}, {values['images_per_second']:.0f} images/s"

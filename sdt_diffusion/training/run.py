@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from ..data import ShuffledStream
+from ..hub import HubArguments, command_of, describe_run, share_run
 from ..utils.files import FolderLock, write_atomically
 from ..utils.seeding import SEED_STREAMS_VERSION, Draws, Stream, seed_global_generators
 from .checkpoint import (
@@ -107,7 +108,7 @@ class TrainingRun:
         run, parameters = self.config.run, list(self.unwrapped_model.parameters())
         device = self.accelerator.device
         where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} thread(s)"
-        precision = "fp32" if run.mixed_precision == "no" else run.mixed_precision
+        precision = "fp32" if self.accelerator.mixed_precision == "no" else self.accelerator.mixed_precision
         trained = sum(p.numel() for p in parameters if p.requires_grad)
         return (
             f"{self.accelerator.num_processes} process(es) on {device.type} ({where}), {precision}; {trained:,} "
@@ -203,8 +204,8 @@ class TrainingRun:
             self.output_dir.mkdir(parents=True, exist_ok=True)
             self.log.append({"step": self.step, **values})
 
-    def record_window(self, window: Window) -> dict[str, float]:
-        """Record loss, gradient norm, learning rate and speed since the last record; return them.
+    def pop_window(self, window: Window) -> dict[str, float]:
+        """Return loss, gradient norm, learning rate and speed since the last record, and start the window anew.
 
         The speed in TFLOP/s is this process's: three times the forward pass, as is usual.
         """
@@ -234,6 +235,22 @@ class TrainingRun:
             if hasattr(tracker, "log_images"):
                 layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
                 tracker.log_images({"samples": np.asarray(picture)[None]}, step=self.step, **layout)
+
+    def share(self, args: HubArguments, script: str, argv: Sequence[str], networks: Sequence[nn.Module]) -> None:
+        """Write the run's record and model card, and push the model if asked to; all processes call it at the end.
+
+        Args:
+            args: Whether and where to push.
+            script: The script, such as train/train_dit.py.
+            argv: Its arguments.
+            networks: What is saved: the trained network, and others that sampling needs.
+        """
+        if self.accelerator.is_main_process:
+            num_processes = self.accelerator.num_processes
+            command = command_of(script, argv, num_processes)
+            images, length = self.data.images, (self.step, self.images_per_step)
+            record = describe_run(command, self.config.as_dict(), images, networks, *length, num_processes)
+            share_run(args, self.output_dir, record)
 
     def finish(self) -> None:
         """Close the trackers and the process group, on all processes at once, after removing DDP's wrapper."""

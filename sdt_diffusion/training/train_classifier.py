@@ -20,7 +20,7 @@ from torch import nn
 
 from ..data import CorruptImageError, DataArguments, LabeledImages, SeededTransform
 from ..data.splits import ImageSubset, ValidationDataArguments, load_splits
-from ..hub import HubArguments, command_of, create_hub_repo, describe_run, share_run
+from ..hub import HubArguments, create_hub_repo
 from ..metrics.confusion import PreparedImages, classify, from_log, to_log
 from ..metrics.extractors.transformers_models import channels_of
 from ..plots import plot_accuracy_curve
@@ -167,17 +167,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if run.accelerator.is_main_process:
         save_classifier(run, processor, len(train_images))
     run.finish()
-    if run.accelerator.is_main_process:
-        record = describe_run(
-            command_of("train/train_classifier.py", argv, run.accelerator.num_processes),
-            config.as_dict(),
-            train_images,
-            [run.trained_model],
-            run.step,
-            run.images_per_step,
-            run.accelerator.num_processes,
-        )
-        share_run(hub_args, run.output_dir, record)
+    run.share(hub_args, "train/train_classifier.py", argv, [run.trained_model])
 
 
 def save_classifier(run: TrainingRun, processor: SDTHImageProcessor, num_train_images: int) -> None:

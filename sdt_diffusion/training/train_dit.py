@@ -27,7 +27,7 @@ from ..data.latents.training_data import TrainingData, open_training_data
 from ..data.splits import ImageSubset
 from ..evaluation.cost import count_cost
 from ..evaluation.label_accuracy import label_accuracy
-from ..hub import HubArguments, command_of, create_hub_repo, describe_run, share_run
+from ..hub import HubArguments, create_hub_repo
 from ..plots import image_grid, plot_loss_curve
 from ..sampling.generate import class_labels_for, generate_on_all_processes
 from ..sampling.settings import SamplerArguments, set_attention_backend
@@ -323,17 +323,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             )
         print(f"Saved the pipeline, samples.png and loss_curve.png to {run.output_dir}")
     run.finish()
-    if run.accelerator.is_main_process:
-        record = describe_run(
-            command_of("train/train_dit.py", argv, run.accelerator.num_processes),
-            config.as_dict(),
-            train_images,
-            [network for network in (pipe.transformer, data.vae) if network is not None],
-            run.step,
-            run.images_per_step,
-            run.accelerator.num_processes,
-        )
-        share_run(hub_args, run.output_dir, record)
+    networks = [network for network in (pipe.transformer, data.vae) if network is not None]
+    run.share(hub_args, "train/train_dit.py", argv, networks)
 
 
 if __name__ == "__main__":

@@ -4,20 +4,28 @@ import argparse
 import dataclasses
 import difflib
 import json
+import re
+import signal
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, get_origin
 
+import torch
 import yaml
 from transformers import HfArgumentParser
+
+from .ranges import RANGE_KEY
+from .reading import read_yaml
 
 #: Recipes that come with the package; `--config` takes them by their names.
 RECIPES_FOLDER = Path(__file__).parents[1] / "configs"
 
+#: Metadata key of fields, such as tokens, whose values are written nowhere.
+SECRET_KEY = "secret"
 #: Metadata of fields that is not argparse's.
-OWN_METADATA = frozenset({"resumable"})
+OWN_METADATA = frozenset({"resumable", RANGE_KEY, SECRET_KEY})
 
 #: Ending of the names of fields that hold a JSON object as text. A YAML file may give a mapping for them.
 JSON_FIELD_ENDING = "_overrides"
@@ -56,17 +64,52 @@ def fields_with(key: str, *arguments: Any) -> set[str]:
 
 
 def merged(*arguments: Any) -> dict[str, Any]:
-    """Return the values of several argument dataclasses in one flat dictionary."""
-    return {key: value for instance in arguments for key, value in dataclasses.asdict(instance).items()}
+    """Return the values of several argument dataclasses, without secrets, in one flat dictionary."""
+    secret = fields_with(SECRET_KEY, *arguments)
+    values = {key: value for instance in arguments for key, value in dataclasses.asdict(instance).items()}
+    return {key: value for key, value in values.items() if key not in secret}
 
 
 @contextmanager
 def exit_on_error(*kinds: type[Exception]) -> Iterator[None]:
-    """End the program with one line and exit code 1, instead of a traceback, for errors that the user can correct."""
+    """End the program with one line, instead of a traceback, for what the user can correct, and for Ctrl-C.
+
+    Wrong input, files and disks end it with code 1, as do memory that is too small and a loader's worker that was
+    killed; Ctrl-C ends it with code 130. Other errors are bugs and keep their traceback.
+
+    Args:
+        *kinds: Further errors than `ValueError` and `OSError`.
+    """
+    expected: tuple[type[Exception], ...] = (ValueError, OSError, *kinds)
     try:
         yield
-    except kinds as error:
-        sys.exit(f"Error: {error}")
+    except KeyboardInterrupt:
+        print("Stopped by Ctrl-C.", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+    except expected as error:
+        sys.exit(f"Error: {one_line(error)}")
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+            sys.exit(f"Error: not enough memory, use smaller batches or images: {one_line(error)}")
+        if "DataLoader worker" not in str(error):
+            raise
+        sys.exit(f"Error: a process of the data loader ended, perhaps for lack of memory: {one_line(error)}")
+
+
+def one_line(error: BaseException) -> str:
+    """Return an error's message in one line.
+
+    Of an error that a data loader's worker raised, whose message torch extends by the worker's traceback, it is the
+    worker's own message.
+    """
+    text = str(error)
+    if "Original Traceback (most recent call last):" in text:
+        lines = text.strip().splitlines()
+        start = max(number for number, line in enumerate(lines) if not line.startswith(" "))
+        starts = [number for number, line in enumerate(lines) if re.match(r"[\w.]+(Error|Exception)\b: ", line)]
+        lines = lines[starts[-1] if starts else start :]
+        text = " ".join([lines[0].partition(": ")[2] or lines[0], *lines[1:]])
+    return " ".join(text.split()) or type(error).__name__
 
 
 def parse_arguments(
@@ -106,7 +149,11 @@ def parse_arguments(
     config_file = _find_config(parser, given.config) if given.config else (recipes or {}).get(given.dataset)
     flags = _flags_of(parser, dataclass_types, config_file) if config_file else []
     try:
-        *parsed, _, rest = parser.parse_args_into_dataclasses([*flags, *argv], return_remaining_strings=True)
+        *parsed, _, rest = parser.parse_args_into_dataclasses(
+            [*flags, *argv],
+            return_remaining_strings=True,
+            look_for_args_file=False,  # otherwise a file `<script>.args` beside the script adds flags
+        )
     except ValueError as error:
         parser.error(str(error))
     if rest:
@@ -176,14 +223,9 @@ def _find_config(parser: _Parser, given: str) -> Path:
 def _flags_of(parser: _Parser, dataclass_types: Sequence[Any], path: Path) -> list[str]:
     """Turn a YAML file into flags, so that its values are checked and converted like those of the command line."""
     try:
-        content = path.read_bytes()
-        values = yaml.load(content, Loader=_TextLoader)  # a SafeLoader
-        typed = yaml.safe_load(content)
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        parser.error(f"{path} is not valid YAML: {' '.join(str(error).split())}")
-    values, typed = ({}, {}) if values is None else (values, typed)
-    if not isinstance(values, dict):
-        parser.error(f"{path} must hold a mapping of argument names to values")
+        values, typed = read_yaml(path, _TextLoader), read_yaml(path)
+    except (OSError, ValueError) as error:
+        parser.error(one_line(error))
     fields = {field.name: field for each in dataclass_types for field in dataclasses.fields(each)}
     parser.refuse_unknown("key(s)", [str(key) for key in values], fields, where=f"{path}: ")
     flags = []

@@ -2,6 +2,8 @@
 
 import contextlib
 import errno
+import json
+import math
 import os
 import re
 import shutil
@@ -83,6 +85,9 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     """
     partial = path.with_name(f".{path.stem}.partial{path.suffix}")
     try:
+        # Make the file anew: what lies there may be a link that leads elsewhere.
+        partial.unlink(missing_ok=True)
+        partial.open("xb").close()
         write(partial)
         sync(partial)
         partial.replace(path)
@@ -94,7 +99,48 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
         number = re.search(r"os error (\d+)", str(error))
         raise OSError(int(number[1]) if number else errno.EIO, str(error), str(path)) from error
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # such as a folder of that name, which the error above names
+            partial.unlink(missing_ok=True)
+
+
+def write_json(path: Path, values: Any, indent: int | None = 2) -> None:
+    """Write a JSON file completely or not at all; see `valid_json`.
+
+    Raises:
+        OSError: If it cannot be written; names it.
+    """
+    text = json.dumps(valid_json(values), indent=indent, allow_nan=False)
+    write_atomically(path, lambda partial: partial.write_text(text + "\n", encoding="utf-8"))
+
+
+def valid_json(values: Any) -> Any:
+    """Return values in which numbers that are NaN or infinite, for which JSON has no words, are `None`."""
+    if isinstance(values, dict):
+        return {key: valid_json(value) for key, value in values.items()}
+    if isinstance(values, (list, tuple)):
+        return [valid_json(value) for value in values]
+    return None if isinstance(values, float) and not math.isfinite(values) else values
+
+
+def require_space(folder: Path, num_bytes: float, what: str) -> None:
+    """Refuse to begin work whose results the disk cannot hold.
+
+    Args:
+        folder: Folder that the results go to, or that will be made.
+        num_bytes: Estimate of their size.
+        what: What they are, for the message.
+
+    Raises:
+        OSError: If less is free.
+    """
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
+    free = shutil.disk_usage(existing).free
+    if free < num_bytes:
+        raise OSError(
+            errno.ENOSPC,
+            f"{what} will take about {num_bytes / 1e9:.3g} GB, and {free / 1e9:.3g} GB are free",
+            str(folder),
+        )
 
 
 def move_into(folder: Path, save: Callable[[Path], Any]) -> None:

@@ -2,13 +2,14 @@
 
 import hashlib
 import json
-import os
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+
+from .reading import walk_files
 
 
 def fingerprint(*modules: nn.Module) -> str:
@@ -39,7 +40,11 @@ def fingerprint_files(dataset: str) -> str | None:
         return None
     files: Iterable[tuple[str, int]]
     if path.is_dir():
-        files = _files_below(str(path), "")
+        files = (
+            (name, entry.stat().st_size)
+            for name, entry in walk_files(path)
+            if not (entry.name.startswith("cache-") and entry.name.endswith(".arrow"))
+        )
     else:
         found = [path] if path.is_file() else path.parent.glob(path.name)
         files = ((file.name, file.stat().st_size) for file in found if file.is_file())
@@ -75,15 +80,3 @@ def _meaning(value: Any) -> Any:
         return json.loads(value)
     except ValueError:
         return value
-
-
-def _files_below(folder: str, prefix: str) -> Iterator[tuple[str, int]]:
-    """Yield the name, from the first folder on, and the size in bytes of every file."""
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name.startswith(".") or (entry.name.startswith("cache-") and entry.name.endswith(".arrow")):
-                continue
-            if entry.is_dir():
-                yield from _files_below(entry.path, f"{prefix}{entry.name}/")
-            elif entry.is_file():
-                yield f"{prefix}{entry.name}", entry.stat().st_size

@@ -94,7 +94,7 @@ def test_the_written_config_is_one_that_can_be_read(config):
         ("seed", "must hold a mapping"),
         ("seed: [", "is not valid YAML"),
         ("seed: !!python/name:os.system", "is not valid YAML"),
-        ("seed: \xff\ud800", "is not valid YAML"),
+        ("seed: \xff\ud800", "is not a text in UTF-8"),
         ("[1]: 2", "is not valid YAML"),
         ("seed: {a: 1}", "run.yaml: seed must be a single value, not {'a': 1}"),
         ("seed: [1, 2]", "run.yaml: seed must be a single value, not [1, 2]"),

@@ -23,7 +23,7 @@ import sdt_diffusion  # noqa: F401  (registers the pipeline's classes with diffu
 
 from ..hub import HubArguments, command_of, derive_record, share_run
 from ..hub.run_record import RECORD_FILE
-from ..utils.arguments import exit_on_error, parse_arguments
+from ..utils.arguments import exit_on_error, given_arguments, parse_arguments
 from ..utils.files import check_writable, move_into, write_atomically
 from .ema import combination, power_exponent
 
@@ -158,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     move_into(args.output_dir, pipe.save_pretrained)
     if (args.run / RECORD_FILE).is_file():
         changes = {
-            "command": command_of("train/reconstruct_ema.py", argv),
+            "command": command_of("train/reconstruct_ema.py", given_arguments([ReconstructionArguments], argv)),
             "steps": max(snapshot.step for snapshot in average.snapshots),
             "sigma_rel": args.sigma_rel,
             "snapshots": len(average.snapshots),

@@ -1,8 +1,6 @@
 """Labeled images from scikit-learn's digits, a folder, parquet, arrow or tar files, or the Hub."""
 
-import json
-import os
-from collections import Counter
+import glob
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,7 +10,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .decoding import IMAGE_ENDINGS, ImageDecoder, ImageMode
+from ..utils.ranges import CheckedArguments, between
+from ..utils.reading import shortened
+from .decoding import RESOLUTIONS, ImageDecoder, ImageMode, is_image, local_path, rename_classes, walk_folders
 
 #: File ending -> a reader of the `datasets` library, or a function of the files' paths that returns a
 #: `datasets.Dataset`. A new format is one line here.
@@ -21,12 +21,20 @@ FILE_FORMATS: dict[str, str | Callable[[list[str]], Any]] = {
     ".arrow": "arrow",
     ".tar": "webdataset",
 }
+#: Split -> names of the folders that `datasets` takes it from.
+SPLIT_FOLDERS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+#: More are taken for numbers of the images rather than of classes.
+MAX_CLASSES = 100_000
 
 Arguments = TypeVar("Arguments", bound="ImageArguments")
 
 
 @dataclass
-class ImageArguments:
+class ImageArguments(CheckedArguments):
     """Which images to read."""
 
     dataset: str = field(
@@ -47,7 +55,8 @@ class ImageArguments:
         },
     )
     resolution: int | None = field(
-        default=None, metadata={"help": "Side of the images in pixels; what the model preset is for by default."}
+        default=None,
+        metadata={"help": "Side of the images in pixels; what the model preset is for by default."} | RESOLUTIONS,
     )
     image_mode: ImageMode | None = field(
         default=None, metadata={"help": "Color or gray; L for digits, RGB for all else by default."}
@@ -78,7 +87,9 @@ class DataArguments(ImageArguments):
     """What to train on."""
 
     random_flip: bool = field(default=False, metadata={"help": "Mirror every other image."})
-    dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that load images.", "resumable": True})
+    dataloader_num_workers: int = field(
+        default=0, metadata={"help": "Processes that load images.", "resumable": True} | between(0, 1024)
+    )
 
 
 class LabeledImages:
@@ -105,24 +116,25 @@ class LabeledImages:
     def __init__(
         self, dataset, image_column: str, label_column: str, arguments: ImageArguments, as_pictures: bool = False
     ):
-        from datasets import ClassLabel, Image
+        from datasets import ClassLabel
 
         self.arguments, name = arguments, arguments.dataset
         if len(dataset) == 0:
             raise ValueError(f"The data set {name} is empty.")
         feature = dataset.features[label_column]
-        if not isinstance(feature, ClassLabel) and "string" in feature.dtype:
+        if not isinstance(feature, ClassLabel) and "string" in str(getattr(feature, "dtype", "")):
             dataset = dataset.class_encode_column(label_column)
             feature = dataset.features[label_column]
         # Images are decoded here and not by `datasets`, so that an error can name the file.
-        self.dataset = dataset.cast_column(image_column, Image(decode=False))
+        self.dataset = as_images(dataset, image_column, name)
         self.image_column, self.label_column = image_column, label_column
         self.image_mode = arguments.image_mode or default_image_mode(name)
         self.decode = ImageDecoder(arguments.resolution, self.image_mode, as_pictures)
         labels = dataset[label_column][:]
         for row, label in enumerate(labels):
-            if not isinstance(label, int):
-                raise ValueError(f"{name}, row {row}: {label!r} in column {label_column!r} is not a label.")
+            if not isinstance(label, int) or isinstance(label, bool):
+                raise ValueError(f"{name}, row {row}: {label!r:.60} in column {label_column!r} is not a label.")
+        check_num_classes(len(getattr(feature, "names", ())) or max(labels) + 1, label_column, name)
         self.labels = np.asarray(labels)
         if isinstance(feature, ClassLabel):
             self.stored_class_names = list(feature.names)
@@ -157,7 +169,10 @@ class LabeledImages:
 
     def __getitems__(self, indices: Sequence[int]) -> list[tuple[torch.Tensor | Image.Image, int]]:
         """Return images and labels, read together; tensors have the shape (channels, resolution, resolution)."""
-        images = self.dataset[list(indices)][self.image_column]
+        try:
+            images = self.dataset[list(indices)][self.image_column]
+        except Exception as error:  # a file of the data set has been damaged
+            raise ValueError(f"Cannot read rows {shortened(map(str, indices))} of {self.name}: {error}") from error
         return [
             (self.decode(image, index, self.name), int(self.labels[index]))
             for image, index in zip(images, indices, strict=True)
@@ -170,6 +185,47 @@ class LabeledImages:
 def default_image_mode(dataset: str) -> ImageMode:
     """Return gray for the digits, color for all else."""
     return "L" if dataset == "digits" else "RGB"
+
+
+def means_digits(name: str) -> bool:
+    """Return whether the name of a data set means the embedded digits.
+
+    Raises:
+        ValueError: If it does, but there is a file or folder of that name too.
+    """
+    if name == "digits" and Path(name).exists():
+        raise ValueError(
+            f"'digits' means the digits of scikit-learn, but {Path(name).absolute()} exists too: write ./digits for "
+            "it, or rename it, or work in another folder, for scikit-learn's."
+        )
+    return name == "digits"
+
+
+def check_num_classes(number: int, label_column: str, dataset: str) -> None:
+    """Refuse more classes than `MAX_CLASSES`, before a name is made for each.
+
+    Raises:
+        ValueError: Names the column.
+    """
+    if number > MAX_CLASSES:
+        raise ValueError(
+            f"{dataset}: column {label_column!r} has {number:,} classes, more than {MAX_CLASSES:,}; if it numbers the "
+            "images, give another label_column."
+        )
+
+
+def as_images(dataset, column: str, name: str):
+    """Return the data set with a column of images that are not decoded.
+
+    Raises:
+        ValueError: If the column holds something else.
+    """
+    from datasets import Image
+
+    try:
+        return dataset.cast_column(column, Image(decode=False))
+    except Exception as error:
+        raise ValueError(f"{name}: column {column!r} holds no images: {error}") from error
 
 
 def load_images(args: ImageArguments, default_resolution: int | None, as_pictures: bool = False) -> LabeledImages:
@@ -217,24 +273,33 @@ def read_dataset(args: ImageArguments, streaming: bool = False):
     from datasets import load_dataset, load_from_disk
 
     name, split = args.dataset, args.dataset_split
-    if name == "digits":
+    if means_digits(name):
         return _streamed(load_digits_dataset(), streaming)
-    path = Path(name).expanduser()
+    if not name:
+        raise ValueError("dataset is empty: name a folder, a file or a data set on the Hub.")
+    path = local_path(name)
     looks_local = path.suffix in FILE_FORMATS or name.startswith(("/", ".", "~"))
     files = [path] if path.exists() else sorted(path.parent.glob(path.name))
     if looks_local and not files:
         raise FileNotFoundError(f"There is no file or folder {path}; give an existing path or a name on the Hub.")
+    no_files = [str(file) for file in files if not file.is_file()]
+    if no_files and not path.is_dir():
+        raise ValueError(f"Cannot read the data set {name}: {shortened(no_files)} is neither a file nor a folder.")
     try:
         if files and files[0].is_file():
             if path.suffix not in FILE_FORMATS:
                 raise ValueError(f"{path}: only {', '.join(FILE_FORMATS)} files and folders can be read.")
-            reader, data_files = FILE_FORMATS[path.suffix], [str(file) for file in files]
+            reader, data_files = FILE_FORMATS[path.suffix], [glob.escape(str(file)) for file in files]
             if callable(reader):
-                return _streamed(reader(data_files), streaming)
+                return _streamed(reader([str(file) for file in files]), streaming)
             return load_dataset(reader, data_files=data_files, split="train", streaming=streaming)
         if (path / "dataset_info.json").is_file():  # written by Dataset.save_to_disk
             return _streamed(load_from_disk(str(path)), streaming)
-        splits = load_dataset(str(path) if path.is_dir() else name, split=split, streaming=streaming)
+        linked = _linked_folders(path) if path.is_dir() else {}
+        if linked:
+            splits = load_dataset("imagefolder", data_files=linked, split=split, streaming=streaming)
+        else:
+            splits = load_dataset(str(path) if path.is_dir() else name, split=split, streaming=streaming)
         if split is not None:
             return splits
         if len(splits) > 1:
@@ -242,6 +307,22 @@ def read_dataset(args: ImageArguments, streaming: bool = False):
         return next(iter(splits.values()))
     except Exception as error:
         raise ValueError(f"Cannot read the data set {name} (split {split!r}): {error}") from error
+
+
+def _linked_folders(folder: Path) -> dict[str, list[str]]:
+    """Return the split's patterns of image files in a tree with links to folders, which `datasets` does not follow."""
+    folders = [(path, names) for path, names in walk_folders(folder)]
+    if not any(path.is_symlink() for path, _ in folders[1:]):
+        return {}
+    patterns: dict[str | None, list[str]] = {}
+    for path, names in folders:
+        if any(map(is_image, names)):
+            parts = path.relative_to(folder).parts
+            split = next((split for split, known in SPLIT_FOLDERS.items() if set(parts) & set(known)), None)
+            patterns.setdefault(split, []).append(f"{glob.escape(str(path))}/*")
+    # As in `datasets`, folders beside those of splits do not count.
+    named = {split: found for split, found in patterns.items() if split is not None}
+    return named or ({"train": patterns[None]} if patterns else {})
 
 
 def _streamed(dataset, streaming):
@@ -286,112 +367,3 @@ def _column(dataset, args, role, found):
             f"{argument}." + (" In a folder, labels are the names of subfolders." if role == "label" else "")
         )
     return found[0]
-
-
-def read_class_names(path: Path) -> dict[str, str]:
-    """Read a file of class names.
-
-    Args:
-        path: A `.json` file, either of `{"n01440764": "tench, Tinca tinca"}` or, as torchvision's
-            imagenet_class_index.json, of `{"0": ["n01440764", "tench"]}`; or a text file of lines
-            `n01440764 tench, Tinca tinca`.
-
-    Returns:
-        The data set's own name of a class, such as a folder or a number -> its readable name.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it holds something else.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"class_names: there is no file {path}.")
-    try:
-        text = path.read_text(encoding="utf-8")
-        return _names_of_json(json.loads(text)) if path.suffix.lower() == ".json" else _names_of_lines(text)
-    except ValueError as error:
-        raise ValueError(f"class_names: {path} cannot be read: {error}") from error
-
-
-def _names_of_json(values):
-    if not isinstance(values, dict):
-        raise ValueError("it does not hold a JSON object")
-    names = {}
-    for key, value in values.items():
-        if isinstance(value, str):
-            names[key] = value
-        elif isinstance(value, list) and len(value) == 2 and all(isinstance(part, str) for part in value):
-            names[key] = names[value[0]] = value[1]
-        else:
-            raise ValueError(f"{key!r} has neither a name nor a pair of folder and name, but {value!r:.60}")
-    return names
-
-
-def _names_of_lines(text):
-    names = {}
-    for number, line in enumerate(text.splitlines(), 1):
-        parts = line.split(maxsplit=1)
-        if len(parts) == 1:
-            raise ValueError(f"line {number}, {line!r:.60}, has no name")
-        if parts:
-            names[parts[0]] = parts[1].strip()
-    return names
-
-
-def rename_classes(stored: Sequence[str], path: str | None, dataset: str) -> list[str]:
-    """Return the names that a file of class names gives to classes.
-
-    Args:
-        stored: The data set's own names.
-        path: The file; see `read_class_names`. Without one the names stay.
-        dataset: Name of the data set in messages.
-
-    Returns:
-        The names in the order of `stored`. A name of several classes, such as ImageNet's two cranes, is
-        followed by the data set's own name: "crane (n02012849)".
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it cannot be read or lacks classes; names them.
-    """
-    if path is None:
-        return list(stored)
-    names = read_class_names(Path(path).expanduser())
-    missing = [name for name in stored if name not in names]
-    if missing:
-        more = f" and {len(missing) - 10} more" if len(missing) > 10 else ""
-        raise ValueError(
-            f"class_names: {path} has no name for {len(missing)} class(es) of {dataset}: "
-            f"{', '.join(map(repr, missing[:10]))}{more}."
-        )
-    renamed = [names[name] for name in stored]
-    count = Counter(renamed)
-    return [f"{name} ({before})" if count[name] > 1 else name for before, name in zip(stored, renamed, strict=True)]
-
-
-def check_class_folders(folder: Path, class_names: Sequence[str]) -> None:
-    """Refuse empty folders beside those of classes: `datasets` skips them, and later labels would be one too low.
-
-    Other folders, such as the Hub's `data/` of parquet files, are not checked.
-
-    Args:
-        folder: The data set's folder; nothing is checked where there is none.
-        class_names: Names of the class folders, `stored_class_names` of the images.
-
-    Raises:
-        ValueError: If there are any; names them.
-    """
-    holding = {
-        Path(parent)
-        for parent, _, names in os.walk(folder, followlinks=True)
-        if any(Path(name).suffix.lower() in IMAGE_ENDINGS for name in names)
-    }
-    class_folders = {path for path in holding if path != folder and path.name in class_names}
-    beside = {path for parent in {path.parent for path in class_folders} for path in parent.iterdir() if path.is_dir()}
-    above = {other for path in holding for other in path.parents}
-    empty = [str(path) for path in sorted(beside - holding - above) if not path.name.startswith(".")]
-    if empty:
-        more = f" and {len(empty) - 20} more" if len(empty) > 20 else ""
-        raise ValueError(
-            f"{len(empty)} class folder(s) without an image: {', '.join(map(repr, empty[:20]))}{more}. Fill or remove "
-            "them."
-        )

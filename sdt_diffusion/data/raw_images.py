@@ -5,31 +5,45 @@ changes their FID.
 """
 
 import io
-import os
+import math
 import shutil
 import tempfile
 import zipfile
 from abc import ABC, abstractmethod
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import numpy as np
 from PIL import Image
 
-from .decoding import IMAGE_ENDINGS, CorruptImageError, center_crop, check_bit_depth
-from .images import ImageArguments, default_image_mode, find_image_column, read_dataset
+from ..utils.files import require_space
+from ..utils.ranges import CheckedArguments, Range, check_value
+from ..utils.reading import shortened, walk_files
+from .decoding import (
+    IMAGE_ENDINGS,
+    RESOLUTIONS,
+    CorruptImageError,
+    center_crop,
+    check_bit_depth,
+    check_resolution,
+    is_image,
+    local_path,
+)
+from .images import ImageArguments, as_images, default_image_mode, find_image_column, means_digits, read_dataset
 
 
 @dataclass
-class RawImageArguments:
+class RawImageArguments(CheckedArguments):
     """How to read the images of a folder or data set."""
 
     dataset_split: str = field(default="train", metadata={"help": "Split to read of a data set."})
     image_column: str | None = field(default=None, metadata={"help": "Column of the images; found by its type."})
     resolution: int | None = field(
         default=None,
-        metadata={"help": "Prepare images as training does: convert them and crop them to squares of this side."},
+        metadata={"help": "Prepare images as training does: convert them and crop them to squares of this side."}
+        | RESOLUTIONS,
     )
     image_mode: Literal["RGB", "L"] | None = field(
         default=None, metadata={"help": "Color or gray; L for digits, RGB for all else by default."}
@@ -86,6 +100,7 @@ class EncodedImages(RawImages):
     """
 
     def __init__(self, name: str, image_mode: str, resolution: int | None):
+        check_resolution(resolution)
         self.name, self.image_mode, self.resolution = name, image_mode, resolution
         self._size: tuple[int, int] | None = None
         if resolution:
@@ -109,6 +124,8 @@ class EncodedImages(RawImages):
                 if self.resolution:
                     image = center_crop(opened.convert(self.image_mode), self.resolution)
                 return np.array(image).reshape(image.height, image.width, len(self.image_mode))  # (H, W, C)
+        except MemoryError:
+            raise
         except Exception as error:
             raise CorruptImageError(f"Cannot use {self.name_of(index)}: {error}") from error
 
@@ -143,11 +160,8 @@ class FolderImages(EncodedImages):
 
     def __init__(self, folder: Path, image_mode: str = "RGB", resolution: int | None = None):
         super().__init__(str(folder), image_mode, resolution)
-        # rglob does not enter linked folders.
-        files = (Path(parent, name) for parent, _, names in os.walk(folder, followlinks=True) for name in names)
-        paths = [path for path in files if path.suffix.lower() in IMAGE_ENDINGS]
         self.folder = folder
-        self._names = sorted(path.relative_to(folder).as_posix() for path in paths)
+        self._names = sorted(name for name, _ in walk_files(folder) if is_image(name))
         if not self._names:
             raise ValueError(f"{folder} holds no image ({', '.join(sorted(IMAGE_ENDINGS))}).")
         self._size = self[0].shape[1::-1]
@@ -177,12 +191,10 @@ class DatasetImages(EncodedImages):
     """
 
     def __init__(self, dataset, column: str, name: str, image_mode: str = "RGB", resolution: int | None = None):
-        from datasets import Image as ImageFeature
-
         super().__init__(name, image_mode, resolution)
         if len(dataset) == 0:
             raise ValueError(f"The data set {name} is empty.")
-        self.dataset = dataset.cast_column(column, ImageFeature(decode=False)).select_columns([column])
+        self.dataset = as_images(dataset, column, name).select_columns([column])
         self.column = column
         self._size = self[0].shape[1::-1]
 
@@ -191,12 +203,16 @@ class DatasetImages(EncodedImages):
 
     def name_of(self, index: int) -> str:
         """Return row, data set and path of an image."""
-        path = self.dataset[index][self.column]["path"]
+        path = (self.dataset[index][self.column] or {}).get("path")
         return f"row {index} of {self.name}" + (f" ({path})" if path else "")
 
     def _source(self, index):
-        image = self.dataset[index][self.column]
-        return Path(image["path"]) if image["bytes"] is None else io.BytesIO(image["bytes"])
+        image = self.dataset[index][self.column] or {"bytes": None, "path": None}
+        if image["bytes"] is not None:
+            return io.BytesIO(image["bytes"])
+        if image["path"] is None or not Path(image["path"]).is_file():  # a named pipe would be waited for
+            raise ValueError("the row has no image" if image["path"] is None else "there is no such file")
+        return Path(image["path"])
 
 
 class NpzImages(RawImages):
@@ -233,6 +249,7 @@ class SubsetImages(RawImages):
     """
 
     def __init__(self, images: RawImages, count: int, seed: int = 2020):
+        check_value("count", count, (int,), Range(1, 1e9))
         if count > len(images):
             raise ValueError(f"{images.name} holds {len(images)} images, not {count}.")
         self.images, self.name = images, images.name
@@ -254,39 +271,65 @@ class SubsetImages(RawImages):
 
 
 def map_npz_array(path: Path, key: str) -> np.ndarray:
-    """Map an array of an `.npz` file into memory.
+    """Map an array of an `.npz` file into memory, after checking that it holds plain numbers and lies in the file.
 
     A compressed array is first unpacked into an unnamed temporary file.
 
     Raises:
-        ValueError: If the file is not a complete `.npz` file or lacks the array.
+        ValueError: If the file is not a complete `.npz` file or lacks the array, or the array cannot be mapped.
+        OSError: If there is no space to unpack it.
     """
     try:
         with zipfile.ZipFile(path) as archive:
             names = [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
-            if key not in names:
-                raise ValueError(f"{path} has no array {key}; it has {', '.join(names) or 'none'}.")
-            entry = archive.getinfo(f"{key}.npy")
-            with archive.open(entry) as member:
-                version = np.lib.format.read_magic(member)
-                read_header = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
-                shape, fortran_order, dtype = read_header[version[0]](member)
-                header_size = member.tell()
-                order: Literal["F", "C"] = "F" if fortran_order else "C"
-                if 0 in shape:
-                    return np.empty(shape, dtype)
-                if entry.compress_type != zipfile.ZIP_STORED:
-                    with tempfile.TemporaryFile() as unpacked:  # the mapping keeps it
-                        shutil.copyfileobj(member, unpacked)
-                        unpacked.flush()
-                        return np.memmap(unpacked, dtype=dtype, mode="r", shape=shape, order=order)
-    except (zipfile.BadZipFile, OSError, EOFError, RuntimeError, KeyError) as error:
-        raise ValueError(f"{path} is not a complete .npz file: {error}") from error
-    with path.open("rb") as file:  # the data follow the entry's own header, whose length is in bytes 26 to 29
+            if key in names:
+                return _map_entry(path, archive, archive.getinfo(f"{key}.npy"))
+    except Exception as error:  # zipfile and numpy raise errors of many kinds for damaged files
+        if isinstance(error, MemoryError) or getattr(error, "filename", None):
+            raise
+        first_line = str(error).partition("\n")[0]  # what follows is numpy's advice to trust the file
+        raise ValueError(f"{path} is not a complete .npz file with numbers in {key}: {first_line}") from error
+    raise ValueError(f"{path} has no array {key}; it has {shortened(names) or 'none'}.")
+
+
+def _map_entry(path: Path, archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> np.ndarray:
+    with archive.open(entry) as member:
+        shape, order, dtype = _read_npy_header(member)
+        num_bytes, found = math.prod(shape) * dtype.itemsize, entry.file_size - member.tell()
+        if num_bytes != found:
+            raise ValueError(f"it has {found} bytes of data, and {dtype} of shape {shape} has {num_bytes}")
+        if num_bytes == 0:
+            return np.empty(shape, dtype)
+        if entry.compress_type != zipfile.ZIP_STORED:
+            require_space(Path(tempfile.gettempdir()), num_bytes, f"Unpacking {path}")
+            with tempfile.TemporaryFile() as unpacked:  # the mapping keeps it
+                shutil.copyfileobj(member, unpacked)
+                unpacked.flush()
+                return np.memmap(unpacked, dtype=dtype, mode="r", shape=shape, order=order)
+    with path.open("rb") as file:  # the entry's own header has the lengths of its two last fields in bytes 26 to 29
         file.seek(entry.header_offset)
         local = file.read(30)
-    start = entry.header_offset + 30 + int.from_bytes(local[26:28], "little") + int.from_bytes(local[28:30], "little")
-    return np.memmap(path, dtype=dtype, mode="r", offset=start + header_size, shape=shape, order=order)
+    own_header = 30 + int.from_bytes(local[26:28], "little") + int.from_bytes(local[28:30], "little")
+    start = entry.header_offset + own_header + entry.file_size - num_bytes
+    later = [other.header_offset for other in archive.infolist() if other.header_offset > entry.header_offset]
+    if start + num_bytes > min([*later, archive.start_dir]):
+        raise ValueError("its data reach into what follows them in the file")
+    return np.memmap(path, dtype=dtype, mode="r", offset=start, shape=shape, order=order)
+
+
+def _read_npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], Literal["C", "F"], np.dtype]:
+    """Return shape, order and type of an array, and refuse what is not an array of plain numbers."""
+    version = np.lib.format.read_magic(file)
+    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    if version not in readers:
+        raise ValueError(f"it is of version {version} of the .npy format")
+    shape, fortran_order, dtype = readers[version](file)  # numpy limits the length of the header
+    # Of objects, the file would hold addresses in memory.
+    if dtype.hasobject or dtype.names or dtype.itemsize == 0:
+        raise ValueError(f"it has the type {dtype}, which is not one of plain numbers")
+    if any(size < 0 for size in shape):
+        raise ValueError(f"it has the shape {shape}")
+    return shape, "F" if fortran_order else "C", dtype
 
 
 def save_npz_images(path: Path, images: RawImages) -> None:
@@ -304,18 +347,19 @@ def save_npz_images(path: Path, images: RawImages) -> None:
             member.write(np.broadcast_to(images[index], shape).tobytes())
 
 
-def refuse_preparation(args: RawImageArguments, path: Path) -> None:
+def refuse_preparation(args: RawImageArguments, path: Path, allowed: Collection[str] = ()) -> None:
     """Refuse arguments that convert images where nothing is converted.
 
     Args:
         args: The arguments.
         path: The file that holds images or statistics.
+        allowed: Names of arguments that may be given, because they say how to read other images.
 
     Raises:
-        ValueError: If one of them is given; names it.
+        ValueError: If another one is given; names it.
     """
     for key in ("resolution", "image_column", "image_mode"):
-        if getattr(args, key) is not None:
+        if key not in allowed and getattr(args, key) is not None:
             raise ValueError(f"{key} has no effect on {path}; leave it out.")
 
 
@@ -331,14 +375,14 @@ def open_images(name: str, args: RawImageArguments) -> RawImages:
         FileNotFoundError: If a path does not exist.
         ValueError: If nothing can be read there.
     """
-    path = Path(name).expanduser()
+    path = local_path(name)
     if path.suffix.lower() == ".npz":
         if not path.is_file():
             raise FileNotFoundError(f"There is no file {path}.")
         refuse_preparation(args, path)
         return NpzImages(path)
     image_mode = args.image_mode or default_image_mode(name)
-    if path.is_dir() and not (path / "dataset_info.json").is_file():
+    if not means_digits(name) and path.is_dir() and not (path / "dataset_info.json").is_file():
         return FolderImages(path, image_mode, args.resolution)
     data_args = ImageArguments(dataset=name, dataset_split=args.dataset_split, image_column=args.image_column)
     dataset = read_dataset(data_args)

@@ -3,27 +3,25 @@
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch.utils.data import Dataset
 
+from ..utils.ranges import RANGE_KEY, CheckedArguments, between, check_number
+from ..utils.reading import shortened
 from ..utils.seeding import Stream, numpy_generator
-from .images import DataArguments, LabeledImages, check_class_folders, load_images
+from .decoding import check_class_folders, local_path
+from .images import SPLIT_FOLDERS, DataArguments, LabeledImages, load_images, means_digits
 
-#: Split -> names of the folders that `datasets` takes it from.
-SPLIT_FOLDERS = {
-    "train": ("train", "training"),
-    "validation": ("validation", "valid", "val", "dev"),
-    "test": ("test", "testing", "eval", "evaluation"),
-}
 #: Seed of the images that are held out; not the run's seed, so that runs of different seeds can be compared.
 HELD_OUT_SEED = 0
+#: Part of every class that may be held out.
+FRACTIONS = between(0, 1, with_least=False, with_most=False)
 
 
 @dataclass
-class ValidationDataArguments:
+class ValidationDataArguments(CheckedArguments):
     """What to test on. Without a data set or split for it, a fixed part of each class is held out of training."""
 
     validation_dataset: str | None = field(
@@ -35,12 +33,8 @@ class ValidationDataArguments:
     )
     validation_fraction: float = field(
         default=0.2,
-        metadata={"help": "Without either: part of every class that is held out, the same for all seeds."},
+        metadata={"help": "Without either: part of every class that is held out, the same for all seeds."} | FRACTIONS,
     )
-
-    def __post_init__(self):
-        if not 0 < self.validation_fraction < 1:
-            raise ValueError(f"validation_fraction must lie between 0 and 1, not {self.validation_fraction}.")
 
 
 class ImageSubset(Dataset):
@@ -95,7 +89,7 @@ def load_splits(
         ValueError: If a class has no images, or the classes of the two differ; see also `load_images`.
     """
     images = load_images(data, default_resolution, as_pictures=True)
-    check_class_folders(Path(data.dataset).expanduser(), images.stored_class_names)
+    check_class_folders(local_path(data.dataset), images.stored_class_names)
     without = [name for label, name in enumerate(images.class_names) if not (images.labels == label).any()]
     if without:
         raise ValueError(
@@ -123,13 +117,14 @@ def load_splits(
             "others, or neither to hold out a part of each class."
         )
     tested = load_images(other, default_resolution, as_pictures=True)
-    check_class_folders(Path(other.dataset).expanduser(), tested.stored_class_names)
+    check_class_folders(local_path(other.dataset), tested.stored_class_names)
     check_same_classes(images, tested)
     return images, images, tested
 
 
 def stratified_split(labels: np.ndarray, fraction: float) -> tuple[np.ndarray, np.ndarray]:
     """Return the rows to train on and the rows to hold out: `fraction` of every class, always the same ones."""
+    check_number("fraction", fraction, FRACTIONS[RANGE_KEY])
     of_classes = []
     for label in np.unique(labels):
         rows = np.flatnonzero(labels == label)
@@ -170,16 +165,16 @@ def check_same_classes(images: LabeledImages, tested: LabeledImages) -> None:
 
 
 def _has_splits(name):
-    path = Path(name).expanduser()
-    return not (name == "digits" or path.is_file() or (path / "dataset_info.json").is_file())
+    path = local_path(name)
+    return not (means_digits(name) or path.is_file() or (path / "dataset_info.json").is_file())
 
 
 def _validation_split(name):
     """Return the split to test on; a folder of class folders is one split, which `datasets` calls "train"."""
-    root = Path(name).expanduser()
+    root = local_path(name)
     has_folder = any((root / folder).is_dir() for folder in SPLIT_FOLDERS["validation"])
     return "train" if root.is_dir() and not has_folder else "validation"
 
 
-def _quoted(names, limit=10):
-    return ", ".join(map(repr, names[:limit])) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+def _quoted(names):
+    return shortened(map(repr, names), 10)

@@ -7,7 +7,11 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from ..utils.ranges import Range, check_value
 from ..utils.seeding import Stream, numpy_generator, seeded_cpu_generators, torch_seed
+
+#: No run draws more samples.
+MAX_POSITION = 10**15
 
 
 class RandomFlip:
@@ -81,6 +85,9 @@ class ShuffledStream(Dataset):
         stop: int,
         num_repeats: int = 1,
     ):
+        check_value("num_repeats", num_repeats, (int,), Range(1, 1000))
+        check_value("start", start, (int,), Range(0, MAX_POSITION))
+        check_value("stop", stop, (int,), Range(start, MAX_POSITION))
         self.images, self.seed, self.augment = images, seed, augment
         self.start, self.stop, self.num_repeats = start, stop, num_repeats
         self._orders = {}

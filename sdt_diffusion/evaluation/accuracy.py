@@ -23,7 +23,8 @@ import transformers
 from accelerate import PartialState
 
 from ..data import LabeledImages, load_images
-from ..data.images import ImageArguments, check_class_folders
+from ..data.decoding import check_class_folders
+from ..data.images import ImageArguments
 from ..metrics.confusion import Confusion, PreparedImages, classify
 from ..metrics.extractors.transformers_models import channels_of, image_mode_for, load_classifier
 from ..plots import plot_confusion

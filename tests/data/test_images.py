@@ -10,8 +10,8 @@ from datasets import Image as ImageFeature
 from PIL import Image
 
 from sdt_diffusion.data import CorruptImageError, DataArguments, load_images
-from sdt_diffusion.data.decoding import ImageDecoder, center_crop
-from sdt_diffusion.data.images import FILE_FORMATS, check_class_folders
+from sdt_diffusion.data.decoding import ImageDecoder, center_crop, check_class_folders
+from sdt_diffusion.data.images import FILE_FORMATS
 from tests.data.test_raw_images import png_of_16_bits
 
 
@@ -150,10 +150,10 @@ class TestClassNames:
         ("file", "text", "message"),
         [
             ("names.json", '{"cat": "tabby"}', r"names\.json has no name for 1 class\(es\) of .*images: 'dog'\."),
-            ("names.txt", "cat tabby\ndog", r"names\.txt cannot be read: line 2, 'dog', has no name"),
-            ("names.json", "[1, 2]", r"names\.json cannot be read: it does not hold a JSON object"),
-            ("names.json", '{"cat": ["a", "b", "c"]}', r"names\.json cannot be read: 'cat' has neither a name"),
-            ("names.json", "{", r"names\.json cannot be read: Expecting"),
+            ("names.txt", "cat tabby\ndog", r"names\.txt: line 2, 'dog', has no name"),
+            ("names.json", "[1, 2]", r"names\.json is damaged: it holds a list, not a dict"),
+            ("names.json", '{"cat": ["a", "b", "c"]}', r"names\.json: 'cat' has neither a name"),
+            ("names.json", "{", r"names\.json is damaged: it is not valid JSON \(Expecting"),
         ],
     )
     def test_files_that_do_not_fit_are_refused(self, folder, tmp_path, file, text, message):

@@ -104,5 +104,5 @@ def test_testing_on_what_is_trained_on_is_refused(validation):
 def test_too_few_images_to_hold_any_out(tmp_path):
     with pytest.raises(ValueError, match=r"too small for validation_fraction 0\.2"):
         load(table(tmp_path / "x.parquet", [0, 1]))
-    with pytest.raises(ValueError, match=r"validation_fraction must lie between 0 and 1, not 1\.0"):
+    with pytest.raises(ValueError, match=r"validation_fraction must be more than 0 and less than 1, not 1\.0"):
         ValidationDataArguments(validation_fraction=1.0)

@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
-from ..images import rename_classes
+from ..decoding import rename_classes
 
 MANIFEST_FILE = "manifest.json"
 RECORDS_FOLDER, SETTINGS_FILE = "records", "settings.json"

@@ -4,22 +4,28 @@ import itertools
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from ..decoding import CorruptImageError, ImageDecoder
+from ...utils.ranges import Range, check_value
+from ..decoding import (
+    CorruptImageError,
+    ImageDecoder,
+    check_class_folders,
+    local_path,
+    read_class_names,
+    rename_classes,
+)
 from ..images import (
+    MAX_CLASSES,
     ImageArguments,
     LabeledImages,
-    check_class_folders,
+    as_images,
     find_image_column,
     find_label_column,
     load_images,
-    read_class_names,
     read_dataset,
-    rename_classes,
 )
 
 #: Batches that are decoded ahead of the one in use.
@@ -65,7 +71,7 @@ class StreamedRows:
     num_rows: int | None = None  # known after the last row
 
     def __init__(self, dataset, image_column: str, label_column: str, arguments: ImageArguments):
-        from datasets import ClassLabel, Image
+        from datasets import ClassLabel
 
         self.arguments, self.name = arguments, arguments.dataset
         feature = dataset.features[label_column]
@@ -81,7 +87,7 @@ class StreamedRows:
         self.class_names = self.stored_class_names and rename_classes(
             self.stored_class_names, arguments.class_names, self.name
         )
-        self.dataset = dataset.cast_column(image_column, Image(decode=False))
+        self.dataset = as_images(dataset, image_column, self.name)
         self.image_column, self.label_column = image_column, label_column
 
     def read(self, wanted: Callable[[int], bool]) -> Iterator[tuple[int, dict, int]]:
@@ -102,9 +108,9 @@ class StreamedRows:
                 raise ValueError(f"{self.name}: row {number + 1} cannot be read: {error}") from error
             if wanted(number):
                 label = row[self.label_column]
-                if not isinstance(label, int) or not 0 <= label < len(self.class_names or range(label + 1)):
+                if not isinstance(label, int) or not 0 <= label < len(self.class_names or range(MAX_CLASSES)):
                     raise ValueError(
-                        f"{self.name}, row {number}: {label!r} in column {self.label_column!r} is not a label."
+                        f"{self.name}, row {number}: {label!r:.60} in column {self.label_column!r} is not a label."
                     )
                 yield number, row[self.image_column], label
 
@@ -136,7 +142,7 @@ def open_rows(args: ImageArguments, streaming: bool, default_resolution: int) ->
         rows = StreamedRows(dataset, find_image_column(dataset, args), find_label_column(dataset, args), args)
     else:
         rows = StoredRows(load_images(args, default_resolution))
-    check_class_folders(Path(args.dataset).expanduser(), rows.stored_class_names or ())
+    check_class_folders(local_path(args.dataset), rows.stored_class_names or ())
     return rows
 
 
@@ -161,6 +167,8 @@ def shard_batches(
         wanted: Returns whether to read a shard, given its number.
         num_threads: Threads that decode; Pillow releases Python's global lock meanwhile.
     """
+    for name, value in (("shard_size", shard_size), ("batch_size", batch_size), ("num_threads", num_threads)):
+        check_value(name, value, (int,), Range(1, 1e9))
     with ThreadPoolExecutor(num_threads) as pool:
         ahead = deque()
         try:
@@ -179,7 +187,7 @@ def _numbers_in(class_names):
     """Return the numbers 0, 1, ... that a file of class names has names for; `None` without a file."""
     if class_names is None:
         return None
-    names = read_class_names(Path(class_names).expanduser())
+    names = read_class_names(local_path(class_names))
     numbers = list(itertools.takewhile(names.__contains__, map(str, itertools.count())))
     if not numbers:
         raise ValueError(f"class_names: {class_names} names no numbers, which are the labels of the data set.")

@@ -26,7 +26,6 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from sdt_diffusion.data import LatentCache, RandomMirror, ShuffledStream
-from sdt_diffusion.data.latents.cache import READ_SETTINGS
 from sdt_diffusion.data.latents.writer import CacheWriter
 
 SHAPE, BATCH_SIZE = (4, 32, 32), 256
@@ -63,7 +62,8 @@ class MappedCache(LatentCache):
 def make_cache(folder: Path, count: int, shard_size: int) -> None:
     """Write a cache of random latents."""
     random = np.random.default_rng(0)
-    settings = {**dict.fromkeys(READ_SETTINGS), "dtype": "float16", "num_rows": count}  # without a VAE
+    settings = {"resolution": 256, "image_mode": "RGB", "scaling_factor": 1.0, "shift_factor": 0.0}  # without a VAE
+    settings |= {"dtype": "float16", "num_rows": count}
     writer = CacheWriter(folder, {**settings, "class_names": [str(label) for label in range(1000)]})
     writer.claim()
     for shard, start in enumerate(tqdm(range(0, count, shard_size), desc="Writing", leave=False)):

@@ -3,8 +3,9 @@
 A cache is a folder of
 
 - `shard-00000.safetensors`, ...: `moments` of shape (images, 2, 2, channels, height, width), which are mean and
-  standard deviation of the VAE's posterior, not normalized, for an image and for its mirror; and `labels` of shape
-  (images,), int64. The header's metadata name the classes.
+  standard deviation of the VAE's posterior, not normalized, for an image and for its mirror; `labels` of shape
+  (images,), int64; and `checksums` of shape (images, 2), int64, which earlier releases did not write, see
+  `moments_checksum`. The header's metadata name the classes.
 - `manifest.json`: how they were made, the VAE's normalization, the classes, and size and checksum of every shard.
 - `records`: the parts of the manifest, one file of settings and one for each shard, which are used to
   resume encoding and to repair a cache. Training does not need them.
@@ -15,31 +16,46 @@ import json
 import math
 import os
 import re
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
+from ...utils.ranges import Range, check_value
+from ...utils.reading import checksum, read_json, shortened
 from ..decoding import rename_classes
 
 MANIFEST_FILE = "manifest.json"
 RECORDS_FOLDER, SETTINGS_FILE = "records", "settings.json"
 FORMAT, VERSION = "sdt_diffusion latents", 1
 DTYPES = {"F16": "float16", "F32": "float32"}
-#: Settings that training needs, besides the type of the latents.
-READ_SETTINGS = ("resolution", "image_mode", "scaling_factor", "shift_factor")
+#: Settings that training needs, besides the type of the latents -> their types and ranges.
+READ_SETTINGS: dict[str, tuple[tuple[Any, ...], Range | None]] = {
+    "resolution": ((int,), Range(1, 2**20)),
+    "image_mode": ((Literal["RGB", "L"],), None),
+    "scaling_factor": ((float,), Range(0, 1e9, with_least=False)),
+    "shift_factor": ((float,), Range(-1e9, 1e9)),
+}
 SHARD_FILE = re.compile(r"shard-\d+\.safetensors")
+#: Shards of a cache, which the manifest lists.
+MAX_SHARDS = 100_000
 #: Shards that a process keeps open; systems allow some 1,000 files.
 MAX_OPEN_FILES = 512
+#: What to do with a damaged shard.
+REPAIR = "Delete the file and run the command that made the cache: it encodes what is missing."
 
 
 class LatentCache:
     """The VAE posteriors of a data set's images, read from files on demand.
+
+    The moments and the label of every image that is read are compared with its checksum, so that a flipped bit ends a
+    run. Caches of earlier releases have no such checksums; `verify` compares every byte of any cache.
 
     The files are not mapped into memory: the pages of a mapping count as the process's memory until the system takes
     them back, and an error of the disk would kill the process without a message.
@@ -59,9 +75,10 @@ class LatentCache:
         self.class_names = rename_classes(self.manifest["class_names"], class_names, self.name)
         shards = [_open_shard(folder, record, self.manifest) for record in self.manifest["shards"]]
         self._paths = [folder / record["file"] for record in self.manifest["shards"]]
-        self._offsets = [offset for offset, _ in shards]
-        self.labels = np.concatenate([labels for _, labels in shards])
-        self._starts = np.cumsum([0] + [len(labels) for _, labels in shards])
+        self._offsets = [offset for offset, _, _ in shards]
+        self._checksums = [checksums for _, _, checksums in shards]
+        self.labels = np.concatenate([labels for _, labels, _ in shards])
+        self._starts = np.cumsum([0] + [len(labels) for _, labels, _ in shards])
         self._dtype = np.dtype(self.manifest["settings"]["dtype"])
         self._files = {}
 
@@ -93,15 +110,23 @@ class LatentCache:
 
         Moments have the shape (2, channels, height, width), or with `mirrors` (2, 2, channels, height, width): of the
         image and its mirror.
+
+        Raises:
+            ValueError: If they are not those that were written, or not finite; names the shard.
+            OSError: If the shard cannot be read.
         """
         stored = self.manifest["moments_shape"]
+        if not len(indices):
+            return []
         moments = np.empty((len(indices), *(stored if self.mirrors else stored[1:])), self._dtype)
         shards = np.searchsorted(self._starts, indices, side="right") - 1
-        size = math.prod(stored) * self._dtype.itemsize
-        for target, index, shard in zip(moments.view(np.uint8), indices, shards.tolist(), strict=True):
-            offset = self._offsets[shard] + int(index - self._starts[shard]) * size
-            if os.preadv(self._descriptor(shard), [target], offset) != target.nbytes:
-                raise ValueError(f"{self._paths[shard]} has become shorter: encode its images again.")
+        for target, index, shard in zip(moments, indices, shards.tolist(), strict=True):
+            self._read(target, shard, int(index - self._starts[shard]), int(self.labels[index]))
+        largest = torch.from_numpy(moments).abs().flatten(1).amax(1)  # NaN where there is one
+        if not largest.isfinite().all():
+            worst = int(largest.isfinite().logical_not().nonzero()[0])
+            path, place = self._paths[shards[worst]], int(indices[worst] - self._starts[shards[worst]])
+            raise ValueError(f"{path} cannot be used: the latents of image {place} are NaN or infinite. {REPAIR}")
         return list(zip(torch.from_numpy(moments), self.labels[indices].tolist(), strict=True))
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
@@ -118,6 +143,22 @@ class LatentCache:
         files = self.__dict__.get("_files", {})  # none if `__init__` failed
         while files:
             files.popitem()[1].close()
+
+    def _read(self, target, shard, place, label):
+        """Read the moments of an image of a shard into an array, and check them."""
+        path, checksums = self._paths[shard], self._checksums[shard]
+        size = math.prod(self.manifest["moments_shape"]) * self._dtype.itemsize
+        try:
+            found = os.preadv(self._descriptor(shard), [target.view(np.uint8)], self._offsets[shard] + place * size)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        if found != target.nbytes:
+            raise ValueError(f"{path} has become shorter: encode its images again.")
+        sides = target if self.mirrors else target[None]
+        if checksums is not None and any(
+            moments_checksum(side, label) != expected for side, expected in zip(sides, checksums[place], strict=False)
+        ):
+            raise ValueError(f"{path} is damaged: image {place} is not as it was written. {REPAIR}")
 
     def _descriptor(self, shard):
         if shard not in self._files:
@@ -146,16 +187,16 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"{path} is not a manifest of latents: train/encode_latents.py writes one after it has encoded all images."
         )
     try:
-        manifest = json.loads(path.read_text())
-        _require({"it": manifest}, "", it=dict)
+        manifest = read_json(path)
         _require(manifest, "", format=str, version=int)
         if manifest["format"] != FORMAT:
             raise ValueError(f"format is {manifest['format']!r}, not {FORMAT!r}")
         if manifest["version"] == VERSION:
             _check_manifest(manifest)
     except ValueError as error:
+        problem = str(error).removeprefix(f"{path} is damaged: ").removesuffix(".")
         raise ValueError(
-            f"{path} is damaged: {error}. Delete it and run the command that made the cache: it writes the "
+            f"{path} is damaged: {problem}. Delete it and run the command that made the cache: it writes the "
             f"manifest again from the files in {RECORDS_FOLDER}, without encoding."
         ) from error
     if manifest["version"] != VERSION:
@@ -169,18 +210,35 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def _check_manifest(manifest):
     _require(manifest, "", settings=dict, class_names=list, num_images=int, moments_shape=list, shards=list)
     _require(manifest, "", vae_name=str | None)
-    settings, records = manifest["settings"], manifest["shards"]
+    settings, records, shape = manifest["settings"], manifest["shards"], manifest["moments_shape"]
     _require(settings, "settings.", dtype=str, **dict.fromkeys(READ_SETTINGS, object))
     if settings["dtype"] not in DTYPES.values():
         raise ValueError(f"settings.dtype is {settings['dtype']!r}, not one of {', '.join(DTYPES.values())}")
+    for key, (kinds, allowed) in READ_SETTINGS.items():
+        check_value(f"settings.{key}", settings[key], kinds, allowed)
+    if len(shape) != 5 or shape[:2] != [2, 2] or not all(type(size) is int and 0 < size < 2**20 for size in shape):
+        raise ValueError(f"moments_shape is {shape!r:.60}, and not [2, 2, channels, height, width]")
+    if not all(isinstance(name, str) for name in manifest["class_names"]):
+        raise ValueError("class_names holds something other than names")
     for number, record in enumerate(records):
         _require({f"shards[{number}]": record}, "", **{f"shards[{number}]": dict})
-        _require(record, f"shards[{number}].", file=str, num_images=int, num_bytes=int, sha256=str, unreadable=list)
-        if not SHARD_FILE.fullmatch(record["file"]):  # a path could lead out of the folder
-            raise ValueError(f"shards[{number}].file is {record['file']!r}, which is not a name of a shard")
+        check_record(record, f"shards[{number}].")
     held = sum(record["num_images"] for record in records)
     if held != manifest["num_images"] or not held:
         raise ValueError(f"shards hold {held} images, and num_images is {manifest['num_images']}")
+
+
+def check_record(record: dict[str, Any], prefix: str = "") -> None:
+    """Refuse the record of a shard that lacks a value, or has another kind of value.
+
+    Raises:
+        ValueError: Names the value, behind the prefix.
+    """
+    _require(record, prefix, file=str, num_images=int, num_bytes=int, sha256=str, unreadable=list)
+    if not SHARD_FILE.fullmatch(record["file"]):  # a path could lead out of the folder
+        raise ValueError(f"{prefix}file is {record['file']!r}, which is not a name of a shard")
+    if record["num_images"] < 0:
+        raise ValueError(f"{prefix}num_images is {record['num_images']}")
 
 
 def _require(values, prefix, **types):
@@ -188,8 +246,16 @@ def _require(values, prefix, **types):
     for key, kind in types.items():
         if key not in values:
             raise ValueError(f"{prefix}{key} is missing")
-        if not isinstance(values[key], kind):
+        if not isinstance(values[key], kind) or (kind is int and isinstance(values[key], bool)):
             raise ValueError(f"{prefix}{key} is {values[key]!r:.40}")
+
+
+def moments_checksum(moments: np.ndarray, label: int) -> int:
+    """Return the checksum of the moments and the label of an image or its mirror, shape (2, channels, height, width).
+
+    It is a CRC-32, which notices every flipped bit and costs little beside reading.
+    """
+    return zlib.crc32(moments.data, label & 0xFFFFFFFF)
 
 
 def write_shard(path: Path, moments: torch.Tensor, labels: torch.Tensor, class_names: Sequence[str] | None) -> None:
@@ -201,29 +267,36 @@ def write_shard(path: Path, moments: torch.Tensor, labels: torch.Tensor, class_n
         labels: Shape (images,).
         class_names: Names of the classes; `None` if they are not known yet.
     """
-    tensors = {"moments": moments.contiguous(), "labels": labels.to(torch.int64)}
+    moments, labels = moments.contiguous(), labels.to(torch.int64)
+    checksums = [
+        [moments_checksum(side, label) for side in sides]
+        for sides, label in zip(moments.numpy(), labels.tolist(), strict=True)
+    ]
+    tensors = {
+        "moments": moments,
+        "labels": labels,
+        "checksums": torch.tensor(checksums, dtype=torch.int64).reshape(-1, 2),
+    }
     save_file(tensors, path, metadata={"class_names": json.dumps(class_names and list(class_names))})
 
 
 def shard_labels(path: Path) -> np.ndarray:
-    """Read the labels of a shard."""
-    with safe_open(path, framework="numpy") as shard:
-        return shard.get_tensor("labels")
+    """Read the labels of a shard.
+
+    Raises:
+        ValueError: If it is damaged.
+    """
+    try:
+        with safe_open(path, framework="numpy") as shard:
+            return shard.get_tensor("labels")
+    except Exception as error:
+        raise ValueError(f"{path} is damaged: {error}. {REPAIR}") from error
 
 
 def has_size(folder: Path, record: dict[str, Any]) -> bool:
     """Return whether a shard exists with the size that its record says."""
     path = folder / record["file"]
     return path.is_file() and path.stat().st_size == record["num_bytes"]
-
-
-def checksum(path: Path) -> str:
-    """Return the SHA-256 of a file, in hexadecimal digits."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def verify(folder: Path, progress: bool = True) -> int:
@@ -247,14 +320,14 @@ def verify(folder: Path, progress: bool = True) -> int:
     ]
     if damaged:
         raise ValueError(
-            f"{folder}: {len(damaged)} of {len(records)} shards are damaged: {', '.join(damaged)}. Delete them and "
-            "run the command that made the cache: it encodes what is missing."
+            f"{folder}: {len(damaged)} of {len(records)} shards are damaged: {shortened(damaged, 20)}. Delete them "
+            "and run the command that made the cache: it encodes what is missing."
         )
     return len(records)
 
 
-def _open_shard(folder, record, manifest) -> tuple[int, np.ndarray]:
-    """Return the position of the moments in the file, in bytes, and the labels."""
+def _open_shard(folder, record, manifest) -> tuple[int, np.ndarray, np.ndarray | None]:
+    """Return the position of the moments in the file, in bytes, the labels, and the checksums if there are any."""
     path = folder / record["file"]
     if not has_size(folder, record):
         state = f"{path.stat().st_size} bytes long" if path.is_file() else "missing"
@@ -262,25 +335,33 @@ def _open_shard(folder, record, manifest) -> tuple[int, np.ndarray]:
             f"{path} is {state}, and should have {record['num_bytes']} bytes: run the command that made the cache, "
             "which encodes what is missing."
         )
-    expected = [record["num_images"], *manifest["moments_shape"]], manifest["settings"]["dtype"]
+    count = record["num_images"]
+    expected = [count, *manifest["moments_shape"]], manifest["settings"]["dtype"]
     try:
         with safe_open(path, framework="numpy") as shard:
             moments, labels = shard.get_slice("moments"), shard.get_tensor("labels")
+            checksums = shard.get_tensor("checksums") if "checksums" in shard.keys() else None  # noqa: SIM118
             found = moments.get_shape(), DTYPES.get(moments.get_dtype())
             class_names = json.loads(shard.metadata()["class_names"])
         with path.open("rb") as file:
             header_size = int.from_bytes(file.read(8), "little")
             offset = 8 + header_size + json.loads(file.read(header_size))["moments"]["data_offsets"][0]
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # safetensors raises errors of many kinds for damaged files
         raise ValueError(f"{path} is damaged, delete it and encode its images again: {error}") from error
-    if found != expected or len(labels) != record["num_images"]:
+    if found != expected:
         raise ValueError(f"{path} holds {found[1]} of shape {found[0]}, not {expected[1]} of shape {expected[0]}.")
+    for name, values, shape in (("labels", labels, (count,)), ("checksums", checksums, (count, 2))):
+        if values is not None and (values.dtype != np.int64 or values.shape != shape):
+            raise ValueError(
+                f"{path} holds {name} of type {values.dtype} and shape {values.shape}, not int64 {shape}."
+            )
     if class_names not in (None, manifest["class_names"]):
-        differing = sorted(set(class_names) ^ set(manifest["class_names"])) or ["their order"]
+        names = {str(name) for name in class_names} if isinstance(class_names, list) else {str(class_names)}
+        differing = sorted(names ^ set(manifest["class_names"])) or ["their order"]
         raise ValueError(
-            f"{path} has other classes than the manifest ({', '.join(differing[:10])} differ): it belongs to another "
+            f"{path} has other classes than the manifest ({shortened(differing, 10)} differ): it belongs to another "
             "cache."
         )
     if len(labels) and not (labels.min() >= 0 and labels.max() < len(manifest["class_names"])):
         raise ValueError(f"{path} has labels outside 0..{len(manifest['class_names']) - 1}.")
-    return offset, labels
+    return offset, labels, checksums

@@ -8,6 +8,7 @@ Run the same command again to continue an interrupted run. preview.png, written 
 and their reconstructions by the VAE.
 """
 
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
@@ -19,7 +20,6 @@ from typing import Any, Literal
 
 import torch
 from accelerate import PartialState
-from diffusers import AutoModel
 from PIL import Image
 from torch import nn
 from tqdm.auto import tqdm
@@ -33,14 +33,16 @@ from ...sdt.vae import (
     latent_shape,
     posterior_moments,
 )
-from ...utils.arguments import exit_on_error, parse_arguments, require_at_least
-from ...utils.files import FolderLock, write_atomically
+from ...utils.arguments import exit_on_error, parse_arguments
+from ...utils.files import FolderLock, require_space, write_atomically
 from ...utils.fingerprint import fingerprint_files
+from ...utils.ranges import CheckedArguments, at_least, between
 from ..decoding import CorruptImageError, ImageDecoder
 from ..images import ImageArguments
 from .cache import read_manifest, verify
 from .rows import ShardBatch, StoredRows, StreamedRows, open_rows, shard_batches
-from .writer import CacheWriter
+from .training_data import load_vae
+from .writer import CacheWriter, check_num_shards
 
 PREVIEW_FILE = "preview.png"
 #: Images in the preview.
@@ -50,7 +52,7 @@ DEFAULT_RESOLUTION = 256
 
 
 @dataclass
-class EncodingArguments:
+class EncodingArguments(CheckedArguments):
     """How to encode, and where to write."""
 
     output_dir: Path = field(metadata={"help": "Folder of the cache."})
@@ -62,9 +64,13 @@ class EncodingArguments:
         metadata={"help": "Read tar, parquet or the Hub's files in order; otherwise `datasets` copies them first."},
     )
     batch_size: int = field(
-        default=32, metadata={"help": "Images that are encoded at a time, and then their mirrors."}
+        default=32,
+        metadata={"help": "Images that are encoded at a time, and then their mirrors."} | between(1, 65_536),
     )
-    shard_size: int = field(default=4096, metadata={"help": "Images in a file; a killed process loses one at most."})
+    shard_size: int = field(
+        default=4096,
+        metadata={"help": "Images in a file; a killed process loses one at most."} | between(1, 1_000_000),
+    )
     dtype: Literal["float16", "float32"] = field(
         default="float16",
         metadata={"help": "Type of the latents; float16 is finer than the bfloat16 that networks train in."},
@@ -74,16 +80,18 @@ class EncodingArguments:
     )
     max_unreadable: int = field(
         default=10,
-        metadata={"help": "Images that may be left out because they cannot be decoded; more are an error."},
+        metadata={"help": "Images that may be left out because they cannot be decoded; more are an error."}
+        | at_least(0),
     )
-    num_threads: int = field(default=4, metadata={"help": "Threads of each process that decode images."})
+    num_threads: int = field(
+        default=4, metadata={"help": "Threads of each process that decode images."} | between(1, 1024)
+    )
     verify: bool = field(
         default=False, metadata={"help": "Encode nothing, but compare --output_dir with its checksums."}
     )
 
     def __post_init__(self):
-        require_at_least(self, 1, "batch_size", "shard_size", "num_threads")
-        require_at_least(self, 0, "max_unreadable")
+        super().__post_init__()
         if not self.verify and self.pretrained_vae_model_name_or_path is None:
             raise ValueError("pretrained_vae_model_name_or_path must name the VAE to encode with.")
 
@@ -180,13 +188,19 @@ def encode_into(
     Raises:
         ValueError: If the folder holds something else, another process writes to it, the images do not fit the VAE,
             latents are not finite, or too many images cannot be decoded.
+        OSError: If the folder cannot be written to, or has no space for the latents.
     """
     state, (resolution, image_mode) = PartialState(), rows.arguments.size_and_mode
     check_images_fit(vae, resolution, image_mode)
+    if rows.num_rows is not None:
+        check_num_shards(math.ceil(rows.num_rows / args.shard_size))
     writer = CacheWriter(folder, _settings(rows, vae, args))
     with FolderLock(folder) if state.is_main_process else nullcontext():
         if state.is_main_process:
             writer.claim()
+            num_rows = writer.num_rows()
+            missing = args.shard_size if num_rows is None else num_rows - writer.num_done()
+            require_space(folder, missing * _bytes_per_image(vae, resolution, args.dtype), "The latents")
         state.wait_for_everyone()
         finished, complete = writer.finished(), writer.is_complete()
         state.wait_for_everyone()  # all processes have to see the same shards
@@ -200,6 +214,11 @@ def encode_into(
             writer.finish(args.pretrained_vae_model_name_or_path, latent_shape(vae, resolution), num_rows)
         state.wait_for_everyone()
     return read_manifest(folder)
+
+
+def _bytes_per_image(vae, resolution, dtype):
+    """Return the size of an image in a shard: the moments of two sides, a label and two checksums."""
+    return 4 * math.prod(latent_shape(vae, resolution)) * getattr(torch, dtype).itemsize + 24
 
 
 def _encode_missing(writer, finished, rows, vae, args, progress):
@@ -273,13 +292,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the script; `argv` is the command line's by default."""
     argv = sys.argv[1:] if argv is None else argv
     args, image_args = parse_arguments((EncodingArguments, ImageArguments), argv, description=__doc__)
-    with exit_on_error(ValueError, OSError):
+    with exit_on_error():
         if args.verify:
             print(f"All {verify(args.output_dir)} shards of {args.output_dir} are as they were written.")
             return
         # At the end processes wait for the slowest, which may have a whole shard left.
         state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))
-        vae = AutoModel.from_pretrained(args.pretrained_vae_model_name_or_path).eval().requires_grad_(False)
+        assert args.pretrained_vae_model_name_or_path is not None  # checked by the arguments
+        vae = load_vae(args.pretrained_vae_model_name_or_path)
         with state.local_main_process_first():  # `datasets` may have to copy the data set
             rows = open_rows(image_args, args.streaming, DEFAULT_RESOLUTION)
         manifest = encode_into(args.output_dir, rows, vae, args)

@@ -2,11 +2,10 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import AutoModel
 from torch import nn
 
 from ...sdt.vae import (
@@ -19,8 +18,11 @@ from ...sdt.vae import (
     sample_posterior,
     vae_spatial_scale,
 )
+from ...utils.reading import shortened, verify_checksums
 from ...utils.seeding import Draws
 from .. import DataArguments, LabeledImages, LatentCache, RandomFlip, RandomMirror, load_images
+from ..decoding import local_path
+from ..images import means_digits
 from .cache import is_latent_cache
 
 
@@ -94,10 +96,10 @@ def open_training_data(data: DataArguments, vae_name: str | None, default_sample
         FileNotFoundError: If a path does not exist.
         ValueError: If the data cannot be used, do not fit the VAE, or are of another one.
     """
-    folder = Path(data.dataset).expanduser()
-    if is_latent_cache(folder):
+    folder = local_path(data.dataset)
+    if not means_digits(data.dataset) and is_latent_cache(folder):
         return _open_cache(folder, data, vae_name, seed)
-    vae = _load_vae(vae_name)
+    vae = load_vae(vae_name) if vae_name is not None else None
     data = data.resolved(default_sample_size * vae_spatial_scale(vae))
     resolution, image_mode = data.size_and_mode
     images = load_images(data, resolution)
@@ -118,7 +120,9 @@ def _open_cache(folder, data, vae_name, seed):
             raise ValueError(f"{key} is {getattr(data, key)}, but {folder} was encoded with {value}: leave it out.")
     data = replace(data, **encoded)
     vae_name = vae_name or images.manifest["vae_name"]
-    vae = _load_vae(vae_name)
+    if vae_name is None:
+        raise ValueError(f"{folder} names no VAE: give pretrained_vae_model_name_or_path.")
+    vae = load_vae(vae_name)
     check_vae(vae, folder, images.manifest)
     # Decoding has to undo the normalization of the cache, even if the VAE's config has changed since.
     vae.register_to_config(**{key: settings[key] for key in LatentNormalization._fields})
@@ -126,5 +130,29 @@ def _open_cache(folder, data, vae_name, seed):
     return TrainingData(data, images, vae, vae_name, augment, images.latent_shape)
 
 
-def _load_vae(name):
-    return None if name is None else AutoModel.from_pretrained(name).eval().requires_grad_(False)
+def load_vae(name: str) -> nn.Module:
+    """Load a VAE, in evaluation mode and without gradients.
+
+    Args:
+        name: Folder or Hub name of an `AutoencoderKL` or `AutoencoderDC`.
+
+    Raises:
+        ValueError: If it cannot be loaded, is not a VAE, or its weights are damaged, missing or not finite.
+    """
+    if local_path(name).is_dir():
+        verify_checksums(local_path(name))
+    try:
+        kind = getattr(diffusers, diffusers.AutoencoderKL.load_config(name).get("_class_name", ""), None)
+        if kind is None or not hasattr(kind, "encode"):
+            raise ValueError("its config.json names no autoencoder of diffusers")
+        vae, found = kind.from_pretrained(name, output_loading_info=True)
+    except Exception as error:  # diffusers raises errors of many kinds for damaged files
+        first_line = str(error).strip().partition("\n")[0]
+        raise ValueError(f"Cannot load the VAE {name}: {first_line or type(error).__name__}") from error
+    missing = [*found["missing_keys"], *(str(key[0]) for key in found["mismatched_keys"])]
+    if missing:
+        raise ValueError(f"The weights of the VAE {name} are not complete: {shortened(missing)} are missing.")
+    endless = [key for key, value in vae.state_dict().items() if not torch.isfinite(value).all()]
+    if endless:
+        raise ValueError(f"The weights of the VAE {name} are damaged: {shortened(endless)} are NaN or infinite.")
+    return vae.eval().requires_grad_(False)

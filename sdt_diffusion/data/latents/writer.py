@@ -8,21 +8,27 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...utils.files import LOCK_FILE, check_writable, write_atomically
+from ...utils.files import LOCK_FILE, check_writable, write_atomically, write_json
 from ...utils.fingerprint import differences
+from ...utils.reading import checksum, read_json
+from ..images import check_num_classes
 from .cache import (
     FORMAT,
     MANIFEST_FILE,
+    MAX_SHARDS,
     RECORDS_FOLDER,
     SETTINGS_FILE,
+    SHARD_FILE,
     VERSION,
-    checksum,
+    check_record,
     has_size,
     is_latent_cache,
     read_manifest,
     shard_labels,
     write_shard,
 )
+
+AGAIN = "delete it and run the same command again."
 
 
 class CacheWriter:
@@ -48,10 +54,12 @@ class CacheWriter:
             ValueError: If it holds something else, a damaged manifest, or latents of other settings; lists what
                 differs.
         """
-        path = self.records / SETTINGS_FILE
+        for path in (self.folder / MANIFEST_FILE, self.records / SETTINGS_FILE):
+            if path.exists() and not path.is_file():
+                raise ValueError(f"{path} is not a file; delete it, or give another output_dir.")
         manifest = self._manifest()
         if path.is_file():
-            there = _read_json(path)
+            there = _read_settings(path)
         elif manifest:
             there = manifest["settings"]
         elif self._holds_something_else():
@@ -67,12 +75,13 @@ class CacheWriter:
         check_writable(self.records)
         if manifest and not path.is_file():  # copied without its records
             for record in manifest["shards"]:
-                _write_json(self._record_file(record["file"]), record)
-        _write_json(path, self.settings)
+                write_json(self._record_file(record["file"]), record, indent=1)
+        write_json(path, self.settings, indent=1)
 
     def finished(self) -> dict[int, dict[str, Any]]:
         """Return the record of every finished shard by its number, in order."""
-        records = {int(path.stem.split("-")[1]): _read_json(path) for path in self.records.glob("shard-*.json")}
+        files = [path for path in self.records.glob("*.json") if SHARD_FILE.fullmatch(f"{path.stem}.safetensors")]
+        records = {int(path.stem.split("-")[1]): _read_record(path) for path in files}
         return {shard: records[shard] for shard in sorted(records) if has_size(self.folder, records[shard])}
 
     def num_rows(self) -> int | None:
@@ -80,9 +89,13 @@ class CacheWriter:
         num_rows, manifest = self.settings["num_rows"], self._manifest()
         return _num_rows(manifest["shards"]) if num_rows is None and manifest else num_rows
 
+    def num_done(self) -> int:
+        """Return the rows of the finished shards."""
+        return _num_rows(self.finished().values())
+
     def is_complete(self) -> bool:
         """Return whether all shards are written."""
-        return _num_rows(self.finished().values()) == self.num_rows()
+        return self.num_done() == self.num_rows()
 
     def save(self, shard: int, moments: torch.Tensor, labels: torch.Tensor, unreadable: Sequence[str] = ()) -> None:
         """Write a shard.
@@ -93,6 +106,7 @@ class CacheWriter:
             labels: Shape (images,).
             unreadable: Messages about the images that were left out.
         """
+        check_num_shards(shard + 1)
         path = self.folder / f"shard-{shard:05d}.safetensors"
         self._record_file(path.name).unlink(missing_ok=True)  # it describes the file being replaced
         write_atomically(path, lambda partial: write_shard(partial, moments, labels, self.settings["class_names"]))
@@ -103,7 +117,7 @@ class CacheWriter:
             "sha256": checksum(path),
             "unreadable": list(unreadable),
         }
-        _write_json(self._record_file(path.name), record)
+        write_json(self._record_file(path.name), record, indent=1)
 
     def finish(self, vae_name: str | None, latent_shape: Sequence[int], num_rows: int) -> None:
         """Write the manifest, which makes the shards a cache.
@@ -129,6 +143,7 @@ class CacheWriter:
         if not num_images:
             raise ValueError(f"No image was encoded into {self.folder}: the data set has none that can be read.")
         labels = np.concatenate([shard_labels(self.folder / record["file"]) for record in records])
+        check_num_classes(int(labels.max()) + 1, "label", str(self.settings.get("dataset")))
         class_names = self.settings["class_names"] or [str(label) for label in range(int(labels.max()) + 1)]
         manifest = {
             "format": FORMAT,
@@ -142,7 +157,7 @@ class CacheWriter:
             "moments_shape": [2, 2, *latent_shape],
             "shards": records,
         }
-        _write_json(self.folder / MANIFEST_FILE, manifest)
+        write_json(self.folder / MANIFEST_FILE, manifest, indent=1)
 
     def _manifest(self):
         """Return the manifest, or `None` if there is none yet."""
@@ -162,12 +177,29 @@ def _num_rows(records):
     return sum(record["num_images"] + len(record["unreadable"]) for record in records)
 
 
-def _read_json(path):
+def _read_record(path):
+    record = _read_settings(path)
     try:
-        return json.loads(path.read_text())
+        check_record(record)
+        if Path(record["file"]).stem != path.stem:
+            raise ValueError(f"file is {record['file']}")
     except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}; delete it and run the same command again.") from error
+        raise ValueError(f"{path} is damaged: {error}; {AGAIN}") from error
+    return record
 
 
-def _write_json(path, values):
-    write_atomically(path, lambda partial: partial.write_text(json.dumps(values, indent=1)))
+def _read_settings(path):
+    try:
+        return read_json(path)
+    except ValueError as error:
+        raise ValueError(f"{str(error).removesuffix('.')}; {AGAIN}") from error
+
+
+def check_num_shards(num_shards: int) -> None:
+    """Refuse more shards than a manifest can list.
+
+    Raises:
+        ValueError: If there are more than `MAX_SHARDS`.
+    """
+    if num_shards > MAX_SHARDS:
+        raise ValueError(f"shard_size is too small: a cache has at most {MAX_SHARDS:,} shards.")

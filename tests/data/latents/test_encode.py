@@ -12,10 +12,11 @@ from PIL import Image
 from sdt_diffusion.data import LatentCache
 from sdt_diffusion.data.images import ImageArguments
 from sdt_diffusion.data.latents import writer
-from sdt_diffusion.data.latents.cache import checksum, verify
+from sdt_diffusion.data.latents.cache import verify
 from sdt_diffusion.data.latents.encode import EncodingArguments, encode_into
 from sdt_diffusion.data.latents.rows import open_rows
 from sdt_diffusion.sdt.vae import LatentNormalization, check_vae, encode_pixels, sample_posterior
+from sdt_diffusion.utils.reading import checksum
 from tests.data.latents.test_rows import write_tar
 from tests.data.test_images import table
 
@@ -360,7 +361,7 @@ class TestBadInput:
             check_vae(tiny_vae, folder, manifest)
 
     def test_settings_that_cannot_be(self, tmp_path):
-        with pytest.raises(ValueError, match="shard_size must be at least 1, not 0"):
+        with pytest.raises(ValueError, match="shard_size must be at least 1 and at most 1000000, not 0"):
             EncodingArguments(tmp_path, "a-vae", shard_size=0)
         with pytest.raises(ValueError, match="pretrained_vae_model_name_or_path must name the VAE"):
             EncodingArguments(tmp_path)

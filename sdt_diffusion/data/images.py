@@ -116,13 +116,15 @@ class LabeledImages:
     def __init__(
         self, dataset, image_column: str, label_column: str, arguments: ImageArguments, as_pictures: bool = False
     ):
-        from datasets import ClassLabel
+        from datasets import ClassLabel, Value
 
         self.arguments, name = arguments, arguments.dataset
         if len(dataset) == 0:
             raise ValueError(f"The data set {name} is empty.")
         feature = dataset.features[label_column]
-        if not isinstance(feature, ClassLabel) and "string" in str(getattr(feature, "dtype", "")):
+        if not isinstance(feature, (ClassLabel, Value)):  # such as images, which would all be read
+            raise ValueError(f"{name}: column {label_column!r} holds {feature!r:.60}, which are not labels.")
+        if not isinstance(feature, ClassLabel) and "string" in feature.dtype:
             dataset = dataset.class_encode_column(label_column)
             feature = dataset.features[label_column]
         # Images are decoded here and not by `datasets`, so that an error can name the file.
@@ -284,7 +286,7 @@ def read_dataset(args: ImageArguments, streaming: bool = False):
         raise FileNotFoundError(f"There is no file or folder {path}; give an existing path or a name on the Hub.")
     no_files = [str(file) for file in files if not file.is_file()]
     if no_files and not path.is_dir():
-        raise ValueError(f"Cannot read the data set {name}: {shortened(no_files)} is neither a file nor a folder.")
+        raise ValueError(f"Cannot read the data set {name}: {shortened(no_files)} is not a file.")
     try:
         if files and files[0].is_file():
             if path.suffix not in FILE_FORMATS:

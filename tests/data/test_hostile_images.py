@@ -92,7 +92,7 @@ class TestFolders:
         os.mkfifo(tmp_path / name)
         with pytest.raises((ValueError, FileNotFoundError), match=rf"{name}"):
             open_images(str(tmp_path / name), RawImageArguments())
-        with pytest.raises(ValueError, match=rf"{name} is neither a file nor a folder|only \.parquet"):
+        with pytest.raises(ValueError, match=rf"{name} is not a file|only \.parquet"):
             load(tmp_path / name)
 
     def test_a_pipe_that_a_table_names_is_not_opened(self, tmp_path):
@@ -192,13 +192,21 @@ class TestTables:
             list(open_rows(arguments, streaming, 8).read(lambda row: True))
 
     @pytest.mark.parametrize(
-        ("feature", "labels"),
-        [(List(Value("int64")), [[0], [1]]), ({"a": Value("int64")}, [{"a": 0}, {"a": 1}]), (Value("bool"), [True])],
+        ("feature", "labels", "message"),
+        [
+            (List(Value("int64")), [[0], [1]], "column 'label' holds List.*, which are not labels"),
+            ({"a": Value("int64")}, [{"a": 0}], "column 'label' holds {'a'.*, which are not labels"),
+            (Value("bool"), [True], "row 0: True in column 'label' is not a label"),
+        ],
     )
-    def test_labels_of_other_kinds(self, tmp_path, feature, labels):
+    def test_labels_of_other_kinds(self, tmp_path, feature, labels, message):
         table(labels, label=feature).to_parquet(tmp_path / "x.parquet")
-        with pytest.raises(ValueError, match=r"row 0: .* in column 'label' is not a label"):
+        with pytest.raises(ValueError, match=message):
             load(tmp_path / "x.parquet")
+
+    def test_images_are_not_read_as_labels(self, folder):
+        with pytest.raises(ValueError, match=r"column 'image' holds Image.*, which are not labels"):
+            load(folder, label_column="image")
 
     @pytest.mark.parametrize("streaming", [False, True])
     def test_a_column_that_holds_no_images(self, tmp_path, streaming):

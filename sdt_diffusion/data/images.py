@@ -296,6 +296,9 @@ def read_dataset(args: ImageArguments, streaming: bool = False):
                 return _streamed(reader([str(file) for file in files]), streaming)
             return load_dataset(reader, data_files=data_files, split="train", streaming=streaming)
         if (path / "dataset_info.json").is_file():  # written by Dataset.save_to_disk
+            odd = [str(file) for file in path.iterdir() if not (file.is_file() or file.is_dir())]
+            if odd:  # a named pipe would be waited for
+                raise ValueError(f"{shortened(odd)} is not a file")
             return _streamed(load_from_disk(str(path)), streaming)
         linked = _linked_folders(path) if path.is_dir() else {}
         if linked:
@@ -313,12 +316,12 @@ def read_dataset(args: ImageArguments, streaming: bool = False):
 
 def _linked_folders(folder: Path) -> dict[str, list[str]]:
     """Return the split's patterns of image files in a tree with links to folders, which `datasets` does not follow."""
-    folders = [(path, names) for path, names in walk_folders(folder)]
+    folders = [(path, any(map(is_image, names))) for path, names in walk_folders(folder)]
     if not any(path.is_symlink() for path, _ in folders[1:]):
         return {}
     patterns: dict[str | None, list[str]] = {}
-    for path, names in folders:
-        if any(map(is_image, names)):
+    for path, has_images in folders:
+        if has_images:
             parts = path.relative_to(folder).parts
             split = next((split for split, known in SPLIT_FOLDERS.items() if set(parts) & set(known)), None)
             patterns.setdefault(split, []).append(f"{glob.escape(str(path))}/*")

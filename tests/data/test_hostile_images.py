@@ -95,6 +95,13 @@ class TestFolders:
         with pytest.raises(ValueError, match=rf"{name} is not a file|only \.parquet"):
             load(tmp_path / name)
 
+    def test_a_pipe_among_the_files_of_a_saved_data_set_is_named(self, tmp_path):
+        table([0, 1]).save_to_disk(tmp_path / "saved")
+        (tmp_path / "saved" / "state.json").unlink()
+        os.mkfifo(tmp_path / "saved" / "state.json")
+        with pytest.raises(ValueError, match=r"state\.json is not a file"):
+            load(tmp_path / "saved")
+
     def test_a_pipe_that_a_table_names_is_not_opened(self, tmp_path):
         os.mkfifo(tmp_path / "x.png")
         with pytest.raises(CorruptImageError, match=r"row 3 \(.*x\.png\) of table: it is not a file"):

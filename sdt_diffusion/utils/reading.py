@@ -165,7 +165,7 @@ def shortened(names: Iterable[str], limit: int = 5) -> str:
 
 
 def walk_files(folder: Path | str, prefix: str = "") -> Iterator[tuple[str, os.DirEntry]]:
-    """Yield the name, from the folder on, and the entry of every file below it, in no order.
+    """Yield the name, from the folder on, and the entry of every file below it, always in the same order.
 
     Links are followed, but no folder is entered twice, so that a link to a folder above ends the walk there. Hidden
     files and folders are left out, and so are pipes, sockets and devices.
@@ -174,23 +174,24 @@ def walk_files(folder: Path | str, prefix: str = "") -> Iterator[tuple[str, os.D
         OSError: If a folder cannot be read.
     """
     seen: set[tuple[int, int]] = set()
-
-    def walk(path, prefix):
-        status = Path(path).stat()
+    waiting = [(Path(folder), prefix)]  # a list, since folders may be nested deeper than calls can be
+    while waiting:
+        path, prefix = waiting.pop()
+        status = path.stat()
         if (status.st_dev, status.st_ino) in seen:
-            return
+            continue
         seen.add((status.st_dev, status.st_ino))
+        folders = []
         with os.scandir(path) as entries:
-            for entry in entries:
+            for entry in sorted(entries, key=lambda entry: entry.name):
                 if entry.name.startswith("."):
                     continue
-                # Unlike the entry's own method, this one does not raise for a link to itself.
+                # Unlike the entry's own methods, these do not raise for a link to itself.
                 if Path(entry).is_dir():
-                    yield from walk(entry.path, f"{prefix}{entry.name}/")
+                    folders.append((Path(entry), f"{prefix}{entry.name}/"))
                 elif Path(entry).is_file():
                     yield f"{prefix}{entry.name}", entry
-
-    return walk(os.fspath(folder), prefix)
+        waiting += reversed(folders)
 
 
 def checksum(path: Path) -> str:

@@ -12,8 +12,9 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..sdt.pipeline_sdt import labels_of_names
 from ..utils.files import shorten_path, write_atomically
+from ..utils.reading import read_json
 from .results import Result, read_results
-from .run_record import as_yaml, read_record
+from .run_record import RECORD_FILE, as_yaml, read_record
 
 CARD_FILE = "README.md"
 
@@ -73,20 +74,24 @@ def write_model_card(folder: Path, name: str | None = None, license: str | None 
     results = read_results(folder, record["weights"])
     data = cast(ModelCardData, previous.data) if previous else ModelCardData()
     data.license = license or data.license
-    _fill_metadata(data, folder, record, name, results)
     kept = previous.text.partition(KEEP_MARK)[2].strip() if previous else ""
-    sections = [
-        f"# {Path(name).name}",
-        _introduction(folder, record),
-        *_pictures(folder),
-        "## Use\n\n" + _use(folder, record, name),
-        "## Results\n\n" + _results_table(results),
-        "## Model and training\n\n" + _facts(folder, record),
-        f"### Command\n\n```bash\n{record['command']}\n```",
-        f"### Config\n\nAll arguments, as a file for `--config`:\n\n```yaml\n{as_yaml(record['config'])}```",
-        KEEP_MARK,
-        *([kept] if kept else []),
-    ]
+    try:
+        _fill_metadata(data, folder, record, name, results)
+        sections = [
+            f"# {Path(name).name}",
+            _introduction(folder, record),
+            *_pictures(folder),
+            "## Use\n\n" + _use(folder, record, name),
+            "## Results\n\n" + _results_table(results),
+            "## Model and training\n\n" + _facts(folder, record),
+            f"### Command\n\n```bash\n{record['command']}\n```",
+            f"### Config\n\nAll arguments, as a file for `--config`:\n\n```yaml\n{as_yaml(record['config'])}```",
+            KEEP_MARK,
+            *([kept] if kept else []),
+        ]
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{folder}: {RECORD_FILE} or a config of the model is damaged ({what}).") from error
     card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n")
     write_atomically(path, card.save)
     return path
@@ -142,7 +147,7 @@ def _fill_metadata(
 
 
 def _introduction(folder: Path, record: Mapping[str, Any]) -> str:
-    model, data = record["config"]["model"], record["data"]
+    model, data = record["config"].get("model", "SDT"), record["data"]
     classes = f"{data['num_images']:,} images of {data['num_classes']:,} classes ({data['name']})"
     if not _is_pipeline(folder):
         return f"An image classifier ({model}) with spatial decay attention, trained on {classes}."
@@ -185,8 +190,11 @@ def _install_command() -> str:
 
 def _call_arguments(folder: Path, record: Mapping[str, Any]) -> str:
     """Return the arguments of a call of the pipeline: some classes, and the settings that it has not saved."""
-    index, config = json.loads((folder / "model_index.json").read_text()), record["config"]
-    names = {int(label): name for label, name in (index.get("id2label") or {}).items()}
+    index, config = read_json(folder / "model_index.json"), record["config"]
+    names = index.get("id2label") or {}
+    if not isinstance(names, dict) or not all(label.isdecimal() and isinstance(names[label], str) for label in names):
+        raise ValueError(f"{folder / 'model_index.json'} is damaged: id2label is {names!r:.60}.")
+    names = {int(label): name for label, name in names.items()}
     labels_of = labels_of_names(names)
     shown = []
     for label in range(min(4, record["data"]["num_classes"])):
@@ -216,13 +224,13 @@ def _results_table(results: Sequence[Result]) -> str:
 def _facts(folder: Path, record: Mapping[str, Any]) -> str:
     config, data = record["config"], record["data"]
     component = "transformer/config.json" if _is_pipeline(folder) else "config.json"
-    network = json.loads((folder / component).read_text())
+    network = read_json(folder / component)
     decay = network.get("spatial_decay") or config.get("spatial_decay")
-    precision = {"no": "fp32"}.get(config["mixed_precision"], config["mixed_precision"])
+    precision = {"no": "fp32"}.get(config.get("mixed_precision", "no"), config.get("mixed_precision"))
     images = record["steps"] * record["images_per_step"]
     rows = [
         ("", ""),
-        ("preset", config["model"]),
+        ("preset", config.get("model")),
         ("attention", f"`spatial_decay` {decay}" if decay else None),
         ("parameters", f"{record['parameters']:,}"),
         ("resolution", config.get("resolution")),
@@ -251,6 +259,6 @@ def _averaging(record: Mapping[str, Any]) -> str:
         return f"averaged by the power function of sigma_rel {derived['sigma_rel']:g}{made} of {derived['source']}"
     if not config.get("use_ema"):
         return "of the last step"
-    if config["ema_profile"] == "power":
+    if config.get("ema_profile") == "power":
         return f"averaged by the power function of sigma_rel {config['ema_sigma_rel'][0]:g}"
-    return f"averaged, {config['ema_profile']} decay {config['ema_decay']:g}"
+    return f"averaged, {config.get('ema_profile')} decay {config.get('ema_decay')}"

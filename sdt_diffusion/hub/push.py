@@ -7,19 +7,19 @@ The first command writes nothing but the card.
 """
 
 import glob
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import create_repo, get_token, upload_folder
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-from ..utils.arguments import exit_on_error, parse_arguments
-from ..utils.files import shorten_path, write_atomically
+from ..utils.arguments import SECRET_KEY, exit_on_error, parse_arguments
+from ..utils.files import shorten_path, write_json
+from ..utils.ranges import CheckedArguments
+from ..utils.reading import read_json
 from .model_card import write_model_card
 from .run_record import write_record
 
@@ -28,7 +28,7 @@ SHARED_FILES = ("*.json", "*.jsonl", "*.md", "*.png", "model*.safetensors")
 
 
 @dataclass
-class HubArguments:
+class HubArguments(CheckedArguments):
     """Whether and where to share."""
 
     push_to_hub: bool = field(default=False, metadata={"help": "Upload the finished model to the Hub."})
@@ -37,7 +37,10 @@ class HubArguments:
     )
     hub_token: str | None = field(
         default=None,
-        metadata={"help": "Token, written to no file; that of HF_TOKEN or `hf auth login` by default."},
+        metadata={
+            "help": "Token, written to no file; that of HF_TOKEN or `hf auth login` by default.",
+            SECRET_KEY: True,
+        },
     )
     hub_private_repo: bool | None = field(
         default=None, metadata={"help": "Make the repository private; the default of your account otherwise."}
@@ -45,6 +48,7 @@ class HubArguments:
     license: str | None = field(default=None, metadata={"help": "License of the model for its card, such as mit."})
 
     def __post_init__(self):
+        super().__post_init__()
         if not self.push_to_hub:
             return
         try:
@@ -80,10 +84,10 @@ def create_hub_repo(args: HubArguments, folder: Path) -> str | None:
 def files_to_share(folder: Path) -> list[str]:
     """List the files of the model and its card, relative to the folder: no checkpoints, samples or hidden files."""
     index = folder / "model_index.json"
-    components = json.loads(index.read_text()) if index.is_file() else {}
+    components = read_json(index) if index.is_file() else {}
     files = [path for pattern in SHARED_FILES for path in folder.glob(pattern)]
     for name, value in components.items():
-        if isinstance(value, list):
+        if isinstance(value, list) and Path(name).name == name:  # no path out of the folder
             files += (folder / name).rglob("*")
     names = (path.relative_to(folder) for path in files if path.is_file())
     return sorted(name.as_posix() for name in names if not any(part.startswith(".") for part in name.parts))
@@ -94,11 +98,10 @@ def remove_private_paths(folder: Path) -> None:
     for name in files_to_share(folder):
         path = folder / name
         if path.name in ("config.json", "model_index.json"):
-            config = json.loads(path.read_text())
+            config = read_json(path)
             short = shorten_path(config.get("_name_or_path"))
             if short != config.get("_name_or_path"):
-                text = json.dumps({**config, "_name_or_path": short}, indent=2)
-                write_atomically(path, partial(Path.write_text, data=f"{text}\n"))
+                write_json(path, {**config, "_name_or_path": short})
 
 
 def push_folder(folder: Path, repo_id: str, args: HubArguments) -> str:
@@ -150,7 +153,7 @@ def share_folder(args: HubArguments, folder: Path) -> None:
 
 
 @dataclass
-class FolderArguments:
+class FolderArguments(CheckedArguments):
     """What to share."""
 
     folder: str = field(metadata={"help": "Folder that train_dit.py, train_classifier.py or reconstruct_ema.py made."})
@@ -160,7 +163,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the script; `argv` is the command line's by default."""
     argv = sys.argv[1:] if argv is None else argv
     args, hub_args = parse_arguments((FolderArguments, HubArguments), argv, description=__doc__)
-    with exit_on_error(ValueError, RuntimeError):
+    with exit_on_error(RuntimeError):
         share_folder(hub_args, Path(args.folder))
 
 

@@ -1,6 +1,5 @@
 """Read the numbers that a model's folder holds, and how each was measured."""
 
-import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..utils.files import shorten_path
+from ..utils.reading import read_json
 
 
 @dataclass(frozen=True)
@@ -47,13 +47,13 @@ def read_results(folder: Path, weights: str) -> list[Result]:
     results: list[Result] = []
     for path in sorted(folder.glob("[!.]*.json")):
         try:
-            content = json.loads(path.read_text())
+            content = read_json(path, object)
             read = READERS.get(kind_of(content))
             found = [] if read is None else list(read(content, path.name))
             measured = _weights_of(content) if found else None
         except KeyError as error:
             raise ValueError(f"{path} is damaged (it has no {error}): delete it, or make it again.") from error
-        except (TypeError, ValueError) as error:
+        except (AttributeError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is damaged ({error}): delete it, or make it again.") from error
         if measured not in (None, weights):
             warnings.warn(

@@ -1,6 +1,5 @@
 """Keep the record of a run beside its model: enough to write the model card, and nothing private."""
 
-import json
 import shlex
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -11,13 +10,21 @@ import yaml
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from torch import nn
 
-from ..utils.files import shorten_path, write_atomically
+from ..utils.files import shorten_path, write_json
 from ..utils.fingerprint import fingerprint
+from ..utils.reading import PlainYamlDumper, read_json
 
 RECORD_FILE = "training_run.json"
 
-#: Arguments that records leave out: a secret, and resuming, which does not change the result.
-OMITTED_ARGUMENTS = frozenset({"hub_token", "resume_from_checkpoint"})
+#: Arguments that records leave out: resuming does not change the result. Secrets never reach a record, see `merged`.
+OMITTED_ARGUMENTS = frozenset({"resume_from_checkpoint"})
+#: What every record has, and the type of each.
+RECORD_TYPES = {
+    **{"command": str, "weights": str},
+    **{"config": dict, "data": dict, "versions": dict},
+    **{"parameters": int, "steps": int, "images_per_step": int, "num_processes": int},
+}
+DATA_TYPES = {"name": str, "on_hub": bool, "num_images": int, "num_classes": int}
 
 PACKAGES = ("sdt_diffusion", "torch", "diffusers", "transformers", "accelerate")
 
@@ -88,33 +95,33 @@ def derive_record(source_folder: Path, networks: Sequence[nn.Module], changes: M
     return {**record, "weights": fingerprint(*networks), "derived": {**source, **changes}}
 
 
-def command_of(script: str, argv: Sequence[str], num_processes: int | None = None) -> str:
-    """Return the command line of a run, ready to be typed, without tokens, resuming and private paths.
+def command_of(script: str, given: Mapping[str, Any], num_processes: int | None = None) -> str:
+    """Return the command line of a run, ready to be typed, without resuming and private paths.
 
     Args:
         script: The script, such as train/train_dit.py.
-        argv: Its arguments.
+        given: What its command line has set; see `given_arguments`, which leaves out secrets.
         num_processes: Number of processes that accelerate starts; `None` for a script that python starts.
     """
-    launch = ["python"] if num_processes is None else ["accelerate", "launch"]
-    words = [*launch, *(["--num_processes", str(num_processes)] if (num_processes or 1) > 1 else []), script]
-    omit_value = False
-    for word in argv:
-        is_flag = word.startswith("--")
-        if omit_value and not is_flag:
-            omit_value = False
-            continue
-        flag, equals, _ = word.partition("=")
-        omitted = is_flag and flag.removeprefix("--").replace("-", "_") in OMITTED_ARGUMENTS
-        omit_value = omitted and not equals
-        if not omitted:
-            words.append(word)
+    words = ["python"] if num_processes is None else ["accelerate", "launch"]
+    words += ["--num_processes", str(num_processes)] if (num_processes or 1) > 1 else []
+    words.append(script)
+    for name, value in given.items():
+        if name not in OMITTED_ARGUMENTS:
+            words += [f"--{name}", *_words_of(value)]
     return " ".join(map(_quote, words))
+
+
+def _words_of(value: Any) -> list[str]:
+    """Return the words that follow a flag on the command line."""
+    if value is True:
+        return []
+    return [str(item) for item in value] if isinstance(value, list) else [str(value)]
 
 
 def write_record(folder: Path, record: Mapping[str, Any]) -> None:
     """Write the record into the model's folder."""
-    write_atomically(folder / RECORD_FILE, lambda path: path.write_text(json.dumps(record, indent=2)))
+    write_json(folder / RECORD_FILE, record)
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -126,26 +133,28 @@ def read_record(folder: Path) -> dict[str, Any]:
     path = folder / RECORD_FILE
     if not path.is_file():
         raise ValueError(f"{folder} holds no finished run of a training script: it has no {RECORD_FILE}.")
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+    record = read_json(path)
+    for where, values, types in (("", record, RECORD_TYPES), ("data.", record.get("data"), DATA_TYPES)):
+        for key, kind in types.items():
+            if not isinstance(values, dict) or not isinstance(values.get(key), kind):
+                found = values.get(key) if isinstance(values, dict) else values
+                raise ValueError(f"{path} is damaged: {where}{key} is {found!r:.60}, and must be a {kind.__name__}.")
+    return record
 
 
 def as_yaml(config: Mapping[str, Any]) -> str:
     """Return the config as a file for `--config`, without what is not set."""
-    return yaml.safe_dump({key: value for key, value in config.items() if value is not None}, sort_keys=False)
+    values = {key: value for key, value in config.items() if value is not None}
+    return yaml.dump(values, Dumper=PlainYamlDumper, sort_keys=False)
 
 
 def _quote(word: str) -> str:
     """Quote a word for the shell, with shortened paths."""
-    flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
-    before, home, after = shorten_path(value, "\0").partition("\0")
+    before, home, after = shorten_path(word, "\0").partition("\0")
     if not home:
-        return shlex.quote(f"{flag}{equals}{before}")
-    prefix = f"{flag}{equals}{before}"
+        return shlex.quote(before)
     # "$HOME" stands outside the single quotes of the rest, which would keep the shell from replacing it.
-    return (shlex.quote(prefix) if prefix else "") + '"$HOME"/' + (shlex.quote(after) if after else "")
+    return (shlex.quote(before) if before else "") + '"$HOME"/' + (shlex.quote(after) if after else "")
 
 
 def _may_be_on_hub(name: str) -> bool:

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from .. import SDTPipeline
 from ..hub import HubArguments, command_of, derive_record, share_run
 from ..hub.run_record import RECORD_FILE
-from ..utils.arguments import exit_on_error, parse_arguments
+from ..utils.arguments import exit_on_error, given_arguments, parse_arguments
 from ..utils.files import check_writable, move_into, write_atomically
 from ..utils.ranges import RANGE_KEY, CheckedArguments, at_least
 from ..utils.reading import check_tensors, read_tensors
@@ -206,7 +206,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         pipe.transformer.load_state_dict(average.weights)
         last_step = max(snapshot.step for snapshot in average.snapshots)
         changes = {
-            "command": command_of("train/reconstruct_ema.py", argv),
+            "command": command_of("train/reconstruct_ema.py", given_arguments([ReconstructionArguments], argv)),
             "steps": last_step,
             "sigma_rel": args.sigma_rel,
             "snapshots": len(average.snapshots),

@@ -1,7 +1,7 @@
 """Prepare a run for the training loop: processes, model, optimizer, averages, folder, log, and resuming."""
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -241,18 +241,18 @@ class TrainingRun:
                 layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
                 tracker.log_images({"samples": np.asarray(picture)[None]}, step=self.step, **layout)
 
-    def share(self, args: HubArguments, script: str, argv: Sequence[str], networks: Sequence[nn.Module]) -> None:
+    def share(self, args: HubArguments, script: str, given: Mapping[str, Any], networks: Sequence[nn.Module]) -> None:
         """Write the run's record and model card, and push the model if asked to; all processes call it at the end.
 
         Args:
             args: Whether and where to push.
             script: The script, such as train/train_dit.py.
-            argv: Its arguments.
+            given: What its command line has set; see `given_arguments`.
             networks: What is saved: the trained network, and others that sampling needs.
         """
         if self.accelerator.is_main_process:
             num_processes = self.accelerator.num_processes
-            command = command_of(script, argv, num_processes)
+            command = command_of(script, given, num_processes)
             images, length = self.data.images, (self.step, self.images_per_step)
             record = describe_run(command, self.config.as_dict(), images, networks, *length, num_processes)
             share_run(args, self.output_dir, record)

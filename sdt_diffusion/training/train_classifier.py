@@ -25,7 +25,7 @@ from ..metrics.confusion import PreparedImages, classify, from_log, to_log
 from ..metrics.extractors.transformers_models import channels_of
 from ..plots import plot_accuracy_curve
 from ..sdt_h.modeling_sdt_h import SDTHImageProcessor
-from ..utils.arguments import exit_on_error, parse_arguments, require_at_least
+from ..utils.arguments import exit_on_error, given_arguments, parse_arguments, require_at_least
 from ..utils.files import move_into, write_atomically
 from ..utils.seeding import Stream, seed_global_generators
 from .checkpoint import CheckpointError
@@ -92,14 +92,18 @@ class EvaluationArguments:
         require_at_least(self, 0, "validation_steps")
 
 
+#: What the script's command line sets.
+ARGUMENT_TYPES = (
+    *(ClassifierModelArguments, DataArguments, ValidationDataArguments, RecipeArguments),
+    *(OptimizationArguments, EMAArguments, RunArguments, EvaluationArguments, HubArguments),
+)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the script; `argv` is the command line's by default."""
     argv = sys.argv[1:] if argv is None else argv
     *parsed, hub_args = parse_arguments(
-        (
-            *(ClassifierModelArguments, DataArguments, ValidationDataArguments, RecipeArguments),
-            *(OptimizationArguments, EMAArguments, RunArguments, EvaluationArguments, HubArguments),
-        ),
+        ARGUMENT_TYPES,
         argv,
         recipes={"digits": CONFIGS / "digits_classifier.yaml"},
         description=__doc__,
@@ -167,7 +171,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if run.accelerator.is_main_process:
         save_classifier(run, processor, len(train_images))
     run.finish()
-    run.share(hub_args, "train/train_classifier.py", argv, [run.trained_model])
+    run.share(hub_args, "train/train_classifier.py", given_arguments(ARGUMENT_TYPES, argv), [run.trained_model])
 
 
 def save_classifier(run: TrainingRun, processor: SDTHImageProcessor, num_train_images: int) -> None:

@@ -32,7 +32,7 @@ from ..plots import image_grid, plot_loss_curve
 from ..sampling.generate import class_labels_for, generate_on_all_processes
 from ..sampling.settings import SamplerArguments, set_attention_backend
 from ..sdt import SDTPipeline, SDTTransformer2DModel
-from ..utils.arguments import exit_on_error, json_object, parse_arguments, require_at_least
+from ..utils.arguments import exit_on_error, given_arguments, json_object, parse_arguments, require_at_least
 from ..utils.files import move_into, write_atomically
 from ..utils.fingerprint import differences
 from ..utils.seeding import Draws, Stream, numpy_generator, seed_global_generators
@@ -237,14 +237,18 @@ def flops_of(model: SDTTransformer2DModel) -> float:
     return 2 * count_cost(copy.deepcopy(model).to("meta"), *(x.to("meta") for x in inputs)).multiply_adds
 
 
+#: What the script's command line sets.
+ARGUMENT_TYPES = (
+    *(ModelArguments, DataArguments, ObjectiveArguments, OptimizationArguments, EMAArguments, RunArguments),
+    *(ValidationArguments, SamplerArguments, HubArguments),
+)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the script; `argv` is the command line's by default."""
     argv = sys.argv[1:] if argv is None else argv
     *parsed, hub_args = parse_arguments(
-        (
-            *(ModelArguments, DataArguments, ObjectiveArguments, OptimizationArguments, EMAArguments, RunArguments),
-            *(ValidationArguments, SamplerArguments, HubArguments),
-        ),
+        ARGUMENT_TYPES,
         argv,
         recipes={"digits": Path(__file__).parents[1] / "configs" / "digits.yaml"},
         description=__doc__,
@@ -324,7 +328,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"Saved the pipeline, samples.png and loss_curve.png to {run.output_dir}")
     run.finish()
     networks = [network for network in (pipe.transformer, data.vae) if network is not None]
-    run.share(hub_args, "train/train_dit.py", argv, networks)
+    run.share(hub_args, "train/train_dit.py", given_arguments(ARGUMENT_TYPES, argv), networks)
 
 
 if __name__ == "__main__":

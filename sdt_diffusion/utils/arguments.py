@@ -161,6 +161,20 @@ def parse_arguments(
     return tuple(parsed)
 
 
+def given_arguments(dataclass_types: Sequence[Any], argv: Sequence[str]) -> dict[str, Any]:
+    """Return what a command line that `parse_arguments` takes sets itself, parsed, by the names of the fields.
+
+    Neither defaults nor values of the `--config` file are in it, and no secret is, however its flag was spelled.
+    """
+    parser = _Parser(dataclass_types, add_help=False, allow_abbrev=False)
+    parser.add_argument("--config")
+    for action in parser._actions:  # argparse has no other way to leave out what is not given
+        action.default, action.required = argparse.SUPPRESS, False
+    given = vars(parser.parse_args(argv))
+    secret = fields_with(SECRET_KEY, *dataclass_types)
+    return {name: value for name, value in given.items() if name not in secret}
+
+
 class _Parser(HfArgumentParser):
     """Reports wrong input in one line, without the usage of all flags."""
 

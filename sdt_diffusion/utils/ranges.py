@@ -88,7 +88,7 @@ def check_fields(arguments: Any) -> None:
     """
     hints = get_type_hints(type(arguments))
     for field in dataclasses.fields(arguments):
-        value, kinds = getattr(arguments, field.name), _alternatives(hints[field.name])
+        value, kinds = getattr(arguments, field.name), alternatives(hints[field.name])
         if value is None and type(None) in kinds:
             continue
         items = value if isinstance(value, (list, tuple)) else [value]
@@ -134,10 +134,10 @@ def check_number(name: str, value: float, allowed: Range | None = None) -> None:
         raise ValueError(f"{name} must be {allowed}, not {value}.")
 
 
-def _alternatives(hint: Any) -> tuple[Any, ...]:
+def alternatives(hint: Any) -> tuple[Any, ...]:
     """Return the types of a union, or of a list's items."""
     if get_origin(hint) in (Union, UnionType):
-        return tuple(kind for part in get_args(hint) for kind in _alternatives(part))
+        return tuple(kind for part in get_args(hint) for kind in alternatives(part))
     if get_origin(hint) in (list, tuple):
-        return tuple(kind for part in get_args(hint) for kind in _alternatives(part))
+        return tuple(kind for part in get_args(hint) for kind in alternatives(part))
     return (hint,)

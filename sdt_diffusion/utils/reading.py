@@ -48,12 +48,16 @@ def read_text(path: Path) -> str:
     """
     # Without O_NONBLOCK, opening a named pipe waits for a writer.
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    status = os.fstat(descriptor)
+    refused = None
+    if not stat.S_ISREG(status.st_mode):
+        refused = f"{path} is not a file."
+    elif status.st_size > MAX_TEXT_BYTES:
+        refused = f"{path} has {status.st_size:,} bytes, too many for a text file of this package."
+    if refused:
+        os.close(descriptor)
+        raise ValueError(refused)
     with os.fdopen(descriptor, "rb") as file:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise ValueError(f"{path} is not a file.")
-        if status.st_size > MAX_TEXT_BYTES:
-            raise ValueError(f"{path} has {status.st_size:,} bytes, too many for a text file of this package.")
         content = file.read()
     try:
         return content.decode("utf-8")
@@ -180,9 +184,10 @@ def walk_files(folder: Path | str, prefix: str = "") -> Iterator[tuple[str, os.D
             for entry in entries:
                 if entry.name.startswith("."):
                     continue
-                if entry.is_dir():
+                # Unlike the entry's own method, this one does not raise for a link to itself.
+                if Path(entry).is_dir():
                     yield from walk(entry.path, f"{prefix}{entry.name}/")
-                elif entry.is_file():
+                elif Path(entry).is_file():
                     yield f"{prefix}{entry.name}", entry
 
     return walk(os.fspath(folder), prefix)

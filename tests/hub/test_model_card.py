@@ -125,10 +125,10 @@ def test_the_card_and_the_record_reveal_nothing_about_the_machine(finished_run, 
     for data in (tmp_path / "data", tmp_path / "someone" / "data", tmp_path / "cwd" / "data"):
         images = FiveImages(range(40))
         images.name = str(data)
-        argv = ["--dataset", str(data), f"--output_dir={folder}"]
+        given = {"dataset": str(data), "output_dir": folder}
         config = {**CONFIG, "dataset": str(data), "output_dir": str(folder), "model": str(tmp_path / "model")}
         record = describe_run(
-            command_of("train/train_dit.py", argv, 1), config, images, [finished_run.pipe.transformer], 100, 4, 1
+            command_of("train/train_dit.py", given, 1), config, images, [finished_run.pipe.transformer], 100, 4, 1
         )
         write_record(folder, record)
         card = write_model_card(folder).read_text()
@@ -144,7 +144,7 @@ def test_an_average_combined_from_snapshots_has_a_card(finished_run, make_pipe, 
     pipe = make_pipe()
     torch.nn.init.zeros_(next(pipe.transformer.parameters()))
     pipe.save_pretrained(tmp_path / "average")
-    command = command_of("train/reconstruct_ema.py", ["--run", "flowers"])
+    command = command_of("train/reconstruct_ema.py", {"run": "flowers"})
     changes = {"command": command, "steps": 50, "sigma_rel": 0.15, "snapshots": 9}
     record = derive_record(finished_run.folder, [pipe.transformer], changes)
     share_run(HubArguments(), tmp_path / "average", record)
@@ -196,3 +196,10 @@ def test_a_classifiers_card(finished_run):
     assert "An image classifier (SDT-S/2)" in path.read_text()
     assert 'pipeline("image-classification", model="flowers")' in path.read_text()
     assert "`import sdt_diffusion.classification` must come first: without it, transformers" in path.read_text()
+
+
+@pytest.mark.parametrize("damage", ['{"id2label": [1]}', '{"id2label": {"one": "rose"}}', "[]", "{", "\x00"])
+def test_a_damaged_pipeline_is_named_in_one_line(finished_run, damage):
+    (finished_run.folder / "model_index.json").write_text(damage)
+    with pytest.raises(ValueError, match=r"model_index.json|is damaged"):
+        write_model_card(finished_run.folder)

@@ -1,5 +1,8 @@
 import errno
+import json
+import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,8 +16,10 @@ from sdt_diffusion.utils.files import (
     check_new,
     check_writable,
     move_into,
+    require_space,
     shorten_path,
     write_atomically,
+    write_json,
 )
 
 
@@ -35,6 +40,32 @@ def test_files_are_replaced_whole_or_not_at_all(tmp_path):
         write_atomically(path, half)
     assert path.read_text() == "old"
     assert names(tmp_path) == ["curve.png"]
+
+
+def test_a_planted_link_is_not_followed(tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_text("untouched")
+    (tmp_path / ".result.partial.json").symlink_to(victim)
+    write_json(tmp_path / "result.json", {"a": 1})
+    assert victim.read_text() == "untouched"
+    assert json.loads((tmp_path / "result.json").read_text()) == {"a": 1}
+    (tmp_path / ".result.partial.json").mkdir()
+    with pytest.raises(OSError, match=r"result\.partial\.json"):
+        write_json(tmp_path / "result.json", {"a": 2})
+    assert json.loads((tmp_path / "result.json").read_text()) == {"a": 1}
+
+
+def test_json_is_valid_everywhere(tmp_path):
+    write_json(tmp_path / "result.json", {"a": math.nan, "b": [1.5, -math.inf, (2, "nan")], "c": True})
+    values = json.loads((tmp_path / "result.json").read_text(), parse_constant=pytest.fail)
+    assert values == {"a": None, "b": [1.5, None, [2, "nan"]], "c": True}
+
+
+def test_work_whose_results_do_not_fit_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 0, 10**9))
+    require_space(tmp_path / "new" / "folder", 0.9e9, "Five checkpoints")
+    with pytest.raises(OSError, match=r"Five checkpoints will take about 2\.5 GB, and 1 GB are free.*new/folder"):
+        require_space(tmp_path / "new" / "folder", 2.5e9, "Five checkpoints")
 
 
 def test_a_full_disk_says_which_file_it_was(tmp_path):

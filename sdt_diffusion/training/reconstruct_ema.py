@@ -25,7 +25,7 @@ from .. import SDTPipeline
 from ..hub import HubArguments, command_of, derive_record, share_run
 from ..hub.run_record import RECORD_FILE
 from ..utils.arguments import exit_on_error, given_arguments, parse_arguments
-from ..utils.files import check_writable, move_into, write_atomically
+from ..utils.files import check_writable, move_into, require_space, write_atomically
 from ..utils.ranges import RANGE_KEY, CheckedArguments, at_least
 from ..utils.reading import check_tensors, read_tensors
 from .ema import SIGMA_REL, combination, power_exponent
@@ -201,7 +201,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise ValueError(f"output_dir {args.output_dir} is not an empty folder: choose another.")
         if not (args.run / "model_index.json").is_file():
             raise ValueError(f"run {args.run} holds no pipeline: wait until the run has ended.")
+        parents = (args.output_dir.absolute(), *args.output_dir.absolute().parents)
+        check_writable(next(path for path in parents if path.exists()))  # without making the folder yet
         pipe = _load_pipeline(args.run)
+        size = sum(parameter.numel() * parameter.element_size() for parameter in pipe.transformer.parameters())
+        require_space(args.output_dir, size, "The pipeline")
         average = reconstruct(args.run, args.sigma_rel, args.step, expected=pipe.transformer.state_dict())
         pipe.transformer.load_state_dict(average.weights)
         last_step = max(snapshot.step for snapshot in average.snapshots)
@@ -218,10 +222,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         move_into(args.output_dir, pipe.save_pretrained)
         if record is not None:
             share_run(HubArguments(), args.output_dir, record)
-    print(
-        f"Saved the pipeline of sigma_rel {args.sigma_rel:g} at step {last_step} to {args.output_dir}, from "
-        f"{len(average.snapshots)} snapshots; their profiles differ from its own by {average.profile_error:.2%}."
-    )
+        print(
+            f"Saved the pipeline of sigma_rel {args.sigma_rel:g} at step {last_step} to {args.output_dir}, from "
+            f"{len(average.snapshots)} snapshots; their profiles differ from its own by {average.profile_error:.2%}."
+        )
 
 
 def _load_pipeline(folder: Path) -> SDTPipeline:

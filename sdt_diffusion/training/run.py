@@ -302,7 +302,7 @@ class TrainingRun:
                 f"{checkpoint} is later than max_train_steps {run.max_train_steps}: there is nothing left to do."
             )
         later = [path.name for path in complete_checkpoints(self.output_dir) if step_of(path) > manifest["step"]]
-        if later:
+        if later and wanted != "latest":  # after the latest sound one there are only damaged ones
             raise ValueError(
                 f"{self.output_dir} also holds {', '.join(later)}, later than {checkpoint}: move them away, or resume "
                 "from the latest. Two histories of a run in one folder would be mixed up."

@@ -90,12 +90,8 @@ def save_checkpoint(
             }
             text = _manifest_text({"step": step, "config": config or {}, "state": state or {}, "files": entries})
             (partial / MANIFEST_FILE).write_bytes(text.encode())
-            for path_inside in (
-                *inside,
-                partial / MANIFEST_FILE,
-                partial,
-            ):  # of a folder, this syncs the list of files
-                sync(path_inside)
+            for written in (*inside, partial / MANIFEST_FILE, partial):  # of folders, their lists of files
+                sync(written)
             if path.exists():  # the run was resumed from an earlier checkpoint
                 path.rename(output_dir / f"checkpoint-{step}.old.partial")
             partial.rename(path)
@@ -151,7 +147,11 @@ def read_manifest(path: Path) -> dict[str, Any]:
     file = path / MANIFEST_FILE
     text, values = read_text(file), read_json(file)
     has_checksum = values.pop(MANIFEST_CHECKSUM_KEY, None) is not None
-    if has_checksum and _manifest_text(values) != text:
+    try:
+        as_written = _manifest_text(values)
+    except RecursionError as error:
+        raise ValueError(f"{file} is damaged: its entries are nested too deeply.") from error
+    if has_checksum and as_written != text:
         raise ValueError(f"{file} is damaged: its {MANIFEST_CHECKSUM_KEY} does not fit what else it says.")
     # Other keys are refused, for otherwise damage to the checksum's key would turn the checksum off.
     fits = values.keys() == MANIFEST_KEYS.keys() and all(

@@ -9,7 +9,7 @@ import torch
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
 from ..utils.arguments import fields_with, merged
-from ..utils.ranges import CheckedArguments, Range, a_seed, at_least, between, check_number
+from ..utils.ranges import CheckedArguments, Range, a_seed, at_least, between, check_value
 from .ema import EMAArguments
 from .optimizer import OptimizationArguments
 
@@ -118,8 +118,8 @@ class TrainingSet:
     relocatable: tuple[str, ...] = ()
 
     def __post_init__(self):
-        check_number("num_repeats", self.num_repeats, Range(1, 1000))
-        check_number("num_workers", self.num_workers, Range(0, 1024))
+        check_value("num_repeats", self.num_repeats, (int,), Range(1, 1000))
+        check_value("num_workers", self.num_workers, (int,), Range(0, 1024))
 
 
 @dataclass(frozen=True)

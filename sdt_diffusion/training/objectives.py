@@ -15,7 +15,7 @@ from diffusers.schedulers import SchedulerMixin
 from diffusers.training_utils import compute_density_for_timestep_sampling, compute_snr
 
 from ..sdt.schedulers import DIT_SCHEDULE
-from ..utils.ranges import RANGE_KEY, CheckedArguments, Range, between, check_number, more_than
+from ..utils.ranges import RANGE_KEY, CheckedArguments, Range, between, check_number, check_value, more_than
 from ..utils.seeding import Draws
 
 #: Beyond it the 'mode' distribution would leave 0 to 1 (Esser et al. 2024, section 3.1).
@@ -177,7 +177,7 @@ class DiffusionLoss:
         num_buckets: int = 10,
     ):
         check_number("class_dropout_prob", class_dropout_prob, Range(0, 1))
-        check_number("num_buckets", num_buckets, Range(1, objective.num_train_timesteps))
+        check_value("num_buckets", num_buckets, (int,), Range(1, objective.num_train_timesteps))
         self.objective, self.class_dropout_prob, self.num_buckets = objective, class_dropout_prob, num_buckets
         self.clean_of = clean_of or (lambda batch, draws: batch)
         self._sums = torch.zeros(2, num_buckets)  # of errors, and of images

@@ -21,7 +21,7 @@ from timm.optim import param_groups_layer_decay
 from torch import nn
 
 from ..sdt_h.modeling_sdt_h import SDTHImageProcessor
-from ..utils.ranges import RANGE_KEY, CheckedArguments, Range, between, check_number
+from ..utils.ranges import RANGE_KEY, CheckedArguments, Range, between, check_number, check_value
 from ..utils.seeding import Draws, Stream, seeded_cpu_generators
 from .config import RunArguments
 from .optimizer import OptimizationArguments
@@ -151,7 +151,7 @@ def build_processor(
     Raises:
         ValueError: If `base` has values for another number of channels.
     """
-    check_number("resolution", resolution, Range(1, 65_536))
+    check_value("resolution", resolution, (int,), Range(1, 65_536))
     if crop_pct is not None:
         check_number("crop_pct", crop_pct, CROP_PCT)
     if base is not None:
@@ -162,8 +162,8 @@ def build_processor(
             )
         try:
             side, crop = base.size["shortest_edge"], base.crop_size["height"]
-            check_number("shortest_edge", side, Range(1, 1_000_000))
-            check_number("crop_size", crop, Range(1, 1_000_000))
+            check_value("shortest_edge", side, (int,), Range(1, 1_000_000))
+            check_value("crop_size", crop, (int,), Range(1, 1_000_000))
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"The model's preprocessor_config.json has no usable size and crop_size ({error}): correct the file, "

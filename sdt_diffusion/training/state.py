@@ -12,7 +12,7 @@ from torch import nn
 
 from ..utils.files import require_space
 from ..utils.fingerprint import differences
-from ..utils.reading import WEIGHTS_ENDING, check_tensors, read_json, read_tensors
+from ..utils.reading import WEIGHTS_ENDING, check_tensors, read_json, read_tensors, shortened
 from .checkpoint import complete_checkpoints
 from .config import TrainingConfig
 from .distributed import copy_full, full_tensor
@@ -228,12 +228,19 @@ def _first_moments(parameter: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """Read the weights in a folder of `save_pretrained`: large models' are several files."""
-    return {
-        name: tensor
-        for path in sorted(folder.glob(f"*{WEIGHTS_ENDING}"))
-        for name, tensor in read_tensors(path).items()
-    }
+    """Read the weights in a folder of `save_pretrained`: large models' are several files.
+
+    Raises:
+        ValueError: If a file is damaged, or holds a tensor that another one holds too; names it.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    for path in sorted(folder.glob(f"*{WEIGHTS_ENDING}")):
+        more = read_tensors(path)
+        twice = sorted(tensors.keys() & more.keys())
+        if twice:
+            raise ValueError(f"{path} does not belong there: another file has {shortened(twice)} too.")
+        tensors |= more
+    return tensors
 
 
 def _saved_config(folder: Path, skeleton: nn.Module) -> dict[str, Any]:

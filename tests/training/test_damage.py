@@ -175,6 +175,7 @@ class TestManifests:
             lambda manifest: manifest.update(files={"../../file": 0}),
             lambda manifest: manifest.pop("state"),
             lambda manifest: manifest.update(sha356="0"),
+            lambda manifest: manifest.update(config=json.loads('{"a": ' * 900 + "1" + "}" * 900)),
         ],
     )
     def test_one_with_other_entries_is_refused(self, folder, change):
@@ -256,6 +257,12 @@ class TestTensors:
         (folder / "checkpoint-4" / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
         as_earlier(folder / "checkpoint-4")
         with pytest.raises(ValueError, match=r"transformer does not fit: it lacks .* and \d+ more"):
+            resume(folder)
+
+    def test_a_file_that_was_put_beside_the_weights_is_refused(self, folder):
+        weights = folder / "checkpoint-4" / "transformer" / "diffusion_pytorch_model.safetensors"
+        shutil.copy(weights, weights.with_name("more.safetensors"))
+        with pytest.raises(ValueError, match=r"more\.safetensors does not belong there: another file has .* more too"):
             resume(folder)
 
 

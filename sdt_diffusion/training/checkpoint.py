@@ -206,7 +206,7 @@ def find_damage(path: Path, contents: bool = False) -> str | None:
     except FileNotFoundError as error:
         return f"there is no {error.filename}"
     except (OSError, ValueError) as error:
-        return str(error)
+        return str(error).rstrip(".")
     changed = [name for name, digest in zip(known, found, strict=True) if digest != files[name]["sha256"]]
     return f"{shortened(changed)} changed since it was written (another SHA-256)" if changed else None
 

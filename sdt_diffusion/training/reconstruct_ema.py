@@ -169,7 +169,7 @@ def _weighted_sum(
             expected = tensors if expected is None else expected
             check_tensors(tensors, expected, str(snapshot.path))
         except ValueError as error:
-            raise ValueError(f"{error} Remove it and try again.") from error
+            raise ValueError(f"{str(error).rstrip('.')}. Remove it and try again.") from error
         for name, tensor in tensors.items():
             if tensor.is_floating_point():
                 total[name] = total.get(name, 0) + coefficient * tensor.double()

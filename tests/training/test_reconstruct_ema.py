@@ -69,7 +69,7 @@ def test_what_cannot_be_combined_is_refused(run, tmp_path):
         reconstruct(tmp_path / "other", 0.1)
     damaged = list_snapshots(folder)[3].path
     damaged.write_bytes(damaged.read_bytes()[:-8])
-    with pytest.raises(ValueError, match=rf"{damaged.name} is damaged"):
+    with pytest.raises(ValueError, match=rf"{damaged.name} is damaged: .*[^.]\. Remove it and try again\.$"):
         reconstruct(folder, 0.15, progress=False)
 
 

@@ -1,17 +1,23 @@
 """Checkpoints that are written completely or not at all, and the folder of a run."""
 
+import hashlib
 import json
 import logging
+import os
+import re
 import shutil
 from collections.abc import Callable, Collection, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import yaml
+from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 
-from ..utils.files import sync, write_atomically
+from ..utils.files import sync, valid_json, write_atomically
 from ..utils.fingerprint import differences
+from ..utils.reading import PlainYamlDumper, checksums, read_json, read_text, read_yaml, shortened
+from .monitor import NonFiniteLossError
 
 logger = logging.getLogger(__name__)
 
@@ -20,11 +26,15 @@ CONFIG_FILE = "training_config.yaml"
 CHANGES_KEY = "changes"
 #: Files that show a saved pipeline or classifier.
 MODEL_FILES = ("model_index.json", "config.json")
-#: File of a checkpoint that is written last: its step, its run's config, and the size of every file.
+#: File of a checkpoint that is written last: its step, its run's config, size and SHA-256 of every file, and the
+#: SHA-256 of all this.
 MANIFEST_FILE = "checkpoint.json"
+MANIFEST_KEYS: dict[str, type] = {"step": int, "config": dict, "state": dict, "files": dict}
+MANIFEST_CHECKSUM_KEY = "sha256"
+_NAME = re.compile(r"checkpoint-([0-9]+)")
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(OSError):
     """A checkpoint could not be written; the message names the last one that is complete."""
 
 
@@ -58,6 +68,7 @@ def save_checkpoint(
     Raises:
         CheckpointError: If it cannot be written, for example on a full disk. Nothing is left of it, and no other
             checkpoint is deleted.
+        NonFiniteLossError: If `save` finds values that are NaN or infinite, likewise.
     """
     path, partial = output_dir / f"checkpoint-{step}", output_dir / f"checkpoint-{step}.partial"
     if is_main_process:
@@ -72,17 +83,15 @@ def save_checkpoint(
         wait_for_everyone()
         if is_main_process:
             inside = list(partial.rglob("*"))
-            files = [path for path in inside if path.is_file()]
-            sizes = {str(file.relative_to(partial)): file.stat().st_size for file in files}
-            (partial / MANIFEST_FILE).write_text(
-                json.dumps({"step": step, "config": config or {}, "state": state or {}, "files": sizes}, indent=2)
-            )
-            for path_inside in (
-                *inside,
-                partial / MANIFEST_FILE,
-                partial,
-            ):  # for a folder, this syncs its list of files
-                sync(path_inside)
+            files = sorted(path for path in inside if path.is_file())
+            entries = {
+                file.relative_to(partial).as_posix(): {"size": file.stat().st_size, "sha256": digest}
+                for file, digest in zip(files, checksums(files), strict=True)
+            }
+            text = _manifest_text({"step": step, "config": config or {}, "state": state or {}, "files": entries})
+            (partial / MANIFEST_FILE).write_bytes(text.encode())
+            for written in (*inside, partial / MANIFEST_FILE, partial):  # of folders, their lists of files
+                sync(written)
             if path.exists():  # the run was resumed from an earlier checkpoint
                 path.rename(output_dir / f"checkpoint-{step}.old.partial")
             partial.rename(path)
@@ -91,8 +100,13 @@ def save_checkpoint(
     except BaseException as error:
         if is_main_process:
             shutil.rmtree(partial, ignore_errors=True)
+        complete = [other.name for other in complete_checkpoints(output_dir)]
+        last = f"{complete[-1]} is complete" if complete else "There is no earlier checkpoint"
+        if isinstance(error, NonFiniteLossError):
+            raise NonFiniteLossError(f"{path} was not written: {error} {last}.") from error
         if isinstance(error, (OSError, SafetensorError)):
-            raise CheckpointError(f"{path} could not be written: {error}. {_last_complete(output_dir)}") from error
+            advice = ": once there is space, continue with resume_from_checkpoint latest" if complete else ""
+            raise CheckpointError(f"{path} could not be written: {error}. {last}{advice}.") from error
         raise
     if is_main_process and total_limit is not None:
         # Count complete checkpoints only: later damaged ones must not cause the one just written to be deleted.
@@ -104,21 +118,13 @@ def save_checkpoint(
     return path
 
 
-def _last_complete(output_dir):
-    complete = [path.name for path in complete_checkpoints(output_dir)]
-    if not complete:
-        return "There is no earlier checkpoint."
-    return f"{complete[-1]} is complete: once there is space, continue with resume_from_checkpoint latest."
-
-
 def list_checkpoints(output_dir: Path) -> list[Path]:
     """List the checkpoint folders of a run, oldest first, complete or not."""
-    folders = [path for path in output_dir.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
-    return sorted(folders, key=step_of)
+    return sorted((path for path in output_dir.glob("checkpoint-*") if _NAME.fullmatch(path.name)), key=step_of)
 
 
 def complete_checkpoints(output_dir: Path) -> list[Path]:
-    """List the checkpoints that a run can resume from, oldest first."""
+    """List the checkpoints that have all their files, oldest first; what the files hold is not read."""
     return [path for path in list_checkpoints(output_dir) if is_complete(path)]
 
 
@@ -128,43 +134,129 @@ def step_of(path: Path) -> int:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """Read a checkpoint's manifest: `step`, its run's `config`, `state`, and the size of its `files`."""
-    return json.loads((path / MANIFEST_FILE).read_text())
+    """Read a checkpoint's manifest.
+
+    Returns:
+        `step`, its run's `config`, `state`, and its `files`: dictionaries of `size` and `sha256` by their names. In
+        manifests of earlier versions `sha256` is `None`.
+
+    Raises:
+        OSError: If it cannot be read.
+        ValueError: If it is damaged; names it.
+    """
+    file = path / MANIFEST_FILE
+    text, values = read_text(file), read_json(file)
+    has_checksum = values.pop(MANIFEST_CHECKSUM_KEY, None) is not None
+    try:
+        as_written = _manifest_text(values)
+    except RecursionError as error:
+        raise ValueError(f"{file} is damaged: its entries are nested too deeply.") from error
+    if has_checksum and as_written != text:
+        raise ValueError(f"{file} is damaged: its {MANIFEST_CHECKSUM_KEY} does not fit what else it says.")
+    # Other keys are refused, for otherwise damage to the checksum's key would turn the checksum off.
+    fits = values.keys() == MANIFEST_KEYS.keys() and all(
+        isinstance(values[key], kind) for key, kind in MANIFEST_KEYS.items()
+    )
+    if not fits or values["step"] < 0:
+        raise ValueError(f"{file} is damaged: it must hold {', '.join(MANIFEST_KEYS)}, and nothing else.")
+    return {**values, "files": {name: _file_entry(file, name, values, has_checksum) for name in values["files"]}}
+
+
+def _manifest_text(values: dict[str, Any]) -> str:
+    """Return the text of a manifest, with the SHA-256 of what it says."""
+    values = valid_json(values)
+    digest = hashlib.sha256(json.dumps(values, indent=2).encode()).hexdigest()
+    return json.dumps({**values, MANIFEST_CHECKSUM_KEY: digest}, indent=2)
+
+
+def _file_entry(manifest, name, values, has_checksum):
+    entry = values["files"][name]
+    if not has_checksum:  # as earlier versions wrote it
+        entry = {"size": entry, "sha256": None}
+    inside = not PurePath(name).is_absolute() and ".." not in PurePath(name).parts
+    fits = isinstance(entry, dict) and entry.keys() == {"size", "sha256"} and isinstance(entry["size"], int)
+    if not inside or not fits:
+        raise ValueError(f"{manifest} is damaged: its entry of the file {name!r} is {entry}.")
+    return entry
 
 
 def is_complete(path: Path) -> bool:
-    """Return whether a checkpoint has its manifest and every file in its full size."""
+    """Return whether a checkpoint has its manifest and every file in its full size; see `find_damage`."""
+    return find_damage(path) is None
+
+
+def find_damage(path: Path, contents: bool = False) -> str | None:
+    """Say what is wrong with the files of a checkpoint.
+
+    Args:
+        path: Its folder.
+        contents: Whether to compare the SHA-256 of each file, besides its size.
+
+    Returns:
+        A text that names the files; `None` for a sound checkpoint.
+    """
     try:
-        sizes = read_manifest(path)["files"]
-        return all((path / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError, KeyError):
-        return False
+        files = read_manifest(path)["files"]
+        sizes = {name: (path / name).stat().st_size for name in files if (path / name).is_file()}
+        wrong = [name for name, entry in files.items() if sizes.get(name) != entry["size"]]
+        if wrong:
+            return f"{shortened(wrong)} missing, or not of the full size"
+        known = [name for name, entry in files.items() if contents and entry["sha256"] is not None]
+        found = checksums([path / name for name in known])
+    except FileNotFoundError as error:
+        return f"there is no {error.filename}"
+    except (OSError, ValueError) as error:
+        return str(error).rstrip(".")
+    changed = [name for name, digest in zip(known, found, strict=True) if digest != files[name]["sha256"]]
+    return f"{shortened(changed)} changed since it was written (another SHA-256)" if changed else None
 
 
 def find_checkpoint(output_dir: Path, wanted: str) -> Path | None:
-    """Find the checkpoint to resume from.
+    """Find the checkpoint to resume from, and read all its files to see whether they are as they were written.
 
     Args:
         output_dir: The run's folder.
         wanted: "latest", or a path (also relative to `output_dir`).
 
     Returns:
-        Its folder; `None` if `latest` is wanted and there is none. Incomplete ones are skipped with a warning.
+        Its folder; `None` if `latest` is wanted and there is none. Damaged ones are skipped with a warning.
 
     Raises:
-        ValueError: If a checkpoint asked for by path is missing or incomplete.
+        ValueError: If a checkpoint asked for by path is missing, incomplete or damaged.
     """
     if wanted == "latest":
         for path in reversed(list_checkpoints(output_dir)):
-            if is_complete(path):
+            damage = find_damage(path, contents=True)
+            if damage is None:
                 return path
-            logger.warning("Skipping %s: it is incomplete.", path)
+            logger.warning("Skipping %s: it is incomplete or damaged: %s.", path, damage)
         return None
     path = Path(wanted) if Path(wanted).is_dir() else output_dir / wanted
     if not path.is_dir():
         raise ValueError(f"There is no checkpoint {wanted}.")
-    if not is_complete(path):
-        raise ValueError(f"The checkpoint {path} is incomplete: files are missing or cut short.")
+    damage = find_damage(path, contents=True)
+    if damage is not None:
+        raise ValueError(
+            f"The checkpoint {path} is incomplete or damaged: {damage}. Resume from another one, such as latest."
+        )
+    return path
+
+
+def find_shared_checkpoint(output_dir: Path, wanted: str, is_main_process: bool) -> Path | None:
+    """Call `find_checkpoint` on the main process, which alone reads the files, and return its answer on all.
+
+    Raises:
+        ValueError: On all processes, see `find_checkpoint`.
+    """
+    answer: list[Any] = [None, None]
+    if is_main_process:
+        try:
+            answer[0] = find_checkpoint(output_dir, wanted)
+        except (OSError, ValueError) as error:
+            answer[1] = str(error)
+    path, refusal = broadcast_object_list(answer)
+    if refusal is not None:
+        raise ValueError(refusal)
     return path
 
 
@@ -191,8 +283,8 @@ def check_output_dir(
     results = list_checkpoints(output_dir) + [
         output_dir / name for name in MODEL_FILES if (output_dir / name).exists()
     ]
-    if config_file.is_file():
-        saved = yaml.safe_load(config_file.read_text()) or {}
+    if os.path.lexists(config_file):
+        saved = _read_config(config_file)
         saved.pop(CHANGES_KEY, None)
         check_same_run(str(output_dir), saved, config, may_differ, changes)
         if results and not resume:
@@ -245,10 +337,27 @@ def write_config(output_dir: Path, config: dict[str, Any], changes: Sequence[dic
     """Mark the folder as this run's, with its arguments and the changes that were made to them on resuming."""
     output_dir.mkdir(parents=True, exist_ok=True)
     values = {**config, **({CHANGES_KEY: list(changes)} if changes else {})}
-    write_atomically(output_dir / CONFIG_FILE, lambda path: path.write_text(yaml.safe_dump(values, sort_keys=False)))
+    text = yaml.dump(values, Dumper=PlainYamlDumper, sort_keys=False)
+    write_atomically(output_dir / CONFIG_FILE, lambda path: path.write_text(text))
 
 
 def read_changes(output_dir: Path) -> list[dict[str, Any]]:
-    """Read the changes that `write_config` recorded: `step`, `argument`, `before` and `after` of each."""
+    """Read the changes that `write_config` recorded: `step`, `argument`, `before` and `after` of each.
+
+    Raises:
+        ValueError: If the file is damaged; names it.
+    """
     path = output_dir / CONFIG_FILE
-    return (yaml.safe_load(path.read_text()) or {}).get(CHANGES_KEY, []) if path.is_file() else []
+    changes = _read_config(path).get(CHANGES_KEY, []) if os.path.lexists(path) else []
+    if not isinstance(changes, list) or not all(
+        isinstance(change, dict) and isinstance(change.get("step"), int) for change in changes
+    ):
+        raise ValueError(f"{path} is damaged: each of its {CHANGES_KEY} must have a step.")
+    return changes
+
+
+def _read_config(path):
+    try:
+        return read_yaml(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{str(error).rstrip('.')}. Restore {path.name}, or give another output_dir.") from error

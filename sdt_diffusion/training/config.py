@@ -8,7 +8,8 @@ from typing import Any, Literal
 import torch
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
-from ..utils.arguments import fields_with, merged, require_at_least
+from ..utils.arguments import fields_with, merged
+from ..utils.ranges import CheckedArguments, Range, a_seed, at_least, between, check_value
 from .ema import EMAArguments
 from .optimizer import OptimizationArguments
 
@@ -17,22 +18,24 @@ RESUMABLE = {"resumable": True}
 
 
 @dataclass(frozen=True)
-class RunArguments:
+class RunArguments(CheckedArguments):
     """Length, folder, batches and intervals of a run."""
 
     output_dir: str = field(
         default="outputs/sdt", metadata={"help": "Folder for everything the run writes."} | RESUMABLE
     )
-    seed: int = field(default=0, metadata={"help": "Seed of everything random."})
+    seed: int = field(default=0, metadata={"help": "Seed of everything random."} | a_seed())
     train_batch_size: int = field(
         default=256,
         # A resumed run may split a step differently, as long as the step has as many images.
-        metadata={"help": "Images of a batch on each process."} | RESUMABLE,
+        metadata={"help": "Images of a batch on each process."} | RESUMABLE | between(1, 1_000_000),
     )
-    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Batches of a step."} | RESUMABLE)
+    gradient_accumulation_steps: int = field(
+        default=1, metadata={"help": "Batches of a step."} | RESUMABLE | between(1, 1_000_000)
+    )
     max_train_steps: int = field(
         default=400_000,
-        metadata={"help": "Optimizer steps in all; a schedule such as cosine ends there."} | RESUMABLE,
+        metadata={"help": "Optimizer steps in all; a schedule such as cosine ends there."} | RESUMABLE | at_least(1),
     )
     mixed_precision: Literal["no", "fp16", "bf16"] | None = field(
         default=None,
@@ -40,14 +43,16 @@ class RunArguments:
     )
     cpu_threads: int | None = field(
         default=None,
-        metadata={"help": "Threads of a process on CPU. Default: OMP_NUM_THREADS, else all cores."} | RESUMABLE,
+        metadata={"help": "Threads of a process on CPU. Default: OMP_NUM_THREADS, else all cores."}
+        | RESUMABLE
+        | between(1, 1024),
     )
     allow_tf32: bool = field(default=False, metadata={"help": "Use TF32 matrix products on CUDA."})
     checkpointing_steps: int = field(
-        default=5000, metadata={"help": "Steps between checkpoints; 0 for one at the end."} | RESUMABLE
+        default=5000, metadata={"help": "Steps between checkpoints; 0 for one at the end."} | RESUMABLE | at_least(0)
     )
     checkpoints_total_limit: int | None = field(
-        default=None, metadata={"help": "Checkpoints to keep; all by default."} | RESUMABLE
+        default=None, metadata={"help": "Checkpoints to keep; all by default."} | RESUMABLE | at_least(0)
     )
     resume_from_checkpoint: str | None = field(
         default=None, metadata={"help": "'latest', or the path of a checkpoint-N folder."} | RESUMABLE
@@ -63,16 +68,15 @@ class RunArguments:
     max_skipped_steps: int = field(
         default=50,
         metadata={"help": "Consecutive steps that may be skipped because loss or gradient are not finite."}
-        | RESUMABLE,
+        | RESUMABLE
+        | at_least(0),
     )
-    logging_steps: int = field(default=10, metadata={"help": "Steps between logged values."} | RESUMABLE)
+    logging_steps: int = field(default=10, metadata={"help": "Steps between logged values."} | RESUMABLE | at_least(1))
     report_to: str = field(default="tensorboard", metadata={"help": "A tracker of accelerate, or 'none'."} | RESUMABLE)
     logging_dir: str = field(default="logs", metadata={"help": "The tracker's folder in output_dir."} | RESUMABLE)
 
     def __post_init__(self):
-        require_at_least(self, 0, "seed", "checkpointing_steps", "max_skipped_steps")
-        require_at_least(self, 1, "train_batch_size", "gradient_accumulation_steps", "max_train_steps")
-        require_at_least(self, 1, "logging_steps", "cpu_threads")
+        super().__post_init__()
         check_tracker(self.report_to)
 
 
@@ -113,9 +117,13 @@ class TrainingSet:
     identity: Mapping[str, Any] = field(default_factory=dict)
     relocatable: tuple[str, ...] = ()
 
+    def __post_init__(self):
+        check_value("num_repeats", self.num_repeats, (int,), Range(1, 1000))
+        check_value("num_workers", self.num_workers, (int,), Range(0, 1024))
+
 
 @dataclass(frozen=True)
-class TrainingConfig:
+class TrainingConfig(CheckedArguments):
     """Everything a run depends on besides model, loss and data, resolved before it starts.
 
     Args:
@@ -132,7 +140,7 @@ class TrainingConfig:
     run: RunArguments
     optimization: OptimizationArguments = field(default_factory=OptimizationArguments)
     ema: EMAArguments = field(default_factory=EMAArguments)
-    validation_steps: int = 0
+    validation_steps: int = field(default=0, metadata=at_least(0))
     validate_first: bool = False
     arguments: tuple[Any, ...] = ()
     flops_per_image: float | None = None

@@ -14,11 +14,15 @@ import numpy as np
 import torch
 from torch.distributed.tensor import DTensor
 
-from ..utils.arguments import require_at_least
+from ..utils.ranges import RANGE_KEY, CheckedArguments, Range, at_least, check_number
+
+#: Widths that power averages can have: less than 1 / sqrt(12), that of a plain mean.
+SIGMA_REL = Range(0.001, 12**-0.5, with_most=False)
+DECAY = Range(0, 1)
 
 
 @dataclass(frozen=True)
-class EMAArguments:
+class EMAArguments(CheckedArguments):
     """Moving averages of the weights; DiT's is `ema_profile="constant"`."""
 
     use_ema: bool = field(default=True, metadata={"help": "Average the weights; the average is what is saved."})
@@ -26,25 +30,25 @@ class EMAArguments:
         default="ramped",
         metadata={"help": "Decay that rises to ema_decay, is always ema_decay (DiT), or EDM2's of ema_sigma_rel."},
     )
-    ema_decay: float = field(default=0.9999, metadata={"help": "Decay of a ramped or constant average."})
+    ema_decay: float = field(
+        default=0.9999, metadata={"help": "Decay of a ramped or constant average.", RANGE_KEY: DECAY}
+    )
     ema_sigma_rel: list[float] = field(
         default_factory=lambda: [0.05, 0.1],
-        metadata={"help": "Widths of power averages, as fractions of the training; the first is what is saved."},
+        metadata={"help": "Widths of power averages, as fractions of the training; the first is what is saved."}
+        | {RANGE_KEY: SIGMA_REL},
     )
     ema_snapshot_steps: int = field(
         default=0,
         metadata={
             "help": "Steps between snapshots of power averages, for train/reconstruct_ema.py; 0 for none.",
             "resumable": True,
-        },
+        }
+        | at_least(0),
     )
 
     def __post_init__(self):
-        require_at_least(self, 0, "ema_decay", "ema_snapshot_steps")
-        if self.ema_decay > 1:
-            raise ValueError(f"ema_decay must be at most 1, not {self.ema_decay}.")
-        for sigma_rel in self.ema_sigma_rel:
-            power_exponent(sigma_rel)
+        super().__post_init__()
         names = {f"{sigma_rel:g}" for sigma_rel in self.ema_sigma_rel}
         if len(names) != len(self.ema_sigma_rel) or not names:
             raise ValueError(f"ema_sigma_rel must be different numbers, not {self.ema_sigma_rel}.")
@@ -56,10 +60,9 @@ def power_exponent(sigma_rel: float) -> float:
     """Return the exponent of the profile of standard deviation `sigma_rel`, as a fraction of the training so far.
 
     Raises:
-        ValueError: If it is not between 0.001 and 1 / sqrt(12), the width of a plain mean.
+        ValueError: If it is not in `SIGMA_REL`.
     """
-    if not 0.001 <= sigma_rel < 12**-0.5:
-        raise ValueError(f"sigma_rel must lie between 0.001 and {12**-0.5:.3f}, not {sigma_rel}.")
+    check_number("sigma_rel", sigma_rel, SIGMA_REL)
     inverse = sigma_rel**-2
     return float(np.roots([1, 7, 16 - inverse, 12 - inverse]).real.max())
 
@@ -113,11 +116,13 @@ Profile = Callable[[int], float]
 
 def constant_profile(decay: float) -> Profile:
     """Return DiT's profile: the same decay from the first step, starting at the initial weights."""
+    check_number("decay", decay, DECAY)
     return lambda step: decay
 
 
 def ramped_profile(decay: float) -> Profile:
     """Return diffusers' profile: (1 + n) / (10 + n) after n steps, up to `decay`, starting after the first step."""
+    check_number("decay", decay, DECAY)
     return lambda step: 0.0 if step == 1 else min(step / (9 + step), decay)
 
 

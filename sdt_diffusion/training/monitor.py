@@ -2,13 +2,16 @@
 
 import json
 import math
+import os
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
 
-from ..utils.files import write_atomically
+from ..utils.files import valid_json, write_atomically
+from ..utils.reading import read_text
 
 LOG_FILE = "log.jsonl"
 
@@ -28,31 +31,64 @@ class TrainingLog:
         self._rewritten = False
 
     def append(self, record: dict[str, float]) -> None:
-        """Add a record, which has a `step`."""
+        """Add a record, which has a `step`; values that are NaN or infinite are written as null.
+
+        Raises:
+            OSError: If it cannot be written, such as on a full disk; names the file.
+        """
         self.records.append(record)
         if not self._rewritten:
-            lines = "".join(json.dumps(record) + "\n" for record in self.records)
+            lines = "".join(map(_line, self.records))
             write_atomically(self.path, lambda path: path.write_text(lines))
             self._rewritten = True
             return
-        with self.path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        try:
+            with self.path.open("a") as file:
+                file.write(_line(record))
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
 
     def has(self, step: int, key: str) -> bool:
         """Return whether a record of a step has a key."""
         return any(record["step"] == step and key in record for record in self.records)
 
 
-def read_log(output_dir: Path) -> list[dict[str, float]]:
-    """Read the records of a run, up to a last line that a kill may have cut off."""
+def read_log(output_dir: Path) -> list[dict[str, Any]]:
+    """Read the records of a run, up to a last line that a kill may have cut off; null stands for NaN.
+
+    Raises:
+        OSError: If the log cannot be read.
+        ValueError: If it is damaged; names the file and the line.
+    """
     path = Path(output_dir) / LOG_FILE
+    lines = read_text(path).splitlines(keepends=True) if os.path.lexists(path) else []
     records = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
+    for number, line in enumerate(lines, start=1):
         try:
-            records.append(json.loads(line))
-        except ValueError:
-            break
+            # Earlier versions wrote NaN.
+            record = valid_json(json.loads(line))
+        except (ValueError, RecursionError):
+            if number == len(lines) and not line.endswith("\n"):
+                break
+            record = None
+        if not isinstance(record, dict) or not _fits(record):
+            raise ValueError(
+                f"{path} is damaged in line {number}, which is no record of a step: restore the file, or delete that "
+                "line."
+            )
+        records.append(record)
     return records
+
+
+def _line(record):
+    return json.dumps(valid_json(record), allow_nan=False) + "\n"
+
+
+def _fits(record):
+    """Return whether a record has a step, and numbers that a plot can show; NaN was made None."""
+    numbers = [value for value in record.values() if value is not None]
+    fit = all(isinstance(value, float) or (isinstance(value, int) and value.bit_length() < 64) for value in numbers)
+    return fit and isinstance(record.get("step"), int) and record["step"] >= 0
 
 
 class Window:
@@ -97,8 +133,8 @@ def memory_gib(device: torch.device) -> float:
     return psutil.Process().memory_info().rss / 2**30
 
 
-class NonFiniteLossError(RuntimeError):
-    """Too many consecutive losses or gradients were NaN or infinite."""
+class NonFiniteLossError(ValueError):
+    """Too many consecutive losses or gradients were NaN or infinite, or weights that were to be saved are."""
 
 
 class FiniteGuard:
@@ -127,8 +163,8 @@ class FiniteGuard:
             what, value = ("gradient norm", gradient_norm) if math.isfinite(loss) else ("loss", loss)
             raise NonFiniteLossError(
                 f"The {what} is {value} at step {step}, and {self.limit} step(s) before it were skipped for the same "
-                "reason. None of them changed the weights; the last checkpoint is sound. Try a lower "
-                "learning_rate or max_grad_norm, mixed_precision no or, for generation, qk_norm rms_norm. Start "
+                "reason. None of them changed the weights, and no checkpoint holds values that are not finite. Try a "
+                "lower learning_rate or max_grad_norm, mixed_precision no or, for generation, qk_norm rms_norm. Start "
                 "another run with its own output_dir, or resume with change_on_resume."
             )
         return False
@@ -138,5 +174,13 @@ class FiniteGuard:
         return {"skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Restore the counts."""
-        self.skipped, self.skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
+        """Restore the counts.
+
+        Raises:
+            KeyError: If one is missing.
+            ValueError: If one is no count.
+        """
+        counts = state["skipped"], state["skipped_in_a_row"]
+        if not all(isinstance(count, int) and count >= 0 for count in counts):
+            raise ValueError(f"The counts of skipped steps are {counts}.")
+        self.skipped, self.skipped_in_a_row = counts

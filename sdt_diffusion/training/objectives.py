@@ -3,6 +3,7 @@
 A new objective is a class like those below and a line in `OBJECTIVES`.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Literal, NamedTuple, Protocol
@@ -14,11 +15,15 @@ from diffusers.schedulers import SchedulerMixin
 from diffusers.training_utils import compute_density_for_timestep_sampling, compute_snr
 
 from ..sdt.schedulers import DIT_SCHEDULE
+from ..utils.ranges import RANGE_KEY, CheckedArguments, Range, between, check_number, check_value, more_than
 from ..utils.seeding import Draws
+
+#: Beyond it the 'mode' distribution would leave 0 to 1 (Esser et al. 2024, section 3.1).
+MODE_SCALE = Range(-1, 2 / (math.pi - 2))
 
 
 @dataclass(frozen=True)
-class ObjectiveArguments:
+class ObjectiveArguments(CheckedArguments):
     """What the model learns."""
 
     objective: str = field(default="flow", metadata={"help": "Flow matching (flow) or a DDPM schedule (ddpm)."})
@@ -26,16 +31,22 @@ class ObjectiveArguments:
         default="epsilon", metadata={"help": "What a DDPM model predicts."}
     )
     snr_gamma: float | None = field(
-        default=None, metadata={"help": "Min-SNR weighting of the DDPM loss (5.0 is usual); none by default."}
+        default=None,
+        metadata={"help": "Min-SNR weighting of the DDPM loss (5.0 is usual); none by default."} | more_than(0),
     )
     weighting_scheme: Literal["logit_normal", "none", "mode"] = field(
         default="logit_normal", metadata={"help": "Distribution of flow times; 'none' is uniform."}
     )
-    logit_mean: float = field(default=0.0, metadata={"help": "Mean of logit-normal times."})
-    logit_std: float = field(default=1.0, metadata={"help": "Standard deviation of logit-normal times."})
-    mode_scale: float = field(default=1.29, metadata={"help": "Scale of the 'mode' distribution of times."})
+    logit_mean: float = field(default=0.0, metadata={"help": "Mean of logit-normal times."} | between(-100, 100))
+    logit_std: float = field(
+        default=1.0, metadata={"help": "Standard deviation of logit-normal times."} | between(0, 100, with_least=False)
+    )
+    mode_scale: float = field(
+        default=1.29, metadata={"help": "Scale of the 'mode' distribution of times.", RANGE_KEY: MODE_SCALE}
+    )
 
     def __post_init__(self):
+        super().__post_init__()
         if self.objective not in OBJECTIVES:
             raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}, not {self.objective!r}.")
         options = {name for objective in OBJECTIVES.values() for name in objective.options}
@@ -165,6 +176,8 @@ class DiffusionLoss:
         clean_of: Callable[[torch.Tensor, Draws], torch.Tensor] | None = None,
         num_buckets: int = 10,
     ):
+        check_number("class_dropout_prob", class_dropout_prob, Range(0, 1))
+        check_value("num_buckets", num_buckets, (int,), Range(1, objective.num_train_timesteps))
         self.objective, self.class_dropout_prob, self.num_buckets = objective, class_dropout_prob, num_buckets
         self.clean_of = clean_of or (lambda batch, draws: batch)
         self._sums = torch.zeros(2, num_buckets)  # of errors, and of images

@@ -8,26 +8,35 @@ import torch
 from diffusers.optimization import SchedulerType, get_scheduler
 from torch import nn
 
-from ..utils.arguments import require_at_least
+from ..utils.ranges import CheckedArguments, at_least, between
+
+#: A schedule of diffusers.optimization that needs more than these arguments.
+NOT_OFFERED = SchedulerType.PIECEWISE_CONSTANT
 
 
 @dataclass(frozen=True)
-class OptimizationArguments:
+class OptimizationArguments(CheckedArguments):
     """AdamW as in DiT, which has no gradient clipping."""
 
-    learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate."})
+    learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate."} | between(0, 1000))
     lr_scheduler: str = field(default="constant", metadata={"help": "A schedule of diffusers.optimization."})
-    lr_warmup_steps: int = field(default=0, metadata={"help": "Steps of linear warm-up."})
-    min_lr: float = field(default=0.0, metadata={"help": "Learning rate at the end of the schedule."})
-    adam_beta1: float = field(default=0.9, metadata={"help": "AdamW's beta1."})
-    adam_beta2: float = field(default=0.999, metadata={"help": "AdamW's beta2."})
-    adam_weight_decay: float = field(default=0.0, metadata={"help": "AdamW's weight decay."})
-    adam_epsilon: float = field(default=1e-8, metadata={"help": "AdamW's epsilon."})
-    max_grad_norm: float = field(default=1.0, metadata={"help": "Clip gradients to this norm; 0 to leave them."})
+    lr_warmup_steps: int = field(default=0, metadata={"help": "Steps of linear warm-up."} | at_least(0))
+    min_lr: float = field(
+        default=0.0, metadata={"help": "Learning rate at the end of the schedule."} | between(0, 1000)
+    )
+    adam_beta1: float = field(default=0.9, metadata={"help": "AdamW's beta1."} | between(0, 1, with_most=False))
+    adam_beta2: float = field(default=0.999, metadata={"help": "AdamW's beta2."} | between(0, 1, with_most=False))
+    adam_weight_decay: float = field(default=0.0, metadata={"help": "AdamW's weight decay."} | between(0, 1000))
+    adam_epsilon: float = field(default=1e-8, metadata={"help": "AdamW's epsilon."} | between(0, 1, with_least=False))
+    max_grad_norm: float = field(
+        default=1.0, metadata={"help": "Clip gradients to this norm; 0 to leave them."} | at_least(0)
+    )
 
     def __post_init__(self):
-        require_at_least(self, 0, "learning_rate", "lr_warmup_steps", "min_lr", "adam_weight_decay", "max_grad_norm")
-        SchedulerType(self.lr_scheduler)  # its error lists the schedules
+        super().__post_init__()
+        schedules = [each.value for each in SchedulerType if each is not NOT_OFFERED]
+        if self.lr_scheduler not in schedules:
+            raise ValueError(f"lr_scheduler must be one of {', '.join(schedules)}, not {self.lr_scheduler!r}.")
         if self.min_lr and not self.min_lr <= self.learning_rate:
             raise ValueError(f"min_lr {self.min_lr} is above learning_rate {self.learning_rate}.")
 

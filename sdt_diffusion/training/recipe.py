@@ -4,6 +4,7 @@ The parts are timm's, each of them off by default and named as in timm's trainin
 """
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -20,32 +21,44 @@ from timm.optim import param_groups_layer_decay
 from torch import nn
 
 from ..sdt_h.modeling_sdt_h import SDTHImageProcessor
-from ..utils.arguments import require_at_least
+from ..utils.ranges import RANGE_KEY, CheckedArguments, Range, between, check_number, check_value
 from ..utils.seeding import Draws, Stream, seeded_cpu_generators
 from .config import RunArguments
 from .optimizer import OptimizationArguments
 
+#: A smaller part of the image would be enlarged from more pixels than memory holds.
+CROP_PCT = Range(0.05, 1)
+#: Largest number in timm's words of an automatic augmentation, since more operations would take forever; of mstd,
+#: where more than 100 means that magnitudes are uniform, it is ten times this.
+MAX_IN_AUTO_AUGMENT = 100
+
 
 @dataclass
-class RecipeArguments:
+class RecipeArguments(CheckedArguments):
     """Augmentation, mixing, and what else a classifier is trained with."""
 
     num_train_epochs: float | None = field(
         default=None,
-        metadata={"help": "Length in passes over the data, instead of --max_train_steps.", "resumable": True},
+        metadata={"help": "Length in passes over the data, instead of --max_train_steps.", "resumable": True}
+        | between(0, 1_000_000, with_least=False),
     )
     lr_warmup_epochs: float | None = field(
-        default=None, metadata={"help": "Warm-up in passes over the data, instead of --lr_warmup_steps."}
+        default=None,
+        metadata={"help": "Warm-up in passes over the data, instead of --lr_warmup_steps."} | between(0, 1_000_000),
     )
     layer_decay: float | None = field(
-        default=None, metadata={"help": "Factor of the learning rate from each layer to the one below it."}
+        default=None,
+        metadata={"help": "Factor of the learning rate from each layer to the one below it."}
+        | between(0, 1, with_least=False),
     )
     scale: list[float] = field(
         default_factory=lambda: [1.0, 1.0],
-        metadata={"help": "Area of random crops, least and largest, of the image's."},
+        metadata={"help": "Area of random crops, least and largest, of the image's."}
+        | between(0, 1, with_least=False),
     )
     ratio: list[float] = field(
-        default_factory=lambda: [1.0, 1.0], metadata={"help": "Width by height of random crops, least and largest."}
+        default_factory=lambda: [1.0, 1.0],
+        metadata={"help": "Width by height of random crops, least and largest."} | between(0.01, 100),
     )
     train_interpolation: Literal["bicubic", "bilinear", "random"] = field(
         default="bicubic", metadata={"help": "How crops are resized."}
@@ -53,40 +66,40 @@ class RecipeArguments:
     aa: str | None = field(
         default=None, metadata={"help": "Automatic augmentation in timm's words, such as rand-m9-mstd0.5-inc1."}
     )
-    color_jitter: float = field(default=0.0, metadata={"help": "Strength of color jitter, if there is no --aa."})
-    reprob: float = field(default=0.0, metadata={"help": "Probability of erasing a rectangle."})
+    color_jitter: float = field(
+        default=0.0, metadata={"help": "Strength of color jitter, if there is no --aa."} | between(0, 10)
+    )
+    reprob: float = field(default=0.0, metadata={"help": "Probability of erasing a rectangle."} | between(0, 1))
     remode: Literal["const", "rand", "pixel"] = field(default="pixel", metadata={"help": "What fills the rectangle."})
-    recount: int = field(default=1, metadata={"help": "Rectangles to erase."})
-    aug_repeats: int = field(default=1, metadata={"help": "Augmented copies of an image in a batch; DeiT's is 3."})
-    mixup: float = field(default=0.0, metadata={"help": "Alpha of mixup; 0 for none."})
-    cutmix: float = field(default=0.0, metadata={"help": "Alpha of CutMix; 0 for none."})
-    mixup_prob: float = field(default=1.0, metadata={"help": "Probability of mixing, if either is on."})
-    mixup_switch_prob: float = field(default=0.5, metadata={"help": "Probability of CutMix, if both are on."})
+    recount: int = field(default=1, metadata={"help": "Rectangles to erase."} | between(1, 1000))
+    aug_repeats: int = field(
+        default=1, metadata={"help": "Augmented copies of an image in a batch; DeiT's is 3."} | between(1, 1000)
+    )
+    mixup: float = field(default=0.0, metadata={"help": "Alpha of mixup; 0 for none."} | between(0, 1000))
+    cutmix: float = field(default=0.0, metadata={"help": "Alpha of CutMix; 0 for none."} | between(0, 1000))
+    mixup_prob: float = field(
+        default=1.0, metadata={"help": "Probability of mixing, if either is on."} | between(0, 1)
+    )
+    mixup_switch_prob: float = field(
+        default=0.5, metadata={"help": "Probability of CutMix, if both are on."} | between(0, 1)
+    )
     mixup_mode: Literal["batch", "pair", "elem"] = field(
         default="batch", metadata={"help": "What is mixed by the same proportion."}
     )
-    smoothing: float = field(default=0.0, metadata={"help": "Label smoothing."})
+    smoothing: float = field(default=0.0, metadata={"help": "Label smoothing."} | between(0, 1))
     crop_pct: float | None = field(
         default=None,
         metadata={
-            "help": "Part of the shorter side that evaluation sees; that of --model's folder, or 1, by default."
+            "help": "Part of the shorter side that evaluation sees; that of --model's folder, or 1, by default.",
+            RANGE_KEY: CROP_PCT,
         },
     )
 
     def __post_init__(self):
-        require_at_least(self, 0, "color_jitter", "mixup", "cutmix", "lr_warmup_epochs")
-        require_at_least(self, 1, "aug_repeats", "recount")
-        for name in ("num_train_epochs", "layer_decay", "crop_pct"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} must be above 0, not {value}.")
-        for name in ("reprob", "mixup_prob", "mixup_switch_prob", "smoothing", "crop_pct", "layer_decay"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value <= 1:
-                raise ValueError(f"{name} must lie between 0 and 1, not {value}.")
+        super().__post_init__()
         for name in ("scale", "ratio"):
             value = getattr(self, name)
-            if len(value) != 2 or not 0 < value[0] <= value[1]:
+            if len(value) != 2 or value[0] > value[1]:
                 raise ValueError(f"{name} takes the least and the largest value, such as 0.8 1.0, not {value}.")
         if self.aa:
             check_auto_augment(self)
@@ -138,13 +151,24 @@ def build_processor(
     Raises:
         ValueError: If `base` has values for another number of channels.
     """
+    check_value("resolution", resolution, (int,), Range(1, 65_536))
+    if crop_pct is not None:
+        check_number("crop_pct", crop_pct, CROP_PCT)
     if base is not None:
         if len(base.image_mean) != num_channels:
             raise ValueError(
                 f"The model's preprocessor_config.json has {len(base.image_mean)} value(s) in image_mean, the images "
                 f"{num_channels} channel(s): correct the file, or remove it to start from the defaults."
             )
-        side, crop = base.size["shortest_edge"], base.crop_size["height"]
+        try:
+            side, crop = base.size["shortest_edge"], base.crop_size["height"]
+            check_value("shortest_edge", side, (int,), Range(1, 1_000_000))
+            check_value("crop_size", crop, (int,), Range(1, 1_000_000))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"The model's preprocessor_config.json has no usable size and crop_size ({error}): correct the file, "
+                "or remove it to start from the defaults."
+            ) from error
         if crop_pct is not None:
             side = round(resolution / crop_pct)
         elif resolution != crop:
@@ -208,6 +232,9 @@ def check_auto_augment(args: RecipeArguments) -> None:
         # timm skips words without a number, except for names of sets of transforms.
         if word != "tweights" and not any(letter.isdigit() for letter in word):
             wrong = f"timm would ignore {word!r}"
+        limit = MAX_IN_AUTO_AUGMENT * (10 if word.startswith("mstd") else 1)
+        if any(float(number) > limit for number in re.findall(r"[0-9]+", word)):
+            wrong = f"{word!r} is above {limit}"
     if wrong is None:
         try:
             transform = train_transform(args, build_processor(3, 8), random_flip=False)

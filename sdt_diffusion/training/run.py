@@ -16,10 +16,12 @@ from ..hub import HubArguments, command_of, describe_run, share_run
 from ..utils.files import FolderLock, write_atomically
 from ..utils.seeding import SEED_STREAMS_VERSION, Draws, Stream, seed_global_generators
 from .checkpoint import (
+    MANIFEST_FILE,
     check_output_dir,
     check_same_run,
     complete_checkpoints,
-    find_checkpoint,
+    find_shared_checkpoint,
+    is_complete,
     read_changes,
     read_manifest,
     save_checkpoint,
@@ -92,6 +94,8 @@ class TrainingRun:
         if checkpoint is not None:
             self._load_checkpoint(checkpoint)
             self.accelerator.print(f"Resumed from {checkpoint}, after step {self.step}.")
+        if self.accelerator.is_main_process:
+            self.state.check_space(config, self.step)
         self.log = TrainingLog(self.output_dir, self.step)
         scalars = {key: value for key, value in config.as_dict().items() if isinstance(value, (int, float, str, bool))}
         self.accelerator.init_trackers("sdt_diffusion", config=scalars)
@@ -193,7 +197,8 @@ class TrainingRun:
     def save_snapshots(self) -> None:
         """Store the power averages, from which others can be reconstructed."""
         for sigma_rel, average in zip(self.config.ema.ema_sigma_rel, self.averages.values(), strict=True):
-            tensors = gather(average.tensors, keep=self.accelerator.is_main_process)
+            name = f"the average of sigma_rel {sigma_rel:g}"
+            tensors = gather(average.tensors, keep=self.accelerator.is_main_process, require_finite=name)
             if self.accelerator.is_main_process:
                 save_snapshot(self.output_dir, self.step, sigma_rel, tensors)
 
@@ -273,8 +278,10 @@ class TrainingRun:
                 raise ValueError(f"change_on_resume {key} needs {need}.")
         may_differ = {*self.config.resumable(), *self.data.relocatable}
         check_output_dir(self.output_dir, known, resume, may_differ, run.change_on_resume)
-        checkpoint = find_checkpoint(self.output_dir, run.resume_from_checkpoint or "latest") if resume else None
-        seen = gather_object([str(checkpoint)])
+        checkpoint, wanted = None, run.resume_from_checkpoint or "latest"
+        if resume:
+            checkpoint = find_shared_checkpoint(self.output_dir, wanted, self.accelerator.is_main_process)
+        seen = gather_object([str(checkpoint if checkpoint is not None and is_complete(checkpoint) else None)])
         if len(set(seen)) > 1:
             raise ValueError(
                 f"The processes see different checkpoints in {self.output_dir} ({', '.join(seen)}): it must lie on a "
@@ -283,7 +290,7 @@ class TrainingRun:
         if checkpoint is None:
             if resume:
                 self.accelerator.print(
-                    f"There is no checkpoint in {self.output_dir} yet: starting from the beginning."
+                    f"There is no sound checkpoint in {self.output_dir}: starting from the beginning."
                 )
             return None, []
         manifest = read_manifest(checkpoint)
@@ -295,7 +302,7 @@ class TrainingRun:
                 f"{checkpoint} is later than max_train_steps {run.max_train_steps}: there is nothing left to do."
             )
         later = [path.name for path in complete_checkpoints(self.output_dir) if step_of(path) > manifest["step"]]
-        if later:
+        if later and wanted != "latest":  # after the latest sound one there are only damaged ones
             raise ValueError(
                 f"{self.output_dir} also holds {', '.join(later)}, later than {checkpoint}: move them away, or resume "
                 "from the latest. Two histories of a run in one folder would be mixed up."
@@ -328,9 +335,14 @@ class TrainingRun:
     def _load_checkpoint(self, checkpoint):
         manifest = read_manifest(checkpoint)
         self.state.load(checkpoint)
-        self.guard.load_state_dict(manifest["state"]["guard"])
-        if self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(manifest["state"]["scaler"])
+        try:
+            self.guard.load_state_dict(manifest["state"]["guard"])
+            if self.accelerator.scaler is not None:
+                self.accelerator.scaler.load_state_dict(manifest["state"]["scaler"])
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:  # the last from torch's scaler
+            raise ValueError(
+                f"{checkpoint / MANIFEST_FILE} is damaged: its state does not fit ({error!r})."
+            ) from error
         self.step = manifest["step"]
         self.gather()
         if self.accelerator.is_main_process:

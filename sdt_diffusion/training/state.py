@@ -1,17 +1,25 @@
 """The tensors of a checkpoint: weights, averages and AdamW's moments, whole, however many processes shared them."""
 
 import copy
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
+from ..utils.files import require_space
 from ..utils.fingerprint import differences
+from ..utils.reading import WEIGHTS_ENDING, check_tensors, read_json, read_tensors, shortened
+from .checkpoint import complete_checkpoints
+from .config import TrainingConfig
 from .distributed import copy_full, full_tensor
 from .ema import WeightAverage
+from .monitor import NonFiniteLossError
+
+logger = logging.getLogger(__name__)
 
 
 class BatchNormStatistics:
@@ -77,22 +85,28 @@ class TrainingState:
         self.skeleton, self.model, self.optimizer = skeleton, model, optimizer
         self.models = {name: model.state_dict()}
         self.models |= {f"{name}_{ending}": average.tensors for ending, average in averages.items()}
-        self._parameter_names = {id(parameter): name for name, parameter in model.named_parameters()}
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        self._trained = {names[id(parameter)]: parameter for parameter in trained}
 
     def save(self, folder: Path, is_main_process: bool = True) -> None:
-        """Fill a folder; all processes gather, the main one writes."""
+        """Fill a folder; all processes gather, the main one writes.
+
+        Raises:
+            NonFiniteLossError: If a value is NaN or infinite, on all processes; names the tensor.
+        """
         for name, tensors in self.models.items():
-            gathered = gather(tensors, keep=is_main_process)
+            gathered = gather(tensors, keep=is_main_process, require_finite=name)
             if is_main_process:
                 module = copy.deepcopy(self.skeleton)
                 module.load_state_dict(gathered, assign=True)
                 module.save_pretrained(folder / name)
         moments = {
-            f"{self._parameter_names[id(parameter)]}.{key}": value
-            for parameter, state in self.optimizer.state.items()
-            for key, value in state.items()
+            f"{name}.{key}": value
+            for name, parameter in self._trained.items()
+            for key, value in (self.optimizer.state.get(parameter) or _first_moments(parameter)).items()
         }
-        gathered = gather(moments, keep=is_main_process)
+        gathered = gather(moments, keep=is_main_process, require_finite="optimizer")
         if is_main_process:
             save_file(gathered, folder / OPTIMIZER_FILE)
 
@@ -101,39 +115,156 @@ class TrainingState:
         """Load what `save` wrote.
 
         Raises:
-            ValueError: If the folder's model has another config; lists what differs.
+            OSError: If a file is missing.
+            ValueError: If the folder's model has another config, with all that differs; or if a file is damaged, or
+                its tensors are not exactly those of this run, by name, shape and type, or not finite.
         """
         for name, tensors in self.models.items():
-            module = type(self.skeleton).from_pretrained(folder / name)
-            found = differences(config_of(module), config_of(self.skeleton))
+            found = differences(_saved_config(folder / name, self.skeleton), config_of(self.skeleton))
             if found:
                 raise ValueError(f"{folder / name} is another model: {'; '.join(found)}.")
-            saved = module.state_dict()
+            saved = _read_weights(folder / name)
+            check_tensors(saved, tensors, str(folder / name))
             for key, tensor in tensors.items():
                 copy_full(saved[key], tensor)
-        saved = load_file(folder / OPTIMIZER_FILE)
+        saved = read_tensors(folder / OPTIMIZER_FILE)
+        check_tensors(saved, self._expected_moments(), str(folder / OPTIMIZER_FILE))
         state = self.optimizer.state_dict()
-        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         state["state"] = {
-            index: _moments(saved, f"{self._parameter_names[id(parameter)]}.", parameter)
-            for index, parameter in enumerate(parameters)
+            index: _moments(saved, f"{name}.", parameter)
+            for index, (name, parameter) in enumerate(self._trained.items())
         }
         self.optimizer.load_state_dict(state)
 
+    def check_space(self, config: TrainingConfig, step: int) -> None:
+        """Refuse to train where the disk cannot hold the first checkpoint and the model; warn if it cannot hold all.
 
-def gather(tensors: Mapping[str, torch.Tensor], keep: bool = True) -> dict[str, torch.Tensor]:
-    """Gather whole tensors on the CPU; processes that do not keep them only take part."""
+        Args:
+            config: How often the run saves, and how many checkpoints it keeps.
+            step: The step it starts from.
+
+        Raises:
+            OSError: If less is free than the first checkpoint and the model will take.
+        """
+        run, model, *averages = config.run, *map(_num_bytes, self.models.values())
+        saves = _times_due(run.checkpointing_steps, step, run.max_train_steps)
+        if not saves:
+            return
+        checkpoint = model + sum(averages) + _num_bytes(self._expected_moments())
+        require_space(config.output_dir, checkpoint + model, "A checkpoint and the model")
+        there, limit = len(complete_checkpoints(config.output_dir)), run.checkpoints_total_limit
+        # While a checkpoint is written, there is one more than are kept.
+        most = there + saves if limit is None else min(there + saves, max(1, limit) + 1)
+        snapshots = config.ema.ema_snapshot_steps and _times_due(
+            config.ema.ema_snapshot_steps, step, run.max_train_steps
+        )
+        total = max(1, most - there) * checkpoint + model + snapshots * sum(averages)
+        try:
+            require_space(config.output_dir, total, "What this run will save")
+        except OSError as error:
+            logger.warning(
+                "%s in %s. Make room, or set checkpoints_total_limit or ema_snapshot_steps.",
+                error.strerror,
+                config.output_dir,
+            )
+
+    def _expected_moments(self) -> dict[str, torch.Tensor]:
+        """Return tensors of the names, shapes and types of those in the optimizer's file, without values."""
+        return {
+            f"{name}.{key}": value
+            for name, parameter in self._trained.items()
+            for key, value in _first_moments(
+                torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+            ).items()
+        }
+
+
+def gather(
+    tensors: Mapping[str, torch.Tensor], keep: bool = True, require_finite: str | None = None
+) -> dict[str, torch.Tensor]:
+    """Gather whole tensors on the CPU.
+
+    Args:
+        tensors: By name, possibly sharded. All processes call this together.
+        keep: Whether this process wants them; otherwise it only takes part.
+        require_finite: What they are, if values that are NaN or infinite are to be refused.
+
+    Raises:
+        NonFiniteLossError: If a value is refused, on all processes; names the tensor.
+    """
     gathered = {}
     for name, tensor in tensors.items():
         tensor = full_tensor(tensor.detach())
+        if require_finite and not _is_finite(tensor):
+            raise NonFiniteLossError(
+                f"{name} of {require_finite} has values that are NaN or infinite. Try a lower learning_rate or "
+                "max_grad_norm, in another run with its own output_dir or with change_on_resume."
+            )
         if keep:
             gathered[name] = tensor.cpu().contiguous()
     return gathered
 
 
+def _times_due(interval: int, step: int, last_step: int) -> int:
+    """Count the steps after `step` at which something is done every `interval` steps (0 for never) and at the end."""
+    interval = interval or last_step
+    return last_step // interval - step // interval + bool(last_step % interval) if step < last_step else 0
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    if not tensor.is_floating_point() or tensor.numel() == 0:
+        return True
+    return all(bool(value.isfinite()) for value in tensor.aminmax())  # which are NaN if any value is
+
+
+def _num_bytes(tensors: Mapping[str, torch.Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def _first_moments(parameter: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return AdamW's state of a parameter that it has not moved yet, which its next step may start from."""
+    moments = {key: torch.zeros_like(parameter, requires_grad=False) for key in ("exp_avg", "exp_avg_sq")}
+    return {"step": torch.zeros(()), **moments}
+
+
+def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Read the weights in a folder of `save_pretrained`: large models' are several files.
+
+    Raises:
+        ValueError: If a file is damaged, or holds a tensor that another one holds too; names it.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    for path in sorted(folder.glob(f"*{WEIGHTS_ENDING}")):
+        more = read_tensors(path)
+        twice = sorted(tensors.keys() & more.keys())
+        if twice:
+            raise ValueError(f"{path} does not belong there: another file has {shortened(twice)} too.")
+        tensors |= more
+    return tensors
+
+
+def _saved_config(folder: Path, skeleton: nn.Module) -> dict[str, Any]:
+    """Return the config in a folder, with defaults for what it lacks.
+
+    Raises:
+        ValueError: If a model of the skeleton's class cannot be built by it; names the file.
+    """
+    values = read_json(folder / "config.json")
+    try:
+        if not isinstance(skeleton.config, Mapping):  # a model of transformers
+            return _comparable(type(skeleton.config).from_dict(values).to_dict())
+        with torch.device("meta"):
+            return config_of(type(skeleton).from_config(values))
+    except Exception as error:  # whatever a model raises for values that it does not expect
+        raise ValueError(f"{folder / 'config.json'} is not of a {type(skeleton).__name__}: {error}") from error
+
+
 def config_of(model: nn.Module) -> dict[str, Any]:
     """Return the config of a model of diffusers or transformers."""
-    config = dict(model.config) if isinstance(model.config, Mapping) else model.config.to_dict()
+    return _comparable(dict(model.config) if isinstance(model.config, Mapping) else model.config.to_dict())
+
+
+def _comparable(config: Mapping[str, Any]) -> dict[str, Any]:
     return {
         key: value for key, value in config.items() if not key.startswith("_") and key not in ADDED_BY_TRANSFORMERS
     }
@@ -141,10 +272,9 @@ def config_of(model: nn.Module) -> dict[str, Any]:
 
 def _moments(saved, prefix, parameter):
     moments = {}
-    for name in [name for name in saved if name.startswith(prefix)]:
-        tensor, key = saved[name], name.removeprefix(prefix)
-        moments[key] = tensor
+    for key in ("step", "exp_avg", "exp_avg_sq"):
+        moments[key] = saved[prefix + key]
         if key != "step":  # a moment: spread over the processes as its parameter is
-            moments[key] = torch.zeros_like(parameter, requires_grad=False)
+            tensor, moments[key] = moments[key], torch.zeros_like(parameter, requires_grad=False)
             copy_full(tensor, moments[key])
     return moments

@@ -78,10 +78,10 @@ def test_averages_are_named_by_their_width():
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"ema_sigma_rel": [0.3]}, "sigma_rel must lie between 0.001 and 0.289, not 0.3"),
-        ({"ema_sigma_rel": [0.0001]}, "sigma_rel must lie between 0.001 and 0.289, not 0.0001"),
+        ({"ema_sigma_rel": [0.3]}, "ema_sigma_rel must be at least 0.001 and less than 0.288675.*, not 0.3"),
+        ({"ema_sigma_rel": [0.0001]}, "ema_sigma_rel must be at least 0.001 and less than 0.288675.*, not 0.0001"),
         ({"ema_sigma_rel": [0.1, 0.10000001]}, "ema_sigma_rel must be different numbers"),
-        ({"ema_decay": 1.1}, "ema_decay must be at most 1"),
+        ({"ema_decay": 1.1}, "ema_decay must be at least 0 and at most 1, not 1.1"),
         ({"ema_snapshot_steps": 10}, "ema_snapshot_steps needs ema_profile power"),
     ],
 )

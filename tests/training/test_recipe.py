@@ -227,10 +227,10 @@ def test_accuracy_counts_every_image_once():
     ("kwargs", "message"),
     [
         ({"ratio": [2.0, 1.0]}, "ratio takes the least and the largest value"),
-        ({"reprob": 2.0}, "reprob must lie between 0 and 1, not 2.0"),
-        ({"num_train_epochs": 0}, "num_train_epochs must be above 0, not 0"),
-        ({"aug_repeats": 0}, "aug_repeats must be at least 1, not 0"),
-        ({"layer_decay": 1.5}, "layer_decay must lie between 0 and 1, not 1.5"),
+        ({"reprob": 2.0}, "reprob must be at least 0 and at most 1, not 2.0"),
+        ({"num_train_epochs": 0}, "num_train_epochs must be more than 0 and at most 1000000, not 0"),
+        ({"aug_repeats": 0}, "aug_repeats must be at least 1 and at most 1000, not 0"),
+        ({"layer_decay": 1.5}, "layer_decay must be more than 0 and at most 1, not 1.5"),
     ],
 )
 def test_bad_values_are_named(kwargs, message):

@@ -144,7 +144,7 @@ def test_bad_yaml_is_refused_in_one_line_with_the_reason(config, capsys, text, m
         (["--config", "digit"], "there is no file digit, and the recipes are cifar10_classifier, digits"),
         (["--seed", "-1"], "error: seed must be at least 0, not -1"),
         (["--logging_steps", "0"], "error: logging_steps must be at least 1, not 0"),
-        (["--learning_rate", "nan"], "error: learning_rate must be at least 0, not nan"),
+        (["--learning_rate", "nan"], "error: learning_rate must be a finite number, not nan"),
     ],
 )
 def test_bad_flags_are_refused_in_one_line_with_the_reason(capsys, argv, message):

@@ -222,14 +222,19 @@ def find_checkpoint(output_dir: Path, wanted: str) -> Path | None:
         Its folder; `None` if `latest` is wanted and there is none. Damaged ones are skipped with a warning.
 
     Raises:
-        ValueError: If a checkpoint asked for by path is missing, incomplete or damaged.
+        ValueError: If a checkpoint asked for by path is missing, incomplete or damaged, or if all are.
     """
     if wanted == "latest":
-        for path in reversed(list_checkpoints(output_dir)):
+        found = list_checkpoints(output_dir)
+        for path in reversed(found):
             damage = find_damage(path, contents=True)
             if damage is None:
                 return path
             logger.warning("Skipping %s: it is incomplete or damaged: %s.", path, damage)
+        if found:  # starting again would delete them one by one
+            raise ValueError(
+                f"All {len(found)} checkpoints in {output_dir} are damaged: move them away to start again."
+            )
         return None
     path = Path(wanted) if Path(wanted).is_dir() else output_dir / wanted
     if not path.is_dir():

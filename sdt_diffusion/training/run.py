@@ -290,7 +290,7 @@ class TrainingRun:
         if checkpoint is None:
             if resume:
                 self.accelerator.print(
-                    f"There is no sound checkpoint in {self.output_dir}: starting from the beginning."
+                    f"There is no checkpoint in {self.output_dir} yet: starting from the beginning."
                 )
             return None, []
         manifest = read_manifest(checkpoint)

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..utils.files import require_space
 from ..utils.fingerprint import differences
-from ..utils.reading import WEIGHTS_ENDING, check_tensors, read_json, read_tensors, shortened
+from ..utils.reading import WEIGHTS_ENDING, check_tensors, is_finite, read_json, read_tensors, shortened
 from .checkpoint import complete_checkpoints
 from .config import TrainingConfig
 from .distributed import copy_full, full_tensor
@@ -195,7 +195,7 @@ def gather(
     gathered = {}
     for name, tensor in tensors.items():
         tensor = full_tensor(tensor.detach())
-        if require_finite and not _is_finite(tensor):
+        if require_finite and not is_finite(tensor):
             raise NonFiniteLossError(
                 f"{name} of {require_finite} has values that are NaN or infinite. Try a lower learning_rate or "
                 "max_grad_norm, in another run with its own output_dir or with change_on_resume."
@@ -209,12 +209,6 @@ def _times_due(interval: int, step: int, last_step: int) -> int:
     """Count the steps after `step` at which something is done every `interval` steps (0 for never) and at the end."""
     interval = interval or last_step
     return last_step // interval - step // interval + bool(last_step % interval) if step < last_step else 0
-
-
-def _is_finite(tensor: torch.Tensor) -> bool:
-    if not tensor.is_floating_point() or tensor.numel() == 0:
-        return True
-    return all(bool(value.isfinite()) for value in tensor.aminmax())  # which are NaN if any value is
 
 
 def _num_bytes(tensors: Mapping[str, torch.Tensor]) -> int:

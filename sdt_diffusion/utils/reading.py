@@ -153,8 +153,15 @@ def check_tensors(
                 f"{where} does not fit: {name} is {tensor.dtype} of shape {tuple(tensor.shape)}, not {wanted.dtype} "
                 f"of shape {tuple(wanted.shape)}."
             )
-        if finite and tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        if finite and not is_finite(tensor):
             raise ValueError(f"{where} cannot be used: {name} has values that are NaN or infinite.")
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Return whether all values are finite; those of an integer tensor are."""
+    if not tensor.is_floating_point() or tensor.numel() == 0:
+        return True
+    return bool(torch.isfinite(torch.stack(tensor.aminmax())).all())  # reads the tensor once, without a copy
 
 
 def shortened(names: Iterable[str], limit: int = 5) -> str:

@@ -143,3 +143,12 @@ class TestTheOutputFolder:
         check_same_run("it", manifest["config"], self.config)
         with pytest.raises(ValueError, match="it is of a run with another config: model: 'SDT-S/2' there"):
             check_same_run("it", manifest["config"], self.other)
+
+
+def test_a_run_does_not_start_again_over_checkpoints_that_are_all_damaged(tmp_path):
+    assert find_checkpoint(tmp_path, "latest") is None
+    for step in (1, 2):
+        damaged = save_checkpoint(tmp_path, step, save) / "state"
+        damaged.write_bytes(b"abd")
+    with pytest.raises(ValueError, match="All checkpoints in .* are damaged: move them away"):
+        find_checkpoint(tmp_path, "latest")

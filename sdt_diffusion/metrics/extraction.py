@@ -13,8 +13,10 @@ from tqdm.auto import tqdm
 
 from ..data import CorruptImageError
 from ..data.raw_images import RawImages
+from ..utils.ranges import Range, check_number
 from .extractors import FeatureExtractor
-from .features import FeatureFile, FeatureSummary, RunningGaussian
+from .extractors.base import brief
+from .features import MAX_FEATURES, FeatureFile, FeatureSummary, RunningGaussian
 from .inception_score import RunningInceptionScore
 
 #: Seed of the random subset of images whose features are kept.
@@ -54,6 +56,11 @@ def summarize(
         ValueError: If there are too few images, or features that are not finite.
     """
     state = PartialState()
+    check_number("num_features", num_features or 0, Range(0, MAX_FEATURES))
+    check_number("inception_splits", inception_splits, Range(0, len(images)))
+    check_number("num_workers", num_workers, Range(0, 1024))
+    if statistics and len(images) < 2:
+        raise ValueError(f"{images.name}: a covariance needs at least 2 images, not {len(images)}.")
     gaussians = {kind: RunningGaussian() for kind in statistics}
     score = RunningInceptionScore(len(images), inception_splits) if inception_splits else None
     kept = _subset(len(images), num_features)
@@ -81,6 +88,31 @@ def summarize(
         score.result() if score else None,
         {**images.describe(), **extractor.identity},
     )
+
+
+@torch.no_grad()
+def measure_dims(extractor: FeatureExtractor, shape: Sequence[int]) -> dict[str, int]:
+    """Return the dimension of each kind of features that an extractor gives for images of a shape.
+
+    Args:
+        extractor: The extractor.
+        shape: Height, width and channels.
+
+    Raises:
+        ValueError: If it does not take such images.
+    """
+    height, width, channels = shape
+    try:
+        prepared = extractor.prepare(np.full((height, width, channels), 128, np.uint8))
+        features = extractor(prepared[None].to(PartialState().device))
+    except torch.OutOfMemoryError:
+        raise
+    except (ValueError, TypeError, RuntimeError) as error:  # of a network that does not fit its image processor
+        raise ValueError(
+            f"The extractor {extractor.name} does not take images of {width}x{height} pixels and {channels} "
+            f"channel(s): {brief(error)}"
+        ) from error
+    return {kind: values.shape[1] for kind, values in features.items()}
 
 
 def _subset(count, num_features):
@@ -131,13 +163,17 @@ class _Prepared(torch.utils.data.Dataset):
 
     def __init__(self, images: RawImages, extractor: FeatureExtractor):
         self.images, self.prepare = images, extractor.prepare
+        self.shape = images[0].shape
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> torch.Tensor | CorruptImageError:
         try:
-            return self.prepare(self.images[index])
+            image = self.images[index]
+            if image.dtype != np.uint8 or image.shape != self.shape:
+                raise ValueError(f"it is {image.dtype} of shape {image.shape}, not uint8 of shape {self.shape}")
+            return self.prepare(image)
         except CorruptImageError as error:
             return error
         except (ValueError, OSError, EOFError) as error:

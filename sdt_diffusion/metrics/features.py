@@ -169,6 +169,8 @@ class RunningGaussian:
         """Add features of shape (n, dim)."""
         features = features.double()
         if self.count == 0:
+            if features.shape[1] > MAX_DIM:
+                raise ValueError(f"{features.shape[1]} dimensions are too many for a covariance; at most {MAX_DIM}.")
             self.origin = features.mean(0)
             self.sum = torch.zeros_like(self.origin)
             self.outer = torch.zeros(len(self.origin), len(self.origin), dtype=torch.float64, device=features.device)
@@ -231,7 +233,7 @@ def save_summary(path: Path, summary: FeatureSummary) -> None:
         arrays |= {mean_key: statistics.mean, covariance_key: statistics.covariance}
     if summary.features is not None:
         arrays[FEATURES_KEY] = np.asarray(summary.features[:])
-    provenance = json.dumps(valid_json(_without_machine(summary.provenance)), allow_nan=False)
+    provenance = json.dumps(valid_json(without_machine(summary.provenance)), allow_nan=False)
     if path.suffix == ".safetensors":
         write_atomically(path, lambda partial: save_file(arrays, partial, metadata={PROVENANCE_KEY: provenance}))
     else:
@@ -239,7 +241,8 @@ def save_summary(path: Path, summary: FeatureSummary) -> None:
         write_atomically(path, lambda partial: np.savez(partial, **arrays))
 
 
-def _without_machine(provenance: dict[str, Any]) -> dict[str, Any]:
+def without_machine(provenance: dict[str, Any]) -> dict[str, Any]:
+    """Return a record whose paths do not tell where it was made."""
     return {key: shorten_path(value) for key, value in provenance.items()}
 
 

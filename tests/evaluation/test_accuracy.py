@@ -79,7 +79,7 @@ def test_the_record_says_what_was_done_with_what(tmp_path, folder, saved):
     assert [entry["name"] for entry in record["classes"]] == ["black", "gray", "white"]
     assert sum(entry["count"] for entry in record["classes"]) == 9
     assert record["data"] == {
-        **{"dataset": str(folder), "split": None, "count": 9, "num_classes": 3, "classes_with_images": 3},
+        **{"dataset": ".../images", "split": None, "count": 9, "num_classes": 3, "classes_with_images": 3},
         "labels_matched_by": "name",
     }
     assert record["cost"]["multiply_adds"] == count_cost(saved, torch.zeros(1, 1, 16, 16)).multiply_adds

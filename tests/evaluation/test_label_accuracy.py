@@ -74,4 +74,4 @@ def test_a_damaged_model_is_named_in_one_line(make_pipe, tmp_path):
 def test_wrong_values_are_refused_in_one_line(capsys):
     with pytest.raises(SystemExit):
         main(["--model", "m", "--num_images", "0"])
-    assert "num_images must be at least 1, not 0" in capsys.readouterr().err
+    assert "num_images must be at least 1 and at most 1000000, not 0" in capsys.readouterr().err

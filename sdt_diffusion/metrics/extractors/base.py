@@ -5,6 +5,8 @@ import io
 import os
 import textwrap
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -138,6 +140,17 @@ def check_finite(network: nn.Module, where: str) -> None:
 def brief(error: Exception) -> str:
     """Return the beginning of an error's text; errors of networks list every key."""
     return textwrap.shorten(str(error), 160) or type(error).__name__
+
+
+@contextmanager
+def refused_as(what: str) -> Iterator[None]:
+    """Let a network that cannot take its inputs raise `ValueError` with `what` before its own words."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (ValueError, TypeError, IndexError, RuntimeError) as error:
+        raise ValueError(f"{what}: {brief(error)}") from error
 
 
 #: Largest dimension: beyond it a covariance takes gigabytes, and its eigenvalues an hour.

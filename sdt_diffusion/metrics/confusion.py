@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from ..data import CorruptImageError
 from ..utils.ranges import LARGEST, Range, check_number
+from .extraction import ignore_ctrl_c
 from .extractors.transformers_models import prepare_picture
 
 #: Number of highest logits among which a label counts for `top5`.
@@ -206,7 +207,9 @@ def classify(
     running = RunningConfusion(labels, model.config.num_labels, state.device)
     batches = [range(start, min(start + batch_size, len(images))) for start in range(0, len(images), batch_size)]
     mine = [list(batch) for batch in batches[state.process_index :: state.num_processes]]
-    loader = DataLoader(images, batch_sampler=mine, num_workers=num_workers, collate_fn=list)
+    loader = DataLoader(
+        images, batch_sampler=mine, num_workers=num_workers, collate_fn=list, worker_init_fn=ignore_ctrl_c
+    )
     speeds = []
     bar = tqdm(
         total=sum(map(len, mine)), desc="Images", unit="image", leave=False, delay=5, disable=not state.is_main_process

@@ -1,5 +1,6 @@
 """Extract the features that metrics need, on all processes, in memory that does not grow with the number of images."""
 
+import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -209,6 +210,7 @@ def _features_in_order(images, extractor, kinds, num_workers, state) -> Iterator
         batch_sampler=[list(batches[batch]) for batch in mine],
         num_workers=num_workers,
         collate_fn=list,
+        worker_init_fn=ignore_ctrl_c,
     )
     for r, prepared in enumerate(loader):
         for item in prepared:
@@ -232,6 +234,11 @@ def _finite(features, images, start):
         if len(bad):
             raise ValueError(f"The {kind} features of {images.name_of(start + int(bad[0]))} are not finite.")
     return features
+
+
+def ignore_ctrl_c(worker: int) -> None:
+    """Leave Ctrl-C, which a terminal sends to all processes, to the main process, which ends its workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class _Prepared(torch.utils.data.Dataset):

@@ -1,3 +1,7 @@
+import multiprocessing
+import os
+import signal
+
 import numpy as np
 import pytest
 import torch
@@ -144,3 +148,13 @@ def test_dimensions_are_known_before_the_work():
     assert measure_dims(Network(), (2, 3, 3)) == {"pool": 18, "logits": 18}
     with pytest.raises(ValueError, match="The extractor pixels does not take images of 64x64 pixels and 3 channel"):
         measure_dims(build_extractor("pixels"), (64, 64, 3))
+
+
+def test_ctrl_c_is_left_to_the_main_process():
+    class Interrupted(Images):
+        def __getitem__(self, index):
+            if multiprocessing.parent_process() is not None:
+                os.kill(os.getpid(), signal.SIGINT)
+            return super().__getitem__(index)
+
+    assert summarize(Interrupted(29), Network(), num_workers=1).provenance["count"] == 29

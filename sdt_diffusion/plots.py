@@ -7,10 +7,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 #: Maximum number of columns of a grid whose caller does not set it.
 MAX_COLUMNS = 10
+#: Longest side to which a small image is enlarged.
+MAX_ENLARGED = 2048
 #: Minimum font size of labels, and their font size as a fraction of an image's width: labels of large images must stay
 #: readable when the grid is scaled down.
 MIN_FONT_SIZE, FONT_PART = 12, 1 / 8
@@ -45,7 +51,8 @@ def image_grid(
     if not images or len(images) != len(labels):
         raise ValueError(f"A grid needs images and a label for each; there are {len(images)} and {len(labels)}.")
     columns = columns or choose_columns(labels)
-    zoom = max(1, -(-min_side // min(images[0].size)))
+    zoom = max(1, min(-(-min_side // min(images[0].size)), MAX_ENLARGED // max(images[0].size)))
+    labels = [printable(label).replace("\n", " ") for label in labels]
     width, height = (side * zoom for side in images[0].size)
     font_size = max(MIN_FONT_SIZE, round(width * FONT_PART))
     font = ImageFont.load_default(size=font_size)
@@ -66,6 +73,11 @@ def image_grid(
                 draw.text((left, top), texts[i], fill="black", font=font)
         top += text_height + height + gap
     return grid
+
+
+def printable(text: str) -> str:
+    """Return a text that fonts can draw: names of files may hold bytes that are no characters."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def choose_columns(labels: Sequence[str]) -> int:
@@ -105,10 +117,6 @@ def _cut(text: str, font: Font, width: int) -> str:
         text = text[:-1]
     return text.rstrip() + "…"
 
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 # matplotlib is imported inside the functions that draw, because importing it takes a second.
 
@@ -155,9 +163,8 @@ def plot_accuracy_curve(records: Sequence[Mapping[str, float]], path: Path) -> N
     steps, accuracies = _points(records, "test_accuracy")
     accuracies = 100 * accuracies
     accuracy_axes.plot(steps, accuracies, color="tab:green", marker="o", markersize=4)
-    accuracy_axes.annotate(
-        f"{accuracies[-1]:.2f}%", (steps[-1], accuracies[-1]), xytext=(-4, -14), textcoords="offset points", ha="right"
-    )
+    for step, last in list(zip(steps, accuracies, strict=True))[-1:]:
+        accuracy_axes.annotate(f"{last:.2f}%", (step, last), xytext=(-4, -14), textcoords="offset points", ha="right")
     accuracy_axes.set_ylabel("test accuracy, %")
     logged_steps, losses = _points(records, "loss")
     loss_axes.plot(logged_steps, losses, color="tab:blue", alpha=0.3)
@@ -206,9 +213,10 @@ def _plot_losses_by_timestep(records: Sequence[Mapping[str, float]], axes: "Axes
 
 
 def _points(records: Sequence[Mapping[str, float]], key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return the steps at which a value is known, and the value there."""
+    """Return the steps at which a value is known and finite, and the value there."""
     known = [(record["step"], record[key]) for record in records if record.get(key) is not None]
-    steps, values = np.array(known, dtype=float).reshape(-1, 2).T
+    points = np.array(known, dtype=float).reshape(-1, 2)
+    steps, values = points[np.isfinite(points).all(axis=1)].T
     return steps, values
 
 
@@ -254,10 +262,10 @@ def plot_confusion(counts: np.ndarray, class_names: Sequence[str], title: str, p
     picture = axes.imshow(fractions, cmap="Blues", norm=PowerNorm(COLOR_POWER, 0, 1), interpolation="nearest")
     ticks = list(range(rows) if named else range(0, rows, -(-rows // 10)))
     names = [_shorten(name) for name in class_names] if named else [str(tick * per_cell) for tick in ticks]
-    axes.set_yticks(ticks, names)
+    axes.set_yticks(ticks, names, parse_math=False)
     if columns > rows:
         ticks, names = [*ticks, columns - 1], [*names, "other"]
-    axes.set_xticks(ticks, names, rotation=45, ha="right", rotation_mode="anchor")
+    axes.set_xticks(ticks, names, rotation=45, ha="right", rotation_mode="anchor", parse_math=False)
     if numbered:
         for row, column in zip(*np.nonzero(counts), strict=True):
             color = "white" if fractions[row, column] > 0.4 else "black"
@@ -265,7 +273,7 @@ def plot_confusion(counts: np.ndarray, class_names: Sequence[str], title: str, p
     kind = "class" if named else f"class by number, {per_cell} neighbors in a cell"
     axes.set_xlabel(f"predicted {kind}")
     axes.set_ylabel(f"true {kind}")
-    axes.set_title(title)
+    axes.set_title(printable(title), parse_math=False)
     bar = figure.colorbar(picture, ax=axes, shrink=0.8, format=PercentFormatter(1))
     bar.set_label("of the row's images (color grows with the square root)")
     figure.savefig(path, dpi=120)
@@ -279,6 +287,7 @@ def _grouped(counts: np.ndarray, size: int) -> np.ndarray:
 
 
 def _shorten(name: str, length: int = 24) -> str:
+    name = printable(name)
     return name if len(name) <= length else name[: length - 1] + "…"
 
 

@@ -133,3 +133,24 @@ def test_a_grid_needs_images_with_labels():
         image_grid([], [])
     with pytest.raises(ValueError, match="there are 1 and 2"):
         image_grid([Image.new("L", (8, 8))], ["a", "b"])
+
+
+def test_names_may_hold_anything(tmp_path):
+    names = [r"$\frac$", "two\nlines", "no character \udcff", "$"]
+    picture = Image.new("RGB", (8, 8))
+    assert image_grid([picture] * 4, names).width > 100
+    plot_confusion(np.eye(4, 5, dtype=int), names, "a title of $ and $\udcff", tmp_path / "confusion.png")
+    assert Image.open(tmp_path / "confusion.png").width > 100
+
+
+def test_a_long_and_narrow_image_is_not_enlarged_without_end():
+    grid = image_grid([Image.new("RGB", (3000, 1))], ["long"])
+    assert grid.size[0] < 4000
+
+
+def test_records_without_finite_numbers_draw_an_empty_curve(tmp_path):
+    nothing = [{"step": 1, "loss": float("nan"), "validation_loss": float("inf"), "learning_rate": 1e-3}]
+    plot_loss_curve(nothing, tmp_path / "loss.png")
+    plot_accuracy_curve([], tmp_path / "accuracy.png")
+    plot_accuracy_curve([{"step": 1, "test_accuracy": float("nan"), "loss": 1.0}], tmp_path / "nan.png")
+    assert len(list(tmp_path.iterdir())) == 3

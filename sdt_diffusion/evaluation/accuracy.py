@@ -26,17 +26,19 @@ from ..data import LabeledImages, load_images
 from ..data.decoding import check_class_folders
 from ..data.images import ImageArguments
 from ..metrics.confusion import Confusion, PreparedImages, classify
+from ..metrics.extractors.base import refused_as
 from ..metrics.extractors.transformers_models import channels_of, image_mode_for, load_classifier
 from ..plots import plot_confusion
-from ..utils.arguments import exit_on_error, parse_arguments, require_at_least
-from ..utils.files import check_new, check_writable, write_atomically
+from ..utils.arguments import exit_on_error, parse_arguments
+from ..utils.files import check_new, check_writable, shorten_path, write_atomically, write_json
 from ..utils.fingerprint import fingerprint
+from ..utils.ranges import CheckedArguments, between, check_number
 from .cost import count_cost
 from .labels import Matching, check_labels, match_labels
 
 
 @dataclass
-class AccuracyArguments:
+class AccuracyArguments(CheckedArguments):
     """The classifier, the images, and how to run it on them."""
 
     model: str = field(metadata={"help": "Folder or Hub name of an image classifier with its image processor."})
@@ -55,15 +57,13 @@ class AccuracyArguments:
         default="auto",
         metadata={"help": "How classes become the model's labels: by name where both have names, else by index."},
     )
-    batch_size: int = field(default=64, metadata={"help": "Images at a time on each process."})
-    dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that read and prepare images."})
+    batch_size: int = field(default=64, metadata={"help": "Images at a time on each process."} | between(1, 100_000))
+    dataloader_num_workers: int = field(
+        default=0, metadata={"help": "Processes that read and prepare images."} | between(0, 1024)
+    )
     dtype: Literal["float32", "bfloat16", "float16"] = field(
         default="float32", metadata={"help": "The model's arithmetic."}
     )
-
-    def __post_init__(self):
-        require_at_least(self, 0, "dataloader_num_workers")
-        require_at_least(self, 1, "batch_size")
 
 
 def evaluate_accuracy(args: AccuracyArguments) -> str | None:
@@ -90,12 +90,14 @@ def evaluate_accuracy(args: AccuracyArguments) -> str | None:
     check_labels(images, labels, model.config.num_labels)
     prepared = PreparedImages(images, processor, num_channels)
     sample = prepared.first().to(state.device, model.dtype)[None]
-    cost = count_cost(model, sample)
+    with refused_as(f"{args.model} does not take what its image processor makes"):
+        cost = count_cost(model, sample)
     check_writable(args.output.parent)
     confusion, speeds = classify(model, prepared, labels, args.batch_size, args.dataloader_num_workers)
     if not state.is_main_process:
         return None
 
+    check_number("loss", confusion.loss)
     record = {
         "kind": "accuracy",
         **confusion.numbers(),
@@ -112,13 +114,13 @@ def evaluate_accuracy(args: AccuracyArguments) -> str | None:
         },
         "cost": {**cost.as_dict(), "input_shape": list(sample.shape[1:])},
         "model": {
-            "path": args.model,
+            "path": shorten_path(args.model),
             "class": type(model).__name__,
             "weights": fingerprint(model),
             "num_labels": model.config.num_labels,
         },
         "data": {
-            "dataset": args.dataset,
+            "dataset": shorten_path(args.dataset),
             "split": args.dataset_split,
             "count": len(images),
             "num_classes": images.num_classes,
@@ -130,8 +132,9 @@ def evaluate_accuracy(args: AccuracyArguments) -> str | None:
     }
     title = f"{Path(args.dataset).name}: top-1 {confusion.top1:.2%} of {len(images)} images"
     counts = confusion.within_data_set()
+    # Write the numbers first, so that an error in the picture does not lose them.
+    write_json(args.output, record)
     write_atomically(picture, lambda path: plot_confusion(counts, images.class_names, title, path))
-    write_atomically(args.output, lambda path: path.write_text(json.dumps(record, indent=1)))
     return f"{format_summary(record)}\n\n{format_classes(record['classes'])}"
 
 
@@ -234,11 +237,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the script; `argv` is the command line's by default."""
     argv = sys.argv[1:] if argv is None else argv
     (args,) = parse_arguments((AccuracyArguments,), argv, description=__doc__)
-    PartialState(cpu=not torch.cuda.is_available())
-    with exit_on_error(ValueError, OSError):
+    with exit_on_error():
+        PartialState(cpu=not torch.cuda.is_available())
         table = evaluate_accuracy(args)
-    if table is not None:
-        print(f"\n{table}\n\nWritten to {args.output}.")
+        if table is not None:
+            print(f"\n{table}\n\nWritten to {args.output}.")
 
 
 if __name__ == "__main__":

@@ -88,10 +88,13 @@ def decay_maps(decay: BlockDecay, patches: Sequence[tuple[int, int]]) -> torch.T
 
     Returns:
         Shape (patches, heads, rows, columns).
+
+    Raises:
+        ValueError: If a patch is not on the grid.
     """
     rows, columns = decay.grid_size
+    tokens = _tokens_of(decay, patches)
     if not decay.decomposed:
-        tokens = [y * columns + x for y, x in patches]
         heads = [  # one by one, because M has an entry for each pair of tokens
             spatial_decay(decay.gate[None, None, head], decay.alpha[head, None], decay.grid_size, decay.variant)
             for head in range(len(decay.alpha))
@@ -108,11 +111,11 @@ def attention_maps(decay: BlockDecay, patches: Sequence[tuple[int, int]]) -> tor
     """Return the attention from patches, shape (patches, heads, rows, columns); it sums to 1 over the grid.
 
     Raises:
-        ValueError: If it was not recorded.
+        ValueError: If it was not recorded, or a patch is not on the grid.
     """
     if decay.attention is None:
         raise ValueError("The attention was not recorded: call record_decays with attention=True.")
-    tokens = [y * decay.grid_size[1] + x for y, x in patches]
+    tokens = _tokens_of(decay, patches)
     return decay.attention[:, tokens].transpose(0, 1).unflatten(2, decay.grid_size)
 
 
@@ -124,11 +127,19 @@ def half_distances(decay: BlockDecay, patches: Sequence[tuple[int, int]]) -> tor
     """
     if decay.variant == "content":
         return None
-    tokens = [y * decay.grid_size[1] + x for y, x in patches]
+    tokens = _tokens_of(decay, patches)
     gate = decay.gate.mean(dim=1, keepdim=True)
     if decay.variant != "raster":
         gate = (gate + decay.gate[:, tokens]) / 2
     return (math.log(2) / (-gate * decay.alpha[:, None])).expand(-1, len(tokens)).T
+
+
+def _tokens_of(decay: BlockDecay, patches: Sequence[tuple[int, int]]) -> list[int]:
+    rows, columns = decay.grid_size
+    for y, x in patches:
+        if not (0 <= y < rows and 0 <= x < columns):
+            raise ValueError(f"patches must be on the grid of {rows} x {columns}, counted from 0, not {y},{x}.")
+    return [y * columns + x for y, x in patches]
 
 
 class _RecordingProcessor(SDTAttnProcessor):

@@ -22,6 +22,7 @@ from torch import nn
 
 from ..blocks import SDTAttention
 from ..data.decoding import check_bit_depth
+from ..metrics.extractors.base import refused_as
 from ..metrics.extractors.transformers_models import (
     channels_of,
     image_mode_for,
@@ -29,13 +30,15 @@ from ..metrics.extractors.transformers_models import (
     prepare_picture,
     undo_normalization,
 )
+from ..plots import printable
 from ..sampling.generate import generate
 from ..sampling.settings import PipelineArguments, default_device, load_pipeline, parse_classes
 from ..sdt.schedulers import noise_scales
 from ..sdt.vae import decode_latents
-from ..utils.arguments import exit_on_error, parse_arguments
+from ..utils.arguments import exit_on_error, one_line, parse_arguments
 from ..utils.files import check_new, check_writable, write_atomically
 from ..utils.fingerprint import fingerprint
+from ..utils.ranges import between, check_fields
 from ..utils.seeding import Stream, torch_generator
 from .decay import BlockDecay, attention_maps, decay_maps, half_distances, record_decays
 
@@ -50,6 +53,8 @@ COLUMNS = 8
 #: Sizes in inches: a map; the space between maps, at the left for labels, below a map, above a section, above all and
 #: below all.
 CELL, GAP, LEFT, NOTE, SECTION, TOP, BOTTOM = 1.1, 0.08, 0.85, 0.2, 0.3, 0.72, 0.75
+#: Rows of a picture that can be drawn.
+MAX_ROWS = 200
 #: Characters of a title that fit into the narrowest picture.
 MAX_TITLE = 75
 #: Smallest side of the mark around a patch, as a part of the picture.
@@ -122,7 +127,8 @@ def plot_decays(sections: Sequence[DecaySection], title: str, caption: str, path
         return figure.add_axes((left / width, 1 - (top + high) / height, wide / width, high / height))
 
     def write(left, top, text, size, **style):
-        figure.text(left / width, 1 - top / height, text, fontsize=size, **{"va": "top", **style})
+        style = {"va": "top", "parse_math": False, **style}  # names may hold dollar signs
+        figure.text(left / width, 1 - top / height, printable(text), fontsize=size, **style)
 
     write(GAP, GAP, title if len(title) <= MAX_TITLE else f"{title[: MAX_TITLE - 1]}…", 10, fontweight="bold")
     write(GAP, GAP + 0.22, caption, 8)
@@ -177,17 +183,23 @@ class DecayArguments(PipelineArguments):
     output: Path = field(metadata={"help": "PNG file for the picture."})
     image: Path | None = field(default=None, metadata={"help": "Image to show to a classifier."})
     timestep: list[float] = field(
-        default_factory=list, metadata={"help": "Timesteps to which to noise a generator's sample."}
+        default_factory=list,
+        metadata={"help": "Timesteps to which to noise a generator's sample."} | between(0, 1_000_000),
     )
     class_label: str | None = field(default=None, metadata={"help": "Id or name of the class to sample."})
     blocks: list[int] = field(
-        default_factory=list, metadata={"help": "Blocks, from 0; the first, middle and last by default."}
+        default_factory=list,
+        metadata={"help": "Blocks, from 0; the first, middle and last by default."} | between(0, 100_000),
     )
     patches: list[str] = field(
         default_factory=list,
         metadata={"help": "Patches to look from, such as 3,4 for row 3, column 4 of the first block's grid."},
     )
     attention: bool = field(default=False, metadata={"help": "Also draw the attention that results."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_fields(self)
 
 
 @dataclass
@@ -234,6 +246,9 @@ def draw_decays(args: DecayArguments, device: torch.device | str = "cpu") -> Non
     repeated = sorted({block for block in args.blocks if args.blocks.count(block) > 1})
     if repeated:
         raise ValueError(f"blocks must name each block once; {repeated[0]} is repeated.")
+    num_rows = max(len(args.timestep), 1) * (len(args.blocks) or 3) * (len(args.patches) or 2) * (1 + args.attention)
+    if num_rows > MAX_ROWS:
+        raise ValueError(f"The picture would have {num_rows} rows, at most {MAX_ROWS}: give fewer blocks or patches.")
     check_writable(args.output.parent)
     recording = record_image(args, args.image, device) if args.image is not None else record_samples(args, device)
     inputs = recording.inputs
@@ -269,18 +284,19 @@ def record_image(args: DecayArguments, image: Path, device: torch.device | str) 
     model, processor = load_classifier(args.model, args.dtype, device)
     num_channels = channels_of(model)
     image_mode = image_mode_for(num_channels)
+    if not image.is_file():  # a named pipe would wait for a writer
+        raise FileNotFoundError(f"image {image} cannot be read: there is no such file.")
     try:
         with Image.open(image) as opened:
             check_bit_depth(opened)
             picture = opened.convert(image_mode)
-    except OSError as error:
-        raise FileNotFoundError(f"image {image} cannot be read: {error}") from error
-    except ValueError as error:
-        raise ValueError(f"image {image}: {error}") from error
-    pixel_values = prepare_picture(picture, processor, num_channels)
+        pixel_values = prepare_picture(picture, processor, num_channels)
+    except Exception as error:  # Pillow raises many kinds for damaged files
+        raise ValueError(f"image {image}: {one_line(error)}") from error
     with record_decays(model, args.blocks, args.attention) as decays:
         inputs = pixel_values[None].to(device, model.dtype)
-        probabilities = model(inputs).logits[0].float().softmax(dim=0)
+        with refused_as(f"{args.model} does not take what its image processor makes"):
+            probabilities = model(inputs).logits[0].float().softmax(dim=0)
     best = int(probabilities.argmax())
     title = f"{image.name}, taken for {model.config.id2label[best]!r} ({float(probabilities[best]):.0%})"
     return Recording(title, model, [RecordedInput("", undo_normalization(pixel_values, processor), decays)])
@@ -372,9 +388,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the script; `argv` is the command line's by default."""
     argv = sys.argv[1:] if argv is None else argv
     (args,) = parse_arguments((DecayArguments,), argv, description=__doc__)
-    with exit_on_error(ValueError, OSError):
+    with exit_on_error():
         draw_decays(args, default_device())
-    print(f"Written to {args.output}.")
+        print(f"Written to {args.output}.")
 
 
 if __name__ == "__main__":

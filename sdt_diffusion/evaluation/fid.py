@@ -11,11 +11,11 @@ reference's images beside it, and with --model the samples to a folder beside it
 same command is given again. `accelerate launch eval/fid.py` shares the work among processes.
 """
 
-import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from importlib.metadata import version
+from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,7 +25,6 @@ from accelerate import PartialState
 from PIL import Image
 
 from ..data.raw_images import (
-    NpzImages,
     RawImageArguments,
     RawImages,
     SubsetImages,
@@ -33,15 +32,15 @@ from ..data.raw_images import (
     refuse_preparation,
     save_npz_images,
 )
-from ..metrics.extraction import summarize
-from ..metrics.extractors import ExtractorArguments, FeatureExtractor, build_extractor
-from ..metrics.features import FeatureSummary, has_statistics, load_summary
+from ..metrics.extraction import Reference, measure_dims, summarize
+from ..metrics.extractors import ExtractorArguments, FeatureExtractor
+from ..metrics.features import MAX_FEATURES, without_machine
 from ..metrics.registry import (
     FULL_COUNT,
     METRICS,
+    MetricSettings,
     check_counts,
     check_metrics,
-    check_reference,
     compute_metrics,
     format_table,
     label,
@@ -52,12 +51,17 @@ from ..sampling.folder import SampleFolder, is_sample_folder, sample_into
 from ..sampling.generate import class_labels_for, random_class_labels
 from ..sampling.settings import SamplingArguments, load_pipeline
 from ..sdt import SDTPipeline
-from ..utils.arguments import exit_on_error, parse_arguments, require_at_least
-from ..utils.files import check_new, check_writable, write_atomically
+from ..utils.arguments import exit_on_error, parse_arguments
+from ..utils.files import check_new, check_writable, require_space, write_atomically, write_json
+from ..utils.ranges import CheckedArguments, between, check_fields
+from .label_accuracy import shape_of_samples
+
+#: Ranges of the settings of metrics, by name.
+_OF = {each.name: each.metadata for each in fields(MetricSettings)}
 
 
 @dataclass
-class FidArguments:
+class FidArguments(CheckedArguments):
     """What to compare, and how."""
 
     reference: str = field(
@@ -79,15 +83,17 @@ class FidArguments:
         default=None, metadata={"help": "Also write the samples to this .npz, for ADM's evaluation."}
     )
     num_features: int = field(
-        default=10_000, metadata={"help": "Images of the reference, at random, for precision, recall and KID."}
+        default=10_000,
+        metadata={"help": "Images of the reference, at random, for precision, recall and KID."}
+        | between(1, MAX_FEATURES),
     )
-    inception_splits: int = field(default=10, metadata={"help": "Splits of the Inception Score."})
-    kid_subsets: int = field(default=100, metadata={"help": "Subsets of KID."})
-    kid_subset_size: int = field(default=1000, metadata={"help": "Images of each side in a subset of KID."})
-
-    def __post_init__(self):
-        require_at_least(self, 1, "num_features", "inception_splits", "kid_subsets")
-        require_at_least(self, 2, "kid_subset_size")
+    inception_splits: int = field(
+        default=10, metadata={"help": "Splits of the Inception Score.", **_OF["inception_splits"]}
+    )
+    kid_subsets: int = field(default=100, metadata={"help": "Subsets of KID.", **_OF["kid_subsets"]})
+    kid_subset_size: int = field(
+        default=1000, metadata={"help": "Images of each side in a subset of KID.", **_OF["kid_subset_size"]}
+    )
 
 
 @dataclass(kw_only=True)
@@ -102,7 +108,8 @@ class FidSamplingArguments(SamplingArguments):
         metadata={
             "help": f"Samples; {FULL_COUNT} with --model, all there are with --samples by default.",
             "aliases": ["--num_images"],
-        },
+        }
+        | between(1, MAX_FEATURES),
     )
     class_labels: Literal["balanced", "random"] = field(
         default="balanced", metadata={"help": "The classes in turn, or drawn at random for each sample."}
@@ -113,73 +120,7 @@ class FidSamplingArguments(SamplingArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        require_at_least(self, 1, "num_samples")
-
-
-@dataclass
-class Reference:
-    """What samples are compared with: images, or a file of their statistics, or both.
-
-    Args:
-        path: The path or name that was given.
-        images: The images; `None` if there are only statistics.
-        statistics: Statistics from a file; `None` if there are only images.
-    """
-
-    path: str
-    images: RawImages | None = None
-    statistics: FeatureSummary | None = None
-
-    @classmethod
-    def open(cls, path: str, image_args: RawImageArguments) -> "Reference":
-        """Open a file of statistics, or images in any form that `open_images` takes.
-
-        Raises:
-            FileNotFoundError: If a path does not exist.
-            ValueError: If nothing can be read there.
-        """
-        if not has_statistics(Path(path)):
-            return cls(path, images=open_images(path, image_args))
-        refuse_preparation(image_args, Path(path))
-        return cls(path, _images_beside(Path(path)), load_summary(Path(path)))
-
-    def check(self, metrics: Sequence[str], extractor: FeatureExtractor) -> None:
-        """Refuse statistics of another extractor, or without what the metrics need.
-
-        Raises:
-            ValueError: If they differ; names what differs or is missing.
-        """
-        if self.statistics is not None:
-            check_reference(self.path, self.statistics, metrics, extractor, has_images=self.images is not None)
-
-    def count_features(self, limit: int) -> int | None:
-        """Return the number of features to compare with, of at most `limit` images; `None` for no features."""
-        if self.statistics is not None and self.statistics.features is not None:
-            return len(self.statistics.features)
-        return min(limit, len(self.images)) if self.images is not None else None
-
-    def summarize(
-        self, extractor: FeatureExtractor, statistics: Sequence[str], num_features: int, **kwargs: Any
-    ) -> FeatureSummary | None:
-        """Return the statistics and features asked for, from the file if it has them; see `extraction.summarize`."""
-        kwargs = {"desc": "Reference", **kwargs}
-        if self.images is None:
-            return self.statistics
-        if self.statistics is None:
-            return summarize(self.images, extractor, statistics, num_features, **kwargs)
-        if num_features and self.statistics.features is None:
-            beside = summarize(self.images, extractor, (), num_features, **kwargs)
-            self.statistics.features = beside.features if beside else None
-        return self.statistics
-
-
-def _images_beside(path: Path) -> NpzImages | None:
-    """Open the images that ADM's reference files hold beside the statistics."""
-    if path.suffix == ".npz":
-        with np.load(path) as archive:
-            if "arr_0" in archive.files:
-                return NpzImages(path)
-    return None
+        check_fields(self)
 
 
 def compare(
@@ -207,23 +148,31 @@ def compare(
         ValueError: If the arguments do not fit together, or images or statistics cannot be used.
     """
     _check_arguments(args, sampling_args)
-    metrics = args.metrics or [name for name, metric in METRICS.items() if metric.kind in extractor.provides]
+    possible = [name for name, metric in METRICS.items() if metric.kind in extractor.provides]
+    metrics = list(dict.fromkeys(args.metrics)) or possible
     check_metrics(metrics, extractor)
-    reference = Reference.open(args.reference, image_args)
-    reference.check(metrics, extractor)
+    for_reference, for_samples = _divide(image_args, args)
+    reference = Reference.open(args.reference, for_reference)
+    metrics, notes = _choose(metrics, bool(args.metrics), lambda names: reference.check(names, extractor))
     pipe: Any = None
     samples: Any = None
     if args.samples is None:
         pipe = load_pipeline(sampling_args, PartialState().device)
-        num_samples = sampling_args.num_samples or FULL_COUNT
+        num_samples, shape = sampling_args.num_samples or FULL_COUNT, shape_of_samples(pipe)
     else:
-        samples = open_samples(args.samples, sampling_args.num_samples, image_args)
-        num_samples = len(samples)
+        samples = open_samples(args.samples, sampling_args.num_samples, for_samples)
+        num_samples, shape = len(samples), samples[0].shape
     num_reference = reference.count_features(args.num_features)
-    metrics, notes = _check_counts(args, metrics, num_samples, num_reference)
+    counts = (num_samples, num_reference, args.inception_splits, args.kid_subset_size)
+    metrics, too_few = _choose(metrics, bool(args.metrics), lambda names: check_counts(names, *counts))
+    notes += too_few
+    dims = measure_dims(extractor, shape)
+    _check_dimensions(args.reference, reference.dims(extractor), dims)
 
     statistics = [METRICS[name].statistics for name in metrics if METRICS[name].statistics]
     with_features = any(METRICS[name].features for name in metrics)
+    num_kept = num_samples + (num_reference or 0) if with_features else 0
+    _check_space(args, sampling_args, (num_samples, *shape), num_kept * dims.get("pool", 0))
     options: dict[str, Any] = {
         "extractor": extractor,
         "statistics": statistics,
@@ -232,7 +181,7 @@ def compare(
     }
     expected = reference.summarize(num_features=args.num_features if with_features else 0, **options)
     if pipe is not None:
-        samples = draw_samples(pipe, sampling_args, num_samples, args.output)
+        samples = draw_samples(pipe, sampling_args, num_samples, _samples_folder(args, sampling_args))
         notes += _notes_on_sampling(pipe, sampling_args)
     splits = args.inception_splits if "inception_score" in metrics else 0
     num_features = None if with_features else 0
@@ -240,15 +189,14 @@ def compare(
     if expected is None or found is None:  # not the main process
         return None
 
-    _check_dimensions(args.reference, expected, found)
     device = PartialState().device
     values = compute_metrics(metrics, found, expected, args.kid_subsets, args.kid_subset_size, device)
     record = {
         "kind": "fid",
         **values,
         "labels": {name: label(name, len(samples), extractor) for name in metrics},
-        "samples": {**found.provenance, **({"model": sampling_args.model} if pipe else {})},
-        "reference": {"path": args.reference, **expected.provenance},
+        "samples": without_machine({**found.provenance, **({"model": sampling_args.model} if pipe else {})}),
+        "reference": without_machine({**expected.provenance, "path": args.reference}),
         "settings": {
             "inception_splits": args.inception_splits,
             "kid_subsets": args.kid_subsets,
@@ -259,31 +207,78 @@ def compare(
         "versions": {package: version(package) for package in ("sdt_diffusion", "torch", "diffusers")},
     }
     # Write the numbers first, so that an error in what follows does not lose them.
-    write_atomically(args.output, lambda path: path.write_text(json.dumps(record, indent=2)))
+    write_json(args.output, record)
     if args.samples_npz:
         write_atomically(args.samples_npz, lambda path: save_npz_images(path, samples))
     write_atomically(args.output.with_suffix(".png"), side_by_side(samples, reference.images).save)
     return format_table(values, record, extractor)
 
 
+def _divide(image_args: RawImageArguments, args: FidArguments) -> tuple[RawImageArguments, RawImageArguments]:
+    """Return how to read the images of the reference, and how to read samples that are given.
+
+    Images of the reference are prepared as asked for, and samples only read in that mode, since they have the size to
+    be compared. Where the reference holds statistics or arrays, which stay as they are, samples are prepared.
+
+    Raises:
+        ValueError: If there is nothing to prepare on either side.
+    """
+    samples_take_them = args.samples is not None and _are_prepared(args.samples)
+    if _are_prepared(args.reference):
+        mode = image_args.image_mode if samples_take_them else None
+        return image_args, RawImageArguments(image_mode=mode)
+    if not samples_take_them:
+        refuse_preparation(image_args, Path(args.reference))
+    return RawImageArguments(), image_args
+
+
+def _are_prepared(name: str) -> bool:
+    path = Path(name).expanduser()
+    return path.suffix.lower() not in (".npz", ".safetensors", ".pkl") and not is_sample_folder(path)
+
+
 def open_samples(name: str, count: int | None, image_args: RawImageArguments) -> RawImages:
     """Open samples of another run, of a folder of images, or of an `.npz`; `count` of them at random, or all."""
-    if is_sample_folder(Path(name)):
-        images: RawImages = SampleFolder(Path(name))
-    else:
-        mode = None if Path(name).suffix.lower() == ".npz" else image_args.image_mode
-        images = open_images(name, RawImageArguments(image_mode=mode))
+    path = Path(name)
+    images = SampleFolder(path) if is_sample_folder(path) else open_images(name, image_args)
     return images if count in (None, len(images)) else SubsetImages(images, count)
 
 
-def draw_samples(pipe: SDTPipeline, args: FidSamplingArguments, num_samples: int, output: Path) -> SampleFolder:
-    """Sample from the pipeline into `samples_dir`, or into a folder beside the output."""
+def _samples_folder(args: FidArguments, sampling_args: FidSamplingArguments) -> Path:
+    return Path(sampling_args.samples_dir or args.output.with_suffix(".samples"))
+
+
+def _check_space(
+    args: FidArguments, sampling_args: FidSamplingArguments, samples: Sequence[int], num_values: int
+) -> None:
+    """Refuse an evaluation whose samples and features the disks cannot hold.
+
+    Args:
+        args: Where the results go.
+        sampling_args: Where the samples go.
+        samples: Shape of all samples together.
+        num_values: Values of all features that are kept, of four bytes each.
+    """
+    sizes = {args.output.parent: 4 * num_values}
+    if args.samples is None:
+        folder = _samples_folder(args, sampling_args)
+        there = sum(file.stat().st_size for file in folder.glob("batch-*.npy"))
+        sizes[folder] = max(0, prod(samples) - there)
+        if PartialState().is_main_process:
+            check_writable(folder)
+    if args.samples_npz is not None:
+        sizes[args.samples_npz.parent] = sizes.get(args.samples_npz.parent, 0) + 3 * prod(samples[:3])
+    for folder, size in sizes.items():
+        require_space(folder, size, "What this evaluation keeps there")
+
+
+def draw_samples(pipe: SDTPipeline, args: FidSamplingArguments, num_samples: int, folder: Path) -> SampleFolder:
+    """Sample from the pipeline into a folder, starting from what it holds already."""
     classes = range(pipe.transformer.config.num_classes)
     if args.class_labels == "balanced":
         labels = class_labels_for(num_samples, classes)
     else:
         labels = random_class_labels(num_samples, classes, args.seed)
-    folder = Path(args.samples_dir) if args.samples_dir else output.with_suffix(".samples")
     settings, backend = args.settings(pipe), args.attention_backend
     return sample_into(folder, pipe, labels, settings, args.batch_size, attention_backend=backend)
 
@@ -324,29 +319,28 @@ def _check_arguments(args: FidArguments, sampling_args: FidSamplingArguments) ->
         check_writable(path.parent)
 
 
-def _check_counts(
-    args: FidArguments, metrics: list[str], num_samples: int, num_reference: int | None
+def _choose(
+    metrics: Sequence[str], asked_for: bool, check: Callable[[Sequence[str]], None]
 ) -> tuple[list[str], list[str]]:
-    """Leave out metrics that need more images than there are, unless the user named them.
+    """Leave out metrics that a check refuses, unless the user named them.
 
     Returns:
         The metrics that remain, and a note for each that does not.
 
     Raises:
-        ValueError: If a metric that was asked for needs more images, or none remains.
+        ValueError: If a metric that was asked for is refused, or none remains.
     """
-    counts = (num_samples, num_reference, args.inception_splits, args.kid_subset_size)
-    if args.metrics:
-        check_counts(metrics, *counts)
+    if asked_for:
+        check(metrics)
     remaining, notes = [], []
     for name in metrics:
         try:
-            check_counts([name], *counts)
+            check([name])
             remaining.append(name)
         except ValueError as error:
             notes.append(f"Left out: {str(error).removeprefix('metrics: ')}")
     if not remaining:
-        check_counts(metrics, *counts)
+        check(metrics)
     return remaining, notes
 
 
@@ -358,11 +352,12 @@ def _notes_on_sampling(pipe: SDTPipeline, args: FidSamplingArguments) -> list[st
     return [f"The pipeline has no guidance_scale saved: {guidance:g} was used; FIDs are best at about 1.5."]
 
 
-def _check_dimensions(path: str, expected: FeatureSummary, found: FeatureSummary) -> None:
-    for kind, statistics in found.statistics.items():
-        dims = len(expected.statistics[kind].mean), len(statistics.mean)
-        if dims[0] != dims[1]:
-            raise ValueError(f"{path}: its {kind} features have {dims[0]} dimensions, those of the samples {dims[1]}.")
+def _check_dimensions(path: str, expected: dict[str, int], found: dict[str, int]) -> None:
+    for kind in sorted(set(expected) & set(found)):
+        if expected[kind] != found[kind]:
+            raise ValueError(
+                f"{path}: its {kind} features have {expected[kind]} dimensions, those of the samples {found[kind]}."
+            )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -370,13 +365,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     types = (FidArguments, FidSamplingArguments, ExtractorArguments, RawImageArguments)
     args, sampling_args, extractor_args, image_args = parse_arguments(types, argv, description=__doc__)
-    state = PartialState(cpu=not torch.cuda.is_available())
-    with exit_on_error(ValueError, OSError):
+    with exit_on_error():
+        state = PartialState(cpu=not torch.cuda.is_available())
         with state.local_main_process_first():  # one process downloads the weights
-            extractor = build_extractor(extractor_args.extractor, extractor_args.extractor_weights, state.device)
+            extractor = extractor_args.build(state.device)
         table = compare(args, sampling_args, extractor, image_args, extractor_args.dataloader_num_workers)
-    if table is not None:
-        print(f"\n{table}\n\nWritten to {args.output}.")
+        if table is not None:
+            print(f"\n{table}\n\nWritten to {args.output}.")
 
 
 if __name__ == "__main__":

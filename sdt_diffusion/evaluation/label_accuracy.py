@@ -10,15 +10,21 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 import numpy as np
 
 from ..data import DataArguments, LabeledImages, load_images
+from ..data.decoding import IMAGE_MODES
 from ..sampling.generate import class_labels_for, describe_sampling, generate, stack_samples
 from ..sampling.settings import SamplingArguments, default_device, load_pipeline
 from ..sdt import SDTPipeline
-from ..utils.arguments import exit_on_error, parse_arguments, require_at_least
+from ..utils.arguments import exit_on_error, parse_arguments
+from ..utils.ranges import LARGEST, CheckedArguments, Range, between, check_number
+
+#: Largest number of values of all real images, which are in memory together.
+MAX_VALUES = 1 << 28
 
 
 def label_accuracy(
@@ -39,7 +45,16 @@ def label_accuracy(
     Raises:
         ValueError: If the samples are not of the real images' size, or the pipeline has fewer classes.
     """
+    check_number("num_images", num_images, Range(1, LARGEST))
+    check_number("batch_size", batch_size, Range(1, LARGEST))
     labels = class_labels_for(num_images, range(real.num_classes))
+    pipe.prepare_class_labels(sorted(set(labels)))
+    channels, height, width = np.asarray(real[0][0]).shape
+    made = shape_of_samples(pipe)
+    if made != (height, width, channels):
+        raise ValueError(f"Samples of shape {made} do not fit real images {(height, width, channels)}.")
+    if len(real) * prod(made) > MAX_VALUES:
+        raise ValueError(f"{len(real)} real images of {height}x{width} pixels are too many for an RBF SVM.")
     samples = stack_samples(generate(pipe, labels, batch_size=batch_size, output_type="np", **sampling))
     return {
         "kind": "label_accuracy",
@@ -76,16 +91,28 @@ def svm_label_accuracy(real: LabeledImages, samples: np.ndarray, labels: Sequenc
     return float((classifier.predict(samples.reshape(len(samples), -1)) == np.asarray(labels)).mean())
 
 
+def shape_of_samples(pipe: SDTPipeline) -> tuple[int, int, int]:
+    """Return height, width and channels of the images that a pipeline makes.
+
+    Raises:
+        ValueError: If they are neither gray nor RGB.
+    """
+    size = pipe.transformer.config.sample_size
+    height, width = (size, size) if isinstance(size, int) else size
+    channels = (pipe.transformer if pipe.vae is None else pipe.vae).config.in_channels
+    if channels not in IMAGE_MODES:
+        raise ValueError(f"The pipeline makes images of {channels} channels; only 1 and 3 can be evaluated.")
+    return height * pipe.vae_scale_factor, width * pipe.vae_scale_factor, channels
+
+
 @dataclass
-class LabelAccuracyArguments:
+class LabelAccuracyArguments(CheckedArguments):
     """How many samples to judge."""
 
     num_images: int = field(
-        default=1000, metadata={"help": "Samples, the classes in turn.", "aliases": ["--num_samples"]}
+        default=1000,
+        metadata={"help": "Samples, the classes in turn.", "aliases": ["--num_samples"]} | between(1, 1_000_000),
     )
-
-    def __post_init__(self):
-        require_at_least(self, 1, "num_images")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -93,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     types = (LabelAccuracyArguments, SamplingArguments, DataArguments)
     args, sampling_args, data_args = parse_arguments(types, argv, description=__doc__)
-    with exit_on_error(ValueError, OSError):
+    with exit_on_error():
         pipe = load_pipeline(sampling_args, default_device())
         sample_size = pipe.transformer.config.sample_size
         if not isinstance(sample_size, int):
@@ -101,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         images = load_images(data_args, sample_size * pipe.vae_scale_factor)
         settings = sampling_args.settings(pipe)
         results = label_accuracy(pipe, images, args.num_images, settings, sampling_args.batch_size)
-    print(json.dumps(results))
+        print(json.dumps(results, allow_nan=False))
 
 
 if __name__ == "__main__":

@@ -15,25 +15,24 @@ import torch
 from accelerate import PartialState
 
 from ..data.raw_images import RawImageArguments, open_images
-from ..metrics.extraction import summarize
-from ..metrics.extractors import ExtractorArguments, build_extractor
-from ..metrics.features import STATISTICS_KEYS, check_summary_path, save_summary
-from ..utils.arguments import exit_on_error, parse_arguments, require_at_least
-from ..utils.files import check_writable
+from ..metrics.extraction import measure_dims, summarize
+from ..metrics.extractors import ExtractorArguments
+from ..metrics.features import MAX_FEATURES, STATISTICS_KEYS, check_summary_path, save_summary
+from ..utils.arguments import exit_on_error, parse_arguments
+from ..utils.files import check_writable, require_space
+from ..utils.ranges import CheckedArguments, between
 
 
 @dataclass
-class ReferenceArguments:
+class ReferenceArguments(CheckedArguments):
     """Which images to summarize, and where to write the statistics."""
 
     images: str = field(metadata={"help": "Folder of images, data set (file, Hub name or 'digits'), or .npz."})
     output: Path = field(metadata={"help": ".safetensors or .npz file."})
     num_features: int = field(
-        default=10_000, metadata={"help": "Images, at random, whose features to keep; 0 for none."}
+        default=10_000,
+        metadata={"help": "Images, at random, whose features to keep; 0 for none."} | between(0, MAX_FEATURES),
     )
-
-    def __post_init__(self):
-        require_at_least(self, 0, "num_features")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -41,13 +40,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     types = (ReferenceArguments, ExtractorArguments, RawImageArguments)
     args, extractor_args, image_args = parse_arguments(types, argv, description=__doc__)
-    state = PartialState(cpu=not torch.cuda.is_available())
-    with exit_on_error(ValueError, OSError):
+    with exit_on_error():
+        state = PartialState(cpu=not torch.cuda.is_available())
         check_summary_path(args.output)
         check_writable(args.output.parent)
         images = open_images(args.images, image_args)
         with state.local_main_process_first():  # one process downloads the weights
-            extractor = build_extractor(extractor_args.extractor, extractor_args.extractor_weights, state.device)
+            extractor = extractor_args.build(state.device)
+        num_values = min(args.num_features, len(images)) * measure_dims(extractor, images[0].shape)["pool"]
+        require_space(args.output.parent, 2 * 4 * num_values, "The features, while they are written,")
         summary = summarize(
             images,
             extractor,

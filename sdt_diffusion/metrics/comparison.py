@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
+from ..utils.ranges import LARGEST, Range, check_number
 from .features import Features, GaussianStatistics, rows_of
 
 #: Neighbors that decide the radius of a ball, by convention.
@@ -55,6 +56,8 @@ def kernel_distance(
     """
     from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metric
 
+    check_number("subsets", subsets, Range(1, LARGEST))
+    check_number("subset_size", subset_size, Range(2, LARGEST))
     for features in (first, second):
         if len(features) < subset_size:
             raise ValueError(f"{len(features)} images are too few for KID's subsets of {subset_size}.")
@@ -95,6 +98,8 @@ def manifold_coverage(
     Raises:
         ValueError: If there are not more than k features of either, or one is not finite.
     """
+    check_number("neighborhood", neighborhood, Range(1, LARGEST))
+    check_number("block", block, Range(1, LARGEST))
     for features in (points, centers):
         if len(features) <= neighborhood:
             raise ValueError(f"{len(features)} images are too few for {neighborhood} nearest neighbors.")

@@ -16,6 +16,8 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from ..data import CorruptImageError
+from ..utils.ranges import LARGEST, Range, check_number
+from .extraction import ignore_ctrl_c
 from .extractors.transformers_models import prepare_picture
 
 #: Number of highest logits among which a label counts for `top5`.
@@ -152,11 +154,15 @@ class PreparedImages(Dataset):
     def __getitems__(self, indices: Sequence[int]) -> list[tuple[torch.Tensor, int] | CorruptImageError]:
         try:
             pictures = self.images.__getitems__(indices)
-            return [
-                (prepare_picture(picture, self.processor, self.num_channels), label) for picture, label in pictures
-            ]
         except CorruptImageError as error:
             return [error]
+        return [self._prepare(picture, label, row) for row, (picture, label) in zip(indices, pictures, strict=True)]
+
+    def _prepare(self, picture: Any, label: int, row: int) -> tuple[torch.Tensor, int] | CorruptImageError:
+        try:
+            return prepare_picture(picture, self.processor, self.num_channels), label
+        except ValueError as error:
+            return CorruptImageError(f"Cannot use row {row} of {self.images.name}: {error}")
 
     def first(self) -> torch.Tensor:
         """Return the first image, whose shape all have; errors are those of `prepare_picture` and of the data set."""
@@ -195,11 +201,15 @@ def classify(
         CorruptImageError: If an image cannot be decoded; the message names it.
         ValueError: If images come in several sizes, or logits are not finite.
     """
+    check_number("batch_size", batch_size, Range(1, LARGEST))
+    check_number("num_workers", num_workers, Range(0, 1024))
     state = PartialState()
     running = RunningConfusion(labels, model.config.num_labels, state.device)
     batches = [range(start, min(start + batch_size, len(images))) for start in range(0, len(images), batch_size)]
     mine = [list(batch) for batch in batches[state.process_index :: state.num_processes]]
-    loader = DataLoader(images, batch_sampler=mine, num_workers=num_workers, collate_fn=list)
+    loader = DataLoader(
+        images, batch_sampler=mine, num_workers=num_workers, collate_fn=list, worker_init_fn=ignore_ctrl_c
+    )
     speeds = []
     bar = tqdm(
         total=sum(map(len, mine)), desc="Images", unit="image", leave=False, delay=5, disable=not state.is_main_process

@@ -11,18 +11,22 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from ..data.raw_images import map_npz_array
-from ..utils.files import check_new, write_atomically
+from ..utils.files import check_new, require_space, shorten_path, valid_json, write_atomically
+from ..utils.reading import MAX_TEXT_BYTES
 
 #: Kind of features -> names of mean and covariance in a file, as in ADM's reference statistics.
 STATISTICS_KEYS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 FEATURES_KEY = "features"
 PROVENANCE_KEY = "provenance"
-#: Errors that NumPy raises for a damaged `.npz`.
-NPZ_ERRORS = (zipfile.BadZipFile, OSError, ValueError, EOFError)
+KNOWN_KEYS = (*(key for pair in STATISTICS_KEYS.values() for key in pair), FEATURES_KEY)
+#: Largest dimension of features: a covariance of it takes 2 GiB. Largest number of features that are kept.
+MAX_DIM, MAX_FEATURES = 16_384, 1_000_000
+#: First number of the version of an array's header -> function that reads it.
+_READ_HEADER = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
 
 
 class FeatureFile:
@@ -38,7 +42,8 @@ class FeatureFile:
     """
 
     def __init__(self, folder: Path, rows: int, dim: int):
-        self.shape = (rows, dim)
+        self.shape, self._folder = (rows, dim), folder
+        require_space(folder, 4 * rows * dim, "The features of the images")
         self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  (lives as long as the object)
 
     def __del__(self):
@@ -49,18 +54,36 @@ class FeatureFile:
         return self.shape[0]
 
     def append(self, features: np.ndarray) -> None:
-        """Add features of shape (n, dim)."""
-        self._file.write(np.ascontiguousarray(features, dtype=np.float32).tobytes())
+        """Add features of shape (n, dim).
+
+        Raises:
+            OSError: If the disk is full; names the folder.
+        """
+        try:
+            self._file.write(np.ascontiguousarray(features, dtype=np.float32).tobytes())
+            self._file.flush()
+        except OSError as error:
+            raise OSError(
+                error.errno, f"Features cannot be kept there: {error.strerror}", str(self._folder)
+            ) from error
 
     def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
-        self._file.flush()
-        size = 4 * self.shape[1]
         if isinstance(rows, slice):
             start, stop, _ = rows.indices(len(self))
-            data = os.pread(self._file.fileno(), (stop - start) * size, start * size)
+            data = self._read(start, stop)
         else:
-            data = b"".join(os.pread(self._file.fileno(), size, int(row) * size) for row in rows)
+            data = b"".join(self._read(int(row), int(row) + 1) for row in rows)
         return np.frombuffer(data, dtype=np.float32).reshape(-1, self.shape[1])
+
+    def _read(self, start: int, stop: int) -> bytes:
+        size = 4 * self.shape[1]
+        parts, offset, end = [], start * size, stop * size
+        while offset < end:  # the system reads at most 2 GiB at a time
+            parts.append(os.pread(self._file.fileno(), end - offset, offset))
+            if not parts[-1]:
+                raise OSError(f"The features of {len(self)} images end early, at byte {offset}.")
+            offset += len(parts[-1])
+        return b"".join(parts)
 
 
 #: Features of shape (n, dim).
@@ -104,10 +127,13 @@ class GaussianStatistics:
         eigenvectors without the null space, whose eigenvalues are rounding errors that a square root would enlarge.
 
         Raises:
-            ValueError: If the covariance is not finite, or has negative eigenvalues.
+            ValueError: If the covariance is not finite, not symmetric, or has negative eigenvalues.
         """
         if not (np.isfinite(self.mean).all() and np.isfinite(self.covariance).all()):
             raise ValueError("The statistics hold values that are NaN or infinite.")
+        asymmetry = np.abs(self.covariance - self.covariance.T).max()
+        if asymmetry > 1e-5 * np.abs(self.covariance.diagonal()).max():
+            raise ValueError(f"The covariance is not symmetric: entries differ by {asymmetry:.3g}.")
         covariance = torch.from_numpy(self.covariance)
         rounding = len(covariance) * torch.finfo(torch.float64).eps * covariance.diagonal().max()
         factor, failed = torch.linalg.cholesky_ex(covariance)
@@ -143,6 +169,8 @@ class RunningGaussian:
         """Add features of shape (n, dim)."""
         features = features.double()
         if self.count == 0:
+            if features.shape[1] > MAX_DIM:
+                raise ValueError(f"{features.shape[1]} dimensions are too many for a covariance; at most {MAX_DIM}.")
             self.origin = features.mean(0)
             self.sum = torch.zeros_like(self.origin)
             self.outer = torch.zeros(len(self.origin), len(self.origin), dtype=torch.float64, device=features.device)
@@ -205,7 +233,7 @@ def save_summary(path: Path, summary: FeatureSummary) -> None:
         arrays |= {mean_key: statistics.mean, covariance_key: statistics.covariance}
     if summary.features is not None:
         arrays[FEATURES_KEY] = np.asarray(summary.features[:])
-    provenance = json.dumps(summary.provenance)
+    provenance = json.dumps(valid_json(without_machine(summary.provenance)), allow_nan=False)
     if path.suffix == ".safetensors":
         write_atomically(path, lambda partial: save_file(arrays, partial, metadata={PROVENANCE_KEY: provenance}))
     else:
@@ -213,25 +241,34 @@ def save_summary(path: Path, summary: FeatureSummary) -> None:
         write_atomically(path, lambda partial: np.savez(partial, **arrays))
 
 
+def without_machine(provenance: dict[str, Any]) -> dict[str, Any]:
+    """Return a record whose paths do not tell where it was made."""
+    return {key: shorten_path(value) for key, value in provenance.items()}
+
+
 def load_summary(path: Path) -> FeatureSummary:
     """Read what `save_summary` or ADM's tools wrote.
 
     Raises:
-        ValueError: If the file is damaged, holds no statistics, or is a `.pkl`.
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is damaged, holds no statistics or some that make no sense, or is a `.pkl`.
     """
     _refuse_pickle(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file {path}.")
     try:
         arrays, provenance = (_read_safetensors if path.suffix == ".safetensors" else _read_npz)(path)
-    except (SafetensorError, *NPZ_ERRORS) as error:
+    except (ArrayError, MemoryError):
+        raise
+    except Exception as error:  # zipfile, NumPy and safetensors raise many kinds for damaged files
         raise ValueError(f"{path} cannot be read: {error}") from error
-    if not isinstance(provenance, dict) or not isinstance(provenance.get("count", 0), int):
-        raise ValueError(f"{path}: its {PROVENANCE_KEY} is not what eval/make_reference.py writes.")
+    _check_provenance(path, provenance)
     statistics = {}
     for kind, (mean_key, covariance_key) in STATISTICS_KEYS.items():
         if mean_key not in arrays or covariance_key not in arrays:
             continue
         mean, covariance = (np.asarray(arrays[key], dtype=np.float64) for key in (mean_key, covariance_key))
-        if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+        if mean.ndim != 1 or not len(mean) or covariance.shape != (len(mean), len(mean)):
             raise ValueError(f"{path}: {mean_key} {mean.shape} and {covariance_key} {covariance.shape} do not fit.")
         statistics[kind] = GaussianStatistics(mean, covariance, provenance.get("count"))
         try:
@@ -241,9 +278,30 @@ def load_summary(path: Path) -> FeatureSummary:
     if "pool" not in statistics:
         raise ValueError(f"{path} holds no statistics (mu and sigma); it has {', '.join(arrays) or 'nothing'}.")
     features = arrays.get(FEATURES_KEY)
-    if features is not None and (features.ndim != 2 or features.shape[1:] != arrays["mu"].shape):
-        raise ValueError(f"{path}: {FEATURES_KEY} of shape {features.shape} do not fit its statistics.")
+    if features is not None:
+        if features.ndim != 2 or not len(features) or features.shape[1:] != arrays["mu"].shape:
+            raise ValueError(f"{path}: {FEATURES_KEY} of shape {features.shape} do not fit its statistics.")
+        for start in range(0, len(features), 4096):
+            if not np.isfinite(features[start : start + 4096]).all():
+                raise ValueError(f"{path}: its {FEATURES_KEY} hold values that are NaN or infinite.")
     return FeatureSummary(statistics, features, provenance=provenance)
+
+
+def _check_provenance(path: Path, provenance: Any) -> None:
+    """Refuse a record whose values are not of the types that `summarize` gives them."""
+    texts = ("images", "format", "preparation", "extractor", "resize", "weights")
+    fits = isinstance(provenance, dict)
+    if fits:
+        count, shape = provenance.get("count", 1), provenance.get("shape", [])
+        fits = (
+            all(isinstance(provenance.get(key, ""), str) for key in texts)
+            and isinstance(count, int)
+            and count > 0
+            and isinstance(shape, list)
+            and all(isinstance(side, int) for side in shape)
+        )
+    if not fits:
+        raise ValueError(f"{path}: its {PROVENANCE_KEY} is not what eval/make_reference.py writes.")
 
 
 def has_statistics(path: Path) -> bool:
@@ -253,13 +311,22 @@ def has_statistics(path: Path) -> bool:
         ValueError: If the file is a damaged `.npz`, or a `.pkl`.
     """
     _refuse_pickle(path)
-    if path.suffix == ".npz" and path.is_file():
-        try:
-            with zipfile.ZipFile(path) as archive:
-                return "mu.npy" in archive.namelist()
-        except NPZ_ERRORS as error:
-            raise ValueError(f"{path} is not a complete .npz file: {error}") from error
+    if path.suffix.lower() == ".npz" and path.is_file():
+        return "mu" in names_in_npz(path)
     return path.suffix == ".safetensors"
+
+
+def names_in_npz(path: Path) -> list[str]:
+    """Return the names of the arrays in an `.npz` file.
+
+    Raises:
+        ValueError: If it is damaged; names it.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
+    except Exception as error:  # zipfile raises many kinds for damaged files
+        raise ValueError(f"{path} is not a complete .npz file: {error}") from error
 
 
 def _refuse_pickle(path):
@@ -271,17 +338,48 @@ def _refuse_pickle(path):
         )
 
 
+class ArrayError(ValueError):
+    """An array of a file has a type or a size that none of its name has; the message names both."""
+
+
 def _read_safetensors(path):
-    with safe_open(path, framework="numpy") as file:
-        arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (it is not a dictionary)
+    with safe_open(path, framework="pt") as file:
+        arrays = {}
+        for key in (key for key in KNOWN_KEYS if key in file.keys()):  # noqa: SIM118  (it is not a dictionary)
+            found = file.get_slice(key)
+            is_float = found.get_dtype() in ("F64", "F32", "F16", "BF16")
+            _check_array(path, key, tuple(found.get_shape()), is_float, found.get_dtype())
+            tensor = file.get_tensor(key)
+            arrays[key] = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
         return arrays, json.loads((file.metadata() or {}).get(PROVENANCE_KEY, "{}"))
 
 
 def _read_npz(path):
-    with np.load(path) as archive:  # refuses pickled objects
-        known = [key for pair in STATISTICS_KEYS.values() for key in pair if key in archive.files]
-        arrays = {key: archive[key] for key in known}
-        provenance = json.loads(str(archive[PROVENANCE_KEY])) if PROVENANCE_KEY in archive.files else {}
-        if FEATURES_KEY in archive.files:
-            arrays[FEATURES_KEY] = map_npz_array(path, FEATURES_KEY)
-    return arrays, provenance
+    arrays = {}
+    with zipfile.ZipFile(path) as archive:
+        keys = [key for key in (*KNOWN_KEYS, PROVENANCE_KEY) if f"{key}.npy" in archive.namelist()]
+        for key in keys:  # the headers of all, before memory is asked for
+            with archive.open(f"{key}.npy") as member:
+                version = np.lib.format.read_magic(member)
+                shape, _, dtype = _READ_HEADER[version[0]](member)
+            if key != PROVENANCE_KEY:
+                _check_array(path, key, shape, dtype.kind == "f", dtype)
+            elif dtype.kind != "U" or shape != () or dtype.itemsize > MAX_TEXT_BYTES:
+                raise ArrayError(f"{path}: its {PROVENANCE_KEY} is not what eval/make_reference.py writes.")
+        for key in keys:
+            if key == FEATURES_KEY:
+                arrays[key] = map_npz_array(path, key)
+            else:
+                with archive.open(f"{key}.npy") as member:
+                    arrays[key] = np.lib.format.read_array(member, allow_pickle=False)
+    provenance = arrays.pop(PROVENANCE_KEY, None)
+    return arrays, {} if provenance is None else json.loads(str(provenance))
+
+
+def _check_array(path: Path, key: str, shape: tuple[int, ...], is_float: bool, dtype: Any) -> None:
+    """Refuse an array that is not of real numbers, or larger than any that this package writes."""
+    if not is_float:
+        raise ArrayError(f"{path}: {key} is of type {dtype}, not floating-point numbers.")
+    limits = (MAX_FEATURES, MAX_DIM) if key == FEATURES_KEY else (MAX_DIM, MAX_DIM)
+    if len(shape) > 2 or any(size > limit for size, limit in zip(shape, limits, strict=False)):
+        raise ArrayError(f"{path}: {key} of shape {shape} is too large.")

@@ -1,19 +1,21 @@
 """The table of metrics: what each needs, how it is computed, and how its number is presented."""
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from ..utils.fingerprint import differences
+from ..utils.ranges import CheckedArguments, between
 from .comparison import NEIGHBORHOOD, frechet_distance, kernel_distance, manifold_coverage
 from .extractors import FeatureExtractor
 from .features import FeatureSummary
 
 
 @dataclass(frozen=True)
-class MetricSettings:
+class MetricSettings(CheckedArguments):
     """Settings of metrics.
 
     Args:
@@ -23,9 +25,9 @@ class MetricSettings:
         device: Where to compute with features.
     """
 
-    inception_splits: int = 10
-    kid_subsets: int = 100
-    kid_subset_size: int = 1000
+    inception_splits: int = field(default=10, metadata=between(1, 10_000))
+    kid_subsets: int = field(default=100, metadata=between(1, 100_000))
+    kid_subset_size: int = field(default=1000, metadata=between(2, 1_000_000))
     device: torch.device | str = "cpu"
 
 
@@ -200,7 +202,7 @@ def compute_metrics(
         device: Where to compute with features.
 
     Raises:
-        ValueError: If there are fewer images than a metric needs, or dimensions differ.
+        ValueError: If there are fewer images than a metric needs, dimensions differ, or a number is not finite.
     """
     settings = MetricSettings(kid_subsets=kid_subsets, kid_subset_size=kid_subset_size, device=device)
     values = {}
@@ -210,6 +212,9 @@ def compute_metrics(
             values[name], values[f"{name}_std"] = value
         else:
             values[name] = value
+    for name, value in values.items():
+        if not math.isfinite(value):
+            raise ValueError(f"{name} is {value}: the features are too large to be compared.")
     # Further digits depend on the number of threads.
     return {name: float(f"{value:.9g}") for name, value in values.items()}
 

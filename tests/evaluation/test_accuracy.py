@@ -1,6 +1,7 @@
 import json
 import shutil
 from types import SimpleNamespace
+from unittest import mock
 
 import datasets
 import numpy as np
@@ -15,7 +16,7 @@ from sdt_diffusion.data import CorruptImageError
 from sdt_diffusion.evaluation import accuracy
 from sdt_diffusion.evaluation.accuracy import AccuracyArguments, evaluate_accuracy, open_labeled_images
 from sdt_diffusion.evaluation.cost import count_cost
-from sdt_diffusion.metrics.confusion import PreparedImages, classify
+from sdt_diffusion.metrics.confusion import Confusion, PreparedImages, classify
 from tests.sdt_h.small import small_model
 
 NAMES = {0: "black", 1: "gray", 2: "white", 3: "a", 4: "b", 5: "c"}
@@ -79,7 +80,7 @@ def test_the_record_says_what_was_done_with_what(tmp_path, folder, saved):
     assert [entry["name"] for entry in record["classes"]] == ["black", "gray", "white"]
     assert sum(entry["count"] for entry in record["classes"]) == 9
     assert record["data"] == {
-        **{"dataset": str(folder), "split": None, "count": 9, "num_classes": 3, "classes_with_images": 3},
+        **{"dataset": ".../images", "split": None, "count": 9, "num_classes": 3, "classes_with_images": 3},
         "labels_matched_by": "name",
     }
     assert record["cost"]["multiply_adds"] == count_cost(saved, torch.zeros(1, 1, 16, 16)).multiply_adds
@@ -206,3 +207,49 @@ def test_logits_that_are_not_finite_and_images_of_several_sizes_are_named(tmp_pa
     images = open_labeled_images(arguments(tmp_path, folder), 1)
     with pytest.raises(ValueError, match=r"several shapes of .*\(1, 4, 4\) and \(1, 4, 6\)"):
         classify(ByBrightness(), PreparedImages(images, processor, 1), [0, 1, 2], 9)
+
+
+@pytest.mark.parametrize("name", ["batch_size", "dataloader_num_workers"])
+@pytest.mark.parametrize("value", [-1, 0.5, float("nan"), 10**30])
+def test_numbers_that_make_no_sense_are_refused(tmp_path, name, value):
+    with pytest.raises(ValueError, match=name):
+        arguments(tmp_path, "digits", **{name: value})
+
+
+def test_an_image_that_the_processor_would_enlarge_without_end_is_named(tmp_path, folder, saved):
+    Image.new("L", (3000, 1)).save(folder / "gray" / "1.png")
+    with pytest.raises(CorruptImageError, match=r"Cannot use row 4 of .*: its sides differ too much: 3000x1 pixels"):
+        evaluate_accuracy(arguments(tmp_path, folder))
+
+
+def test_a_model_that_does_not_take_its_processors_images_is_named(tmp_path, folder):
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    config = ViTConfig(**small, image_size=8, patch_size=4, num_labels=3)
+    AutoModelForImageClassification.from_config(config).save_pretrained(tmp_path / "model")
+    for side in (3, 12):
+        ViTImageProcessor(size={"height": side, "width": side}).save_pretrained(tmp_path / "model")
+        with pytest.raises(ValueError, match="does not take what its image processor makes"):
+            evaluate_accuracy(arguments(tmp_path, folder, match_labels="index"))
+
+
+def test_names_of_classes_may_look_like_formulas(tmp_path, folder):
+    (folder / "gray").rename(folder / "gray $^$")
+    small_model(num_channels=1, num_labels=3).save_pretrained(tmp_path / "model")
+    SDTHImageProcessor(do_convert_rgb=False, image_std=[0.5], **GRAY).save_pretrained(tmp_path / "model")
+    evaluate_accuracy(arguments(tmp_path, folder, match_labels="index"))
+    assert Image.open(tmp_path / "out" / "accuracy.png").size[0] > 300
+
+
+def test_an_error_in_the_picture_does_not_lose_the_numbers(tmp_path, folder, saved, monkeypatch):
+    monkeypatch.setattr(accuracy, "plot_confusion", mock.Mock(side_effect=OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space left"):
+        evaluate_accuracy(arguments(tmp_path, folder))
+    assert 0 <= json.loads((tmp_path / "out" / "accuracy.json").read_text())["top1"] <= 1
+
+
+def test_a_loss_that_is_not_finite_is_an_error(tmp_path, folder, saved, monkeypatch):
+    found = Confusion(np.arange(3), np.eye(6, dtype=np.int64)[:3], np.ones(3), float("inf"))
+    monkeypatch.setattr(accuracy, "classify", lambda *_: (found, [1.0]))
+    with pytest.raises(ValueError, match="loss must be a finite number, not inf"):
+        evaluate_accuracy(arguments(tmp_path, folder))
+    assert not list((tmp_path / "out").iterdir())

@@ -111,3 +111,10 @@ def test_one_image_at_a_time():
     attention = SDTAttention(16, 2)
     with record_decays(attention), pytest.raises(ValueError, match="one image at a time, not of 2"):
         attention(torch.randn(2, 6, 16), GRID)
+
+
+def test_patches_beside_the_grid_are_refused():
+    for patch in ((2, 0), (0, 3), (-1, 0)):
+        for measure in (decay_maps, half_distances, attention_maps):
+            with pytest.raises(ValueError, match="patches must be on the grid of 2 x 3"):
+                measure(block(attention=torch.ones(2, 6, 6)), [patch])

@@ -1,3 +1,5 @@
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -113,6 +115,34 @@ def test_an_image_of_sixteen_bits_is_refused_rather_than_cut(tmp_path, classifie
     Image.fromarray(np.full((60, 90), 40_000, np.uint16)).save(classifier["image"])
     with pytest.raises(ValueError, match=r"image .*image\.png: mode I;16 has more than 8 bits per channel"):
         draw_decays(DecayArguments(output=tmp_path / "decay.png", **classifier))
+
+
+@pytest.mark.parametrize("content", [b"", b"no image", bytes(500)])
+def test_a_damaged_image_is_one_line(tmp_path, classifier, content):
+    classifier["image"].write_bytes(content)
+    with pytest.raises((ValueError, OSError), match=r"image .*image\.png") as error:
+        draw_decays(DecayArguments(output=tmp_path / "decay.png", **classifier))
+    assert "\n" not in str(error.value)
+
+
+def test_a_pipe_is_no_image(tmp_path, classifier):
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(FileNotFoundError, match="there is no such file"):
+        draw_decays(DecayArguments(output=tmp_path / "decay.png", **{**classifier, "image": tmp_path / "pipe.png"}))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"timestep": [float("nan")]}, "timestep must be a finite number"),
+        ({"timestep": [-1.0]}, "timestep must be at least 0"),
+        ({"blocks": [-1]}, "blocks must be at least 0"),
+        ({"timestep": [5.0], "patches": ["0,0"] * 80}, "The picture would have 240 rows, at most 200"),
+    ],
+)
+def test_numbers_that_make_no_sense_are_refused_before_a_model_is_loaded(tmp_path, values, message):
+    with pytest.raises(ValueError, match=message):
+        draw_decays(DecayArguments(model="nothing", output=tmp_path / "decay.png", **values))
 
 
 def test_patches():

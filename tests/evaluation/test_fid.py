@@ -1,10 +1,14 @@
 import json
+import shutil
+from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from sdt_diffusion.data.raw_images import RawImageArguments
+from sdt_diffusion.data.raw_images import RawImageArguments, open_images
+from sdt_diffusion.evaluation import fid
 from sdt_diffusion.evaluation.fid import FidArguments, FidSamplingArguments, compare
 from sdt_diffusion.metrics.extraction import summarize
 from sdt_diffusion.metrics.extractors import build_extractor
@@ -24,6 +28,19 @@ def evaluate(output, sampling=None, **arguments):
 
 def metrics_of(record):
     return {key: value for key, value in record.items() if not isinstance(value, (dict, list))}
+
+
+def gray_images(folder, count=25, side=8):
+    folder.mkdir()
+    for index, pixels in enumerate(np.random.default_rng(1).integers(0, 256, (count, side, side), dtype=np.uint8)):
+        Image.fromarray(pixels).save(folder / f"{index}.png")
+    return folder
+
+
+def save_statistics(path, folder, num_features=0, image_args=None):
+    images = open_images(str(folder), image_args or RawImageArguments())
+    save_summary(path, summarize(images, PIXELS, ("pool",), num_features, feature_folder=path.parent))
+    return str(path)
 
 
 @pytest.fixture
@@ -79,7 +96,7 @@ def test_saved_statistics_give_the_numbers_of_their_images(real, tmp_path, endin
     second, _ = evaluate(tmp_path / "b.json", reference=str(real), **arguments)
     assert metrics_of(first) == metrics_of(second)
     assert first["settings"]["reference_features"] == 22
-    assert first["reference"]["images"] == str(real)
+    assert first["reference"]["images"] == ".../real"
 
 
 def test_adms_reference_serves_with_its_images(real, tmp_path):
@@ -107,10 +124,109 @@ def test_arguments_without_effect_are_refused(real, tmp_path):
         with pytest.raises(ValueError, match=f"resolution has no effect on .*{name}"):
             evaluate(
                 tmp_path / "a.json",
-                samples=str(real),
+                samples=str(tmp_path / "i.npz"),
                 reference=str(tmp_path / name),
                 image_args=RawImageArguments(resolution=8),
             )
+
+
+@pytest.mark.parametrize("statistics", [True, False], ids=["statistics", "arrays"])
+def test_with_a_saved_reference_mode_and_resolution_prepare_the_samples(tmp_path, statistics):
+    folder, reference = gray_images(tmp_path / "gray", side=10), tmp_path / "reference.npz"
+    how = RawImageArguments(image_mode="L", resolution=8)
+    if statistics:
+        save_statistics(reference, folder, image_args=how)
+    else:
+        images = open_images(str(folder), how)
+        np.savez(reference, arr_0=np.stack([images[i] for i in range(len(images))]))
+    same = {"samples": str(folder), "reference": str(reference)}
+    record, _ = evaluate(tmp_path / "a.json", **same, image_args=how)
+    assert record["fid"] == 0
+    assert record["samples"]["shape"] == [8, 8, 1]
+    with pytest.raises(ValueError, match="its mode is L, not RGB"):
+        evaluate(tmp_path / "b.json", **same)
+
+
+def test_metrics_for_which_a_reference_holds_nothing_are_left_out_with_a_note(real, tmp_path):
+    reference = save_statistics(tmp_path / "reference.npz", real)
+    record, table = evaluate(tmp_path / "a.json", samples=str(real), reference=reference)
+    assert list(record["labels"]) == ["fid"]
+    assert [note.partition(",")[0] for note in record["warnings"][:3]] == [
+        f"Left out: {name} needs features" for name in ("precision", "recall", "kid")
+    ]
+    assert "Left out: kid needs features" in table
+    with pytest.raises(ValueError, match=r"metrics: kid needs features, and .*reference\.npz has none"):
+        evaluate(tmp_path / "b.json", samples=str(real), reference=reference, metrics=["fid", "kid"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"reference": "small.npz"}, r"small\.npz: its pool features have 7 dimensions, those of the samples 192"),
+        ({"reference": "larger"}, "larger: its pool features have 300 dimensions, those of the samples 192"),
+        ({"reference": "nan.npz"}, r"nan\.npz: mu and sigma: The statistics hold values that are NaN"),
+        ({"reference": "skew.npz"}, r"skew\.npz: mu and sigma: The covariance is not symmetric"),
+        ({"samples_npz": "file/a.npz"}, "No file can be written there"),
+        ({"sampling": {"samples_dir": "file"}}, "No file can be written there"),
+        ({"sampling": {"num_samples": 999_999}}, "What this evaluation keeps there will take about"),
+    ],
+)
+def test_what_can_be_known_is_known_before_anything_is_sampled(model, real, tmp_path, monkeypatch, change, message):
+    monkeypatch.setattr(fid, "draw_samples", lambda *_: pytest.fail("too late"))
+    monkeypatch.setattr(fid, "summarize", lambda *_, **__: pytest.fail("too late"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: mock.Mock(free=100_000_000))
+    monkeypatch.chdir(tmp_path)
+    gray_images(tmp_path / "larger", side=10)
+    (tmp_path / "file").touch()
+    np.savez("small.npz", mu=np.zeros(7), sigma=np.eye(7))
+    np.savez("nan.npz", mu=np.full(192, np.nan), sigma=np.eye(192))
+    np.savez("skew.npz", mu=np.zeros(192), sigma=np.triu(np.ones((192, 192))))
+    sampling = {"model": str(model), **SAMPLING, **change.pop("sampling", {})}
+    paths = {key: Path(value) if key == "samples_npz" else value for key, value in change.items()}
+    image_args = RawImageArguments(image_mode="L" if change.get("reference") == "larger" else None)
+    arguments = {"reference": str(real), "metrics": ["fid"], "image_args": image_args, **paths}
+    with pytest.raises((ValueError, OSError), match=message):
+        evaluate(tmp_path / "a.json", sampling, **arguments)
+    assert not (tmp_path / "a.json").exists()
+
+
+def test_a_damaged_model_an_unfit_extractor_and_an_image_that_differs_are_one_line(model, real, tmp_path):
+    output = tmp_path / "a.json"
+    flags = ["--reference", real, "--extractor", "pixels", "--metrics", "fid", "--output", output]
+    np.savez(tmp_path / "large.npz", arr_0=np.zeros((4, 64, 64, 3), np.uint8))
+    np.savez(tmp_path / "none.npz", x=np.zeros(3))
+    shutil.copytree(real, tmp_path / "mixed")
+    Image.new("RGB", (9, 8)).save(tmp_path / "mixed" / "7.png")
+    (model / "transformer" / "config.json").write_text("{")
+    for source, message in (
+        (["--model", model], "model"),
+        (["--samples", tmp_path / "large.npz"], "The extractor pixels does not take images of 64x64 pixels"),
+        (["--samples", tmp_path / "none.npz"], "has no array arr_0"),
+        (["--samples", tmp_path / "mixed"], "it has 9x8 pixels"),
+        (["--samples", tmp_path / "nothing"], "nothing"),
+    ):
+        with pytest.raises(SystemExit) as error:
+            fid.main(list(map(str, [*source, *flags])))
+        assert str(error.value).startswith("Error: ")
+        assert message in str(error.value)
+        assert "\n" not in str(error.value)
+        assert not output.exists()
+
+
+@pytest.mark.parametrize("name", ["num_features", "inception_splits", "kid_subsets", "kid_subset_size"])
+@pytest.mark.parametrize("value", [-1, 0, 0.5, float("nan"), float("inf"), 10**30])
+def test_numbers_that_make_no_sense_are_refused_by_the_arguments(tmp_path, name, value):
+    with pytest.raises(ValueError, match=name):
+        FidArguments(reference="r", output=tmp_path / "a.json", **{name: value})
+    with pytest.raises(ValueError, match="num_samples"):
+        FidSamplingArguments(num_samples=value)
+
+
+def test_ctrl_c_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(fid, "compare", mock.Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(SystemExit, match="130"):
+        fid.main(["--samples", "s", "--reference", "r", "--extractor", "pixels", "--output", str(tmp_path / "a.json")])
+    assert capsys.readouterr().err.splitlines()[-1] == "Stopped by Ctrl-C."
 
 
 def test_random_labels_follow_from_the_seed(model, real, tmp_path):

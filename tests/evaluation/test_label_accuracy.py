@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from sdt_diffusion.data import DataArguments, load_images
-from sdt_diffusion.evaluation.label_accuracy import label_accuracy, main, svm_label_accuracy
+from sdt_diffusion.evaluation import label_accuracy as module
+from sdt_diffusion.evaluation.label_accuracy import label_accuracy, main, shape_of_samples, svm_label_accuracy
 
 
 @pytest.fixture(scope="module")
@@ -74,4 +75,26 @@ def test_a_damaged_model_is_named_in_one_line(make_pipe, tmp_path):
 def test_wrong_values_are_refused_in_one_line(capsys):
     with pytest.raises(SystemExit):
         main(["--model", "m", "--num_images", "0"])
-    assert "num_images must be at least 1, not 0" in capsys.readouterr().err
+    assert "num_images must be at least 1 and at most 1000000, not 0" in capsys.readouterr().err
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_sampled(make_pipe, make_model, digits, monkeypatch):
+    monkeypatch.setattr(module, "generate", lambda *_, **__: pytest.fail("too late"))
+    gray = make_pipe(transformer=make_model(in_channels=1, num_classes=10), id2label={})
+    colors, classes = make_pipe(), make_pipe(transformer=make_model(in_channels=1, num_classes=9), id2label={})
+    with pytest.raises(ValueError, match="Class label 9 is out of range"):
+        label_accuracy(classes, digits[0], 20, {})
+    with pytest.raises(ValueError, match="Class label 5 is out of range"):
+        label_accuracy(colors, digits[0], 20, {})
+    with pytest.raises(ValueError, match="num_images must be at least 1, not 0"):
+        label_accuracy(gray, digits[0], 0, {})
+    monkeypatch.setattr(module, "MAX_VALUES", 1000)
+    with pytest.raises(ValueError, match="1797 real images of 8x8 pixels are too many for an RBF SVM"):
+        label_accuracy(gray, digits[0], 20, {})
+
+
+def test_the_shape_of_samples_is_known(make_pipe, make_model, tiny_vae):
+    assert shape_of_samples(make_pipe()) == (8, 8, 3)
+    assert shape_of_samples(make_pipe(transformer=make_model(in_channels=4), vae=tiny_vae)) == (16, 16, 3)
+    with pytest.raises(ValueError, match="makes images of 4 channels"):
+        shape_of_samples(make_pipe(transformer=make_model(in_channels=4)))

@@ -1,10 +1,15 @@
+import multiprocessing
+import os
+import signal
+
 import numpy as np
 import pytest
 import torch
 
 from sdt_diffusion.data import CorruptImageError
 from sdt_diffusion.data.raw_images import RawImages
-from sdt_diffusion.metrics.extraction import summarize
+from sdt_diffusion.metrics.extraction import measure_dims, summarize
+from sdt_diffusion.metrics.extractors import build_extractor
 from sdt_diffusion.metrics.extractors.base import FeatureExtractor
 from tests.metrics.test_inception_score import inception_score
 
@@ -106,3 +111,50 @@ def test_features_leave_no_file_even_when_extraction_fails(tmp_path):
     with pytest.raises(CorruptImageError):
         summarize(Images(29, {20: CorruptImageError("broken")}), Network(), (), None, feature_folder=tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"num_features": -1}, "num_features must be at least 0 and at most 1000000, not -1"),
+        ({"inception_splits": 30}, "inception_splits must be at least 0 and at most 29, not 30"),
+        ({"num_workers": -2}, "num_workers must be at least 0"),
+    ],
+)
+def test_numbers_that_make_no_sense_are_refused(values, message):
+    with pytest.raises(ValueError, match=message):
+        summarize(Images(29), Network(), **values)
+
+
+def test_images_of_another_size_or_type_are_named():
+    for change, message in (
+        (lambda pixels: pixels[:1], r"it is uint8 of shape \(1, 3, 3\), not uint8 of shape \(2, 3, 3\)"),
+        (lambda pixels: pixels / 255, "it is float64 of shape"),
+    ):
+        images = Images(29)
+        images.pixels = [*images.pixels[:20], change(images.pixels[20]), *images.pixels[21:]]
+        with pytest.raises(CorruptImageError, match=f"Cannot use image 20 of random: {message}"):
+            summarize(images, Network())
+
+
+def test_one_image_is_too_few_before_it_is_looked_at():
+    network = Network()
+    with pytest.raises(ValueError, match="random: a covariance needs at least 2 images, not 1"):
+        summarize(Images(1), network)
+    assert network.sizes == []
+
+
+def test_dimensions_are_known_before_the_work():
+    assert measure_dims(Network(), (2, 3, 3)) == {"pool": 18, "logits": 18}
+    with pytest.raises(ValueError, match="The extractor pixels does not take images of 64x64 pixels and 3 channel"):
+        measure_dims(build_extractor("pixels"), (64, 64, 3))
+
+
+def test_ctrl_c_is_left_to_the_main_process():
+    class Interrupted(Images):
+        def __getitem__(self, index):
+            if multiprocessing.parent_process() is not None:
+                os.kill(os.getpid(), signal.SIGINT)
+            return super().__getitem__(index)
+
+    assert summarize(Interrupted(29), Network(), num_workers=1).provenance["count"] == 29

@@ -92,6 +92,18 @@ def test_numbers_are_those_asked_for_under_their_names():
         compute_metrics(["fid"], summary(), summary(dim=5))
 
 
+@pytest.mark.filterwarnings("ignore:overflow")
+def test_a_number_that_is_not_finite_is_an_error():
+    with pytest.raises(ValueError, match="fid is inf: the features are too large"):
+        compute_metrics(["fid"], summary(), summary(shift=1e200))
+
+
+@pytest.mark.parametrize("settings", [{"kid_subsets": 0}, {"kid_subset_size": 1}, {"kid_subsets": float("nan")}])
+def test_settings_that_make_no_sense_are_refused(settings):
+    with pytest.raises(ValueError, match=f"{next(iter(settings))} must be"):
+        compute_metrics(["kid"], summary(), summary(), **settings)
+
+
 @pytest.mark.parametrize(
     ("name", "count", "extractor", "expected"),
     [

@@ -43,7 +43,7 @@ def test_number_of_processes_and_workers_change_no_digit(model, tmp_path):
     )
     assert result.returncode == 0, result.stderr
     one, two = (json.loads((tmp_path / name).read_text()) for name in ("one.json", "two.json"))
-    assert one.pop("samples") == {**two.pop("samples"), "images": str(tmp_path / "one.samples")}
+    assert one.pop("samples") == {**two.pop("samples"), "images": ".../one.samples"}
     assert one == two
     assert result.stdout.count("FD(pixels)") == 1
 

@@ -1,13 +1,22 @@
 """The interface of extractors, the one without a network, and helpers to load weights."""
 
+import hashlib
+import io
 import os
-import re
 import textwrap
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+import safetensors.torch
 import torch
+from torch import nn
+
+#: Inception's weights have 91 MiB; a far larger file is another one.
+MAX_WEIGHTS_BYTES = 1 << 30
 
 
 class FeatureExtractor(ABC):
@@ -47,38 +56,69 @@ def as_rgb(image: np.ndarray) -> np.ndarray:
     return image if image.shape[2] == 3 else np.repeat(image, 3, axis=2)
 
 
-def find_weights(given: str | None, url: str) -> Path:
-    """Return the file `given`; without one, that of `url` in torch.hub's cache, after a download if need be.
+class Weights(NamedTuple):
+    """A file of weights, read once, so that what was checked is what is loaded.
+
+    Args:
+        path: Its path, for messages.
+        content: Its bytes.
+        published: Whether they are those of the published file.
+    """
+
+    path: Path
+    content: bytes
+    published: bool
+
+
+def read_weights(given: str | None, url: str, sha256: str) -> Weights:
+    """Read the file `given`; without one, that of `url` in torch.hub's cache, after a download if need be.
+
+    Args:
+        given: Path of the file, or `None`.
+        url: Where the published file is.
+        sha256: SHA-256 of the published file, which a download and the cache must have.
 
     Raises:
         FileNotFoundError: If there is none; says which file to put where.
+        ValueError: If it cannot be read, or the cache holds another file than the published one.
     """
-    if given is not None:
-        if not Path(given).is_file():
-            raise FileNotFoundError(f"extractor_weights: there is no file {given}.")
-        return Path(given)
+    path = _downloaded(url, sha256) if given is None else Path(given)
+    if not path.is_file():  # a named pipe would wait for a writer
+        raise FileNotFoundError(f"extractor_weights: there is no file {path}.")
+    if path.stat().st_size > MAX_WEIGHTS_BYTES:
+        raise ValueError(f"{path} has {path.stat().st_size:,} bytes, too many for the weights of an Inception.")
+    content = path.read_bytes()
+    published = hashlib.sha256(content).hexdigest() == sha256
+    if given is None and not published:
+        raise ValueError(f"{path} is damaged, or not the file of {url}: delete it, and it is downloaded again.")
+    return Weights(path, content, published)
+
+
+def _downloaded(url: str, sha256: str) -> Path:
     cached = Path(torch.hub.get_dir()) / "checkpoints" / os.path.basename(url)  # noqa: PTH119  (a URL, not a path)
     if not cached.is_file():
         cached.parent.mkdir(parents=True, exist_ok=True)
         try:
-            checksum = re.search(r"-([0-9a-f]{8})\.", url)  # some names have its beginning
-            torch.hub.download_url_to_file(url, str(cached), hash_prefix=checksum and checksum.group(1))
+            torch.hub.download_url_to_file(url, str(cached), hash_prefix=sha256)
         except (OSError, RuntimeError) as error:
             raise FileNotFoundError(
-                f"The weights are not here and cannot be downloaded ({error}): get {url} and put it at {cached}, or "
-                "name the file as extractor_weights."
+                f"The weights are not here and cannot be downloaded ({brief(error)}): get {url} and put it at "
+                f"{cached}, or name the file as extractor_weights."
             ) from error
     return cached
 
 
-def load_state_dict(path: Path) -> dict[str, torch.Tensor]:
-    """Load the tensors of a `.pth` file, which may hold nothing else.
+def state_dict_of(weights: Weights) -> dict[str, torch.Tensor]:
+    """Return the tensors of a `.pth` or `.safetensors` file, which may hold nothing else; no code of it runs.
 
     Raises:
         ValueError: If the file is something else.
     """
+    path, content, _ = weights
     try:
-        state_dict = torch.load(path, map_location="cpu", weights_only=True)
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load(content)
+        state_dict = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:
         raise ValueError(f"{path} is not a state dict: {brief(error)}") from error
     if not isinstance(state_dict, dict) or not all(isinstance(value, torch.Tensor) for value in state_dict.values()):
@@ -86,9 +126,31 @@ def load_state_dict(path: Path) -> dict[str, torch.Tensor]:
     return state_dict
 
 
+def check_finite(network: nn.Module, where: str) -> None:
+    """Refuse weights that are NaN or infinite, all of whose features would be.
+
+    Raises:
+        ValueError: Names the first such tensor.
+    """
+    for name, tensor in network.state_dict().items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise ValueError(f"{where} cannot be used: {name} has values that are NaN or infinite.")
+
+
 def brief(error: Exception) -> str:
     """Return the beginning of an error's text; errors of networks list every key."""
     return textwrap.shorten(str(error), 160) or type(error).__name__
+
+
+@contextmanager
+def refused_as(what: str) -> Iterator[None]:
+    """Let a network that cannot take its inputs raise `ValueError` with `what` before its own words."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (ValueError, TypeError, IndexError, RuntimeError) as error:
+        raise ValueError(f"{what}: {brief(error)}") from error
 
 
 #: Largest dimension: beyond it a covariance takes gigabytes, and its eigenvalues an hour.

@@ -1,14 +1,20 @@
 """The Inception network of published FIDs, through torch-fidelity."""
 
-import tempfile
-from pathlib import Path
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
 from unittest import mock
 
 import numpy as np
 import torch
 
 from ...utils.fingerprint import fingerprint
-from .base import FeatureExtractor, as_rgb, brief, find_weights, load_state_dict
+from .base import FeatureExtractor, Weights, as_rgb, brief, check_finite, read_weights, state_dict_of
+
+#: SHA-256 of the published files. torch-fidelity's and pytorch-fid's are one file under two names.
+STATE_DICT_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+TORCHSCRIPT_SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
 
 
 class TorchFidelityInception(FeatureExtractor):
@@ -18,12 +24,13 @@ class TorchFidelityInception(FeatureExtractor):
     flattened with the channels last: 2023 values.
 
     Args:
-        weights: torch-fidelity's state dict; torch.hub's cache or a download without one.
+        weights: torch-fidelity's state dict, a `.pth` or `.safetensors` file; torch.hub's cache or a download without
+            one.
         device: Where to run.
 
     Raises:
         FileNotFoundError: If there are no weights.
-        ValueError: If the file holds something else.
+        ValueError: If the file holds something else, or weights that are not finite.
     """
 
     name = "inception"
@@ -33,16 +40,13 @@ class TorchFidelityInception(FeatureExtractor):
     is_inception = True
 
     def __init__(self, weights: str | None = None, device: torch.device | str = "cpu"):
-        from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
+        from torch_fidelity import feature_extractor_inceptionv3 as module
 
-        path = find_weights(weights, URL_INCEPTION_V3)
-        load_state_dict(path)  # torch-fidelity would run the code in a pickle
-        try:
-            self.network = FeatureExtractorInceptionV3(
-                "inception", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(path)
-            )
-        except RuntimeError as error:
-            raise ValueError(f"{path} does not hold torch-fidelity's Inception: {brief(error)}") from error
+        found = read_weights(weights, module.URL_INCEPTION_V3, STATE_DICT_SHA256)
+        # torch-fidelity would run the code in a pickle, and has no argument for tensors.
+        with _in_place_of_a_download(module, found, "torch-fidelity's"):
+            self.network = module.FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"])
+        check_finite(self.network, str(found.path))
         self.fingerprint = fingerprint(self.network)
         self.network.to(device)
         self.network.Mixed_6d.branch1x1.register_forward_hook(self._keep_spatial)
@@ -76,24 +80,33 @@ class CleanFIDInception(FeatureExtractor):
         weights: TorchScript file (`clean`, `legacy_tensorflow`) or pytorch-fid's state dict (`legacy_pytorch`);
             torch.hub's cache or a download without one.
         device: Where to run.
+        trust_weights: Execute a TorchScript file that is not the published one. TorchScript is code.
 
     Raises:
         FileNotFoundError: If there are no weights.
-        ValueError: If the file holds something else.
+        ValueError: If the file holds something else, weights that are not finite, or code that is not trusted.
     """
 
     provides = frozenset({"pool"})
     dims = {"pool": 2048}  # noqa: RUF012
     is_inception = True
 
-    def __init__(self, mode: str, weights: str | None = None, device: torch.device | str = "cpu"):
+    def __init__(
+        self,
+        mode: str,
+        weights: str | None = None,
+        device: torch.device | str = "cpu",
+        trust_weights: bool = False,
+    ):
         from cleanfid.resize import build_resizer
 
         self.name, self.resize = f"cleanfid_{mode}", MODES[mode]
         self._resizer = build_resizer(mode)
         self._unit_range = mode == "legacy_pytorch"
-        build = _pytorch_inception if mode == "legacy_pytorch" else _torchscript_inception
-        self.network = build(weights, resize_inside=mode == "legacy_tensorflow").eval()
+        if mode == "legacy_pytorch":
+            self.network = _pytorch_inception(weights)
+        else:
+            self.network = _torchscript_inception(weights, trust_weights, resize_inside=mode == "legacy_tensorflow")
         self.fingerprint = fingerprint(self.network)
         self.network.to(device)
 
@@ -107,27 +120,45 @@ class CleanFIDInception(FeatureExtractor):
         return {"pool": features}
 
 
-def _torchscript_inception(weights, resize_inside):
+def _torchscript_inception(given: str | None, trust_weights: bool, resize_inside: bool) -> torch.nn.Module:
     from cleanfid.downloads_helper import inception_url
     from cleanfid.inception_torchscript import InceptionV3W
 
-    path = find_weights(weights, inception_url)
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "inception-2015-12-05.pt").symlink_to(path.resolve())  # clean-fid takes a folder
-        try:
-            return InceptionV3W(folder, download=False, resize_inside=resize_inside)
-        except (RuntimeError, AttributeError) as error:
-            raise ValueError(f"{path} is not the TorchScript Inception: {brief(error)}") from error
+    weights = read_weights(given, inception_url, TORCHSCRIPT_SHA256)
+    if not (weights.published or trust_weights):
+        raise ValueError(
+            f"{weights.path} is not the published Inception (its SHA-256 is another), and TorchScript is code that "
+            "would run with your rights: set trust_extractor_weights if you trust whoever made it."
+        )
+    try:
+        script = torch.jit.load(io.BytesIO(weights.content), map_location="cpu")
+        with mock.patch("torch.jit.load", return_value=script):  # clean-fid would read the file itself
+            network = InceptionV3W("", download=False, resize_inside=resize_inside).eval()
+    except Exception as error:
+        raise ValueError(f"{weights.path} is not the TorchScript Inception: {brief(error)}") from error
+    check_finite(network, str(weights.path))
+    return network
 
 
-def _pytorch_inception(weights, resize_inside):
+def _pytorch_inception(given: str | None) -> torch.nn.Module:
     from cleanfid import inception_pytorch
 
-    path = find_weights(weights, inception_pytorch.FID_WEIGHTS_URL)
-    state_dict = load_state_dict(path)
-    # clean-fid has no argument for a local file.
-    with mock.patch.object(inception_pytorch, "load_state_dict_from_url", return_value=state_dict):
-        try:
-            return inception_pytorch.InceptionV3(output_blocks=[3], resize_input=False)
-        except RuntimeError as error:
-            raise ValueError(f"{path} does not hold pytorch-fid's Inception: {brief(error)}") from error
+    weights = read_weights(given, inception_pytorch.FID_WEIGHTS_URL, STATE_DICT_SHA256)
+    with _in_place_of_a_download(inception_pytorch, weights, "pytorch-fid's"):
+        network = inception_pytorch.InceptionV3(output_blocks=[3], resize_input=False).eval()
+    check_finite(network, str(weights.path))
+    return network
+
+
+@contextmanager
+def _in_place_of_a_download(module: ModuleType, weights: Weights, whose: str) -> Iterator[None]:
+    """Let a library that would download a state dict take that of a file."""
+    state_dict = state_dict_of(weights)
+    for name, tensor in state_dict.items():
+        if not (tensor.is_floating_point() or name.endswith("num_batches_tracked")):
+            raise ValueError(f"{weights.path} cannot be used: {name} has type {tensor.dtype}.")
+    try:
+        with mock.patch.object(module, "load_state_dict_from_url", return_value=state_dict):
+            yield
+    except RuntimeError as error:
+        raise ValueError(f"{weights.path} does not hold {whose} Inception: {brief(error)}") from error

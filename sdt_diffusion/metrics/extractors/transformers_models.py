@@ -1,6 +1,7 @@
 """Extractors saved by transformers: DINOv2 and image classifiers, with helpers to load and call classifiers."""
 
 import hashlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,10 +11,13 @@ from torch import nn
 
 from ...data.decoding import IMAGE_MODES, ImageMode
 from ...utils.fingerprint import fingerprint
-from .base import FeatureExtractor, as_rgb, brief
+from ...utils.reading import shortened, verify_checksums
+from .base import FeatureExtractor, as_rgb, brief, check_finite
 
 IMAGENET_MEAN = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
 IMAGENET_STD = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
+#: Largest ratio of a picture's sides.
+MAX_ASPECT_RATIO = 100
 
 
 class DINOv2(FeatureExtractor):
@@ -25,6 +29,7 @@ class DINOv2(FeatureExtractor):
 
     Raises:
         FileNotFoundError: If the model cannot be loaded.
+        ValueError: If it is another model, or weights are missing or not finite.
     """
 
     name = "dinov2"
@@ -32,11 +37,13 @@ class DINOv2(FeatureExtractor):
     provides = frozenset({"pool"})
 
     def __init__(self, weights: str | None = None, device: torch.device | str = "cpu"):
-        from transformers import AutoModel
+        from transformers import AutoConfig, AutoModel
 
-        self.network = load_pretrained(AutoModel, weights or "facebook/dinov2-large", "a DINOv2 model").eval()
-        if self.network.config.model_type != "dinov2":
-            raise ValueError(f"extractor_weights: {weights} holds a {self.network.config.model_type}, not a DINOv2.")
+        weights = weights or "facebook/dinov2-large"
+        kind = load_pretrained(AutoConfig, weights, "a DINOv2 model").model_type
+        if kind != "dinov2":
+            raise ValueError(f"extractor_weights: {weights} holds a {kind}, not a DINOv2.")
+        self.network = load_network(AutoModel, weights, "a DINOv2 model", "float32")
         self.fingerprint = fingerprint(self.network)
         self.network.to(device)
         self.dims = {"pool": self.network.config.hidden_size}
@@ -90,7 +97,7 @@ class ImageClassifier(FeatureExtractor):
         image = as_rgb(image) if self._channels == 3 else image
         if image.shape[2] != self._channels:
             raise ValueError(f"the classifier takes {self._channels} channels, not {image.shape[2]}")
-        return self._processor(image, return_tensors="pt", input_data_format="channels_last")["pixel_values"][0]
+        return process(self._processor, image, input_data_format="channels_last")
 
     def __call__(self, batch: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return the inputs of the last linear layer, and the logits."""
@@ -114,11 +121,29 @@ def load_classifier(name: str, dtype: str, device: torch.device | str) -> tuple[
 
     import sdt_diffusion.classification  # noqa: F401 (registers this project's classifiers with the Auto classes)
 
-    how = {"dtype": getattr(torch, dtype), "output_loading_info": True}
-    model, info = load_pretrained(AutoModelForImageClassification, name, "an image classifier", **how)
+    model = load_network(AutoModelForImageClassification, name, "an image classifier", dtype)
+    labels = model.config.id2label
+    if set(labels) != set(range(len(labels))) or not all(isinstance(label, str) for label in labels.values()):
+        raise ValueError(f"{name}: id2label in its config.json must give a name to each label from 0 on.")
+    processor = load_pretrained(AutoImageProcessor, name, "an image processor")
+    return model.to(device), processor
+
+
+def load_network(auto_class: Any, name: str, what: str, dtype: str) -> nn.Module:
+    """Load a network of transformers or this project from safetensors, in evaluation mode.
+
+    Raises:
+        FileNotFoundError: If it cannot be loaded.
+        ValueError: If weights are damaged, not finite or missing, which transformers would initialize at random.
+    """
+    if Path(name).is_dir():
+        verify_checksums(Path(name))
+    how = {"dtype": getattr(torch, dtype), "output_loading_info": True, "use_safetensors": True}
+    network, info = load_pretrained(auto_class, name, what, **how)
     if info["missing_keys"]:
-        raise ValueError(f"{name} has no weights for {', '.join(sorted(info['missing_keys']))[:160]}: is it trained?")
-    return model.to(device).eval(), load_pretrained(AutoImageProcessor, name, "an image processor")
+        raise ValueError(f"{name} has no weights for {shortened(sorted(info['missing_keys']))}: is it trained?")
+    check_finite(network, name)
+    return network.eval()
 
 
 def channels_of(classifier: nn.Module) -> int:
@@ -131,14 +156,23 @@ def load_pretrained(auto_class: Any, name: str, what: str, **kwargs: Any) -> Any
 
     Raises:
         FileNotFoundError: If it cannot be loaded as `what`; says what to name instead.
+        ValueError: If a file of it is damaged.
     """
+    import transformers
+
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # its reports of many lines
     try:
-        return auto_class.from_pretrained(name, **kwargs)
-    except (OSError, ValueError) as error:
-        raise FileNotFoundError(
+        # Without trust_remote_code, transformers asks on the terminal whether to run a model's own code.
+        return auto_class.from_pretrained(name, trust_remote_code=False, **kwargs)
+    except Exception as error:  # it may raise anything for files that are damaged
+        kind = FileNotFoundError if isinstance(error, (OSError, ValueError)) else ValueError
+        raise kind(
             f"{name} cannot be loaded as {what} ({brief(error)}): name a folder written by save_pretrained, with "
             "config.json, model.safetensors and, for a classifier, preprocessor_config.json."
         ) from error
+    finally:
+        transformers.logging.set_verbosity(verbosity)
 
 
 def image_mode_for(num_channels: int) -> ImageMode:
@@ -156,19 +190,34 @@ def prepare_picture(picture: Image.Image, processor: Any, num_channels: int) -> 
     """Return a picture as the model's image processor makes it, shape (num_channels, height, width).
 
     Raises:
-        ValueError: If the processor makes another number of channels.
+        ValueError: If the picture is too long for its width, or the processor fails or makes another number of
+            channels.
     """
+    long, short = max(picture.size), min(picture.size)
+    if long > MAX_ASPECT_RATIO * short:  # processors enlarge the short side, and the long side as much
+        raise ValueError(f"its sides differ too much: {picture.width}x{picture.height} pixels")
     if num_channels == 3:
-        pixel_values = processor(picture, return_tensors="pt")["pixel_values"][0]
+        pixel_values = process(processor, picture)
     else:  # processors differ in how they read gray PIL images
-        pixels = np.array(picture)[:, :, None]
-        pixel_values = processor(pixels, return_tensors="pt", input_data_format="channels_last")["pixel_values"][0]
+        pixel_values = process(processor, np.array(picture)[:, :, None], input_data_format="channels_last")
     if len(pixel_values) != num_channels:
         raise ValueError(
             f"The image processor makes {len(pixel_values)} channels, but the model takes {num_channels}: give "
             "image_mean and image_std as many values in preprocessor_config.json."
         )
     return pixel_values
+
+
+def process(processor: Any, picture: Image.Image | np.ndarray, **kwargs: Any) -> torch.Tensor:
+    """Call an image processor for one picture.
+
+    Raises:
+        ValueError: If it fails, as one with settings that make no sense does.
+    """
+    try:
+        return processor(picture, return_tensors="pt", **kwargs)["pixel_values"][0]
+    except Exception as error:
+        raise ValueError(f"the image processor fails ({brief(error)}): check preprocessor_config.json") from error
 
 
 def undo_normalization(pixel_values: torch.Tensor, processor: Any) -> Image.Image:

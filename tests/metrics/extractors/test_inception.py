@@ -1,14 +1,16 @@
+import os
 import pickle
 
 import numpy as np
 import pytest
 import torch
 import torch_fidelity
+from safetensors.torch import save_file
 
 from sdt_diffusion.data.raw_images import FolderImages
 from sdt_diffusion.metrics.extraction import summarize
 from sdt_diffusion.metrics.extractors import build_extractor
-from sdt_diffusion.metrics.extractors.inception import TorchFidelityInception
+from sdt_diffusion.metrics.extractors.inception import STATE_DICT_SHA256, TorchFidelityInception
 from sdt_diffusion.metrics.registry import METRICS, compute_metrics
 
 
@@ -79,7 +81,7 @@ def test_missing_weights_say_which_file_to_put_where(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
 
     def no_network(url, path, hash_prefix):
-        assert hash_prefix == "6726825d"
+        assert hash_prefix == STATE_DICT_SHA256
         raise OSError("no route to host")
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
@@ -105,3 +107,39 @@ def test_a_file_that_is_not_a_state_dict_is_refused_and_not_run(tmp_path):
     with pytest.raises(ValueError, match="is not a state dict"):
         TorchFidelityInception(str(path))
     assert not path.with_suffix(".ran").exists()
+
+
+def test_tensors_in_safetensors_serve_too(extractor, torch_fidelity_weights, tmp_path):
+    save_file(torch.load(torch_fidelity_weights), tmp_path / "weights.safetensors")
+    assert TorchFidelityInception(str(tmp_path / "weights.safetensors")).fingerprint == extractor.fingerprint
+
+
+def test_weights_that_are_not_finite_or_not_floating_point_are_refused(torch_fidelity_weights, tmp_path):
+    path = tmp_path / "weights.pth"
+    for change, message in (
+        (lambda weight: weight.fill_(torch.nan), "fc.weight has values that are NaN or infinite"),
+        (lambda weight: weight.to(torch.int8), "fc.weight has type torch.int8"),
+    ):
+        state_dict = torch.load(torch_fidelity_weights)
+        state_dict["fc.weight"] = change(state_dict["fc.weight"])
+        torch.save(state_dict, path)
+        with pytest.raises(ValueError, match=rf"weights\.pth cannot be used: {message}"):
+            TorchFidelityInception(str(path))
+
+
+@pytest.mark.parametrize(
+    "content", [b"", bytes(1000), b"PK\x03\x04" + bytes(100)], ids=["empty", "zeros", "a cut zip"]
+)
+def test_damaged_weights_are_named(tmp_path, content):
+    (tmp_path / "weights.pth").write_bytes(content)
+    for ending, name in (("pth", "inception"), ("pth", "cleanfid_legacy_pytorch")):
+        with pytest.raises(ValueError, match=rf"weights\.{ending} is not a state dict"):
+            build_extractor(name, str(tmp_path / f"weights.{ending}"))
+    with pytest.raises(ValueError, match=r"weights\.pth is not the TorchScript Inception"):
+        build_extractor("cleanfid_clean", str(tmp_path / "weights.pth"), trust_weights=True)
+
+
+def test_a_pipe_is_no_file_of_weights(tmp_path):
+    os.mkfifo(tmp_path / "weights.pth")
+    with pytest.raises(FileNotFoundError, match=r"there is no file .*weights\.pth"):
+        build_extractor("inception", str(tmp_path / "weights.pth"))

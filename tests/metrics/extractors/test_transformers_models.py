@@ -1,9 +1,11 @@
+import json
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from transformers import (
     Dinov2Config,
     Dinov2Model,
@@ -14,8 +16,11 @@ from transformers import (
     ViTImageProcessor,
 )
 
+from sdt_diffusion.metrics.extraction import measure_dims
 from sdt_diffusion.metrics.extractors import build_extractor
+from sdt_diffusion.metrics.extractors.transformers_models import prepare_picture
 from sdt_diffusion.training.recipe import build_processor
+from sdt_diffusion.utils.reading import write_checksums
 from tests.sdt_h.small import small_model
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
@@ -149,3 +154,59 @@ def test_pixels_are_features_of_small_images_only():
     assert torch.equal(extract(extractor, IMAGE)["pool"][0], torch.from_numpy(IMAGE).flatten().float() / 255)
     with pytest.raises(ValueError, match="its 12288 values are too many"):
         extractor.prepare(np.zeros((64, 64, 3), dtype=np.uint8))
+
+
+def test_a_pickle_of_weights_is_not_read(vit):
+    folder, model = vit
+    (folder / "model.safetensors").unlink()
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    with pytest.raises(FileNotFoundError, match=r"cannot be loaded as an image classifier .*model\.safetensors"):
+        build_extractor(str(folder))
+
+
+def test_a_models_own_code_does_not_run_and_nobody_is_asked(vit):
+    folder, _ = vit
+    (folder / "own.py").write_text(f"open({str(folder / 'ran')!r}, 'w').close()")
+    classes = {"AutoConfig": "own.Config", "AutoModelForImageClassification": "own.Model"}
+    config = {"auto_map": classes, "model_type": "own", "architectures": ["Model"]}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(FileNotFoundError, match="cannot be loaded as an image classifier"):
+        build_extractor(str(folder))
+    assert not (folder / "ran").exists()
+
+
+def test_weights_that_are_nan_or_changed_are_refused(vit):
+    folder, model = vit
+    write_checksums(folder)
+    with torch.no_grad():
+        model.classifier.bias[2] = torch.nan
+    model.save_pretrained(folder)
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged: its SHA-256"):
+        build_extractor(str(folder))
+    (folder / "checksums.json").unlink()
+    with pytest.raises(ValueError, match=r"cannot be used: classifier\.bias has values that are NaN"):
+        build_extractor(str(folder))
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "preprocessor_config.json"])
+@pytest.mark.parametrize("content", [b"", b"[1, 2]", b'{"a": ' * 3000, b'{"image_size": "x", "size": 7}', bytes(900)])
+def test_damaged_files_of_a_classifier_are_one_line(vit, name, content):
+    folder, _ = vit
+    (folder / name).write_bytes(content)
+    with pytest.raises((ValueError, OSError)) as error:
+        measure_dims(build_extractor(str(folder)), IMAGE.shape)
+    assert "\n" not in str(error.value)
+
+
+def test_labels_without_names_are_refused(vit):
+    folder, model = vit
+    model.config.id2label = {3: "a", 7: "b", 8: "c", 9: "d", 10: "e", 11: "f", 12: "g"}
+    model.save_pretrained(folder)
+    with pytest.raises(ValueError, match=r"id2label in its config.json must give a name to each label from 0 on"):
+        build_extractor(str(folder))
+
+
+def test_pictures_that_a_processor_would_enlarge_without_end_are_refused(vit):
+    processor = ViTImageProcessor.from_pretrained(vit[0])
+    with pytest.raises(ValueError, match="its sides differ too much: 65000x1 pixels"):
+        prepare_picture(Image.new("RGB", (65000, 1)), processor, 3)

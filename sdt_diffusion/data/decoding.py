@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageFile, UnidentifiedImageError
 
+from ..utils.files import local_path
 from ..utils.ranges import RANGE_KEY, between, check_value
 from ..utils.reading import read_json, read_text, shortened
 
@@ -146,14 +147,6 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
 def is_image(name: str) -> bool:
     """Return whether a file has an ending of image files."""
     return Path(name).suffix.lower() in IMAGE_ENDINGS
-
-
-def local_path(name: str) -> Path:
-    """Return the path that a name means if it means one; `~` is the home."""
-    try:
-        return Path(name).expanduser()
-    except RuntimeError:  # there is no such user
-        return Path(name)
 
 
 def walk_folders(folder: Path) -> Iterator[tuple[Path, list[str]]]:

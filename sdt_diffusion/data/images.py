@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ..utils.files import local_path
 from ..utils.ranges import CheckedArguments, between
 from ..utils.reading import shortened
-from .decoding import RESOLUTIONS, ImageDecoder, ImageMode, is_image, local_path, rename_classes, walk_folders
+from .decoding import RESOLUTIONS, ImageDecoder, ImageMode, is_image, rename_classes, walk_folders
 
 #: File ending -> a reader of the `datasets` library, or a function of the files' paths that returns a
 #: `datasets.Dataset`. A new format is one line here.

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
+from ..utils.files import local_path
 from ..utils.ranges import RANGE_KEY, CheckedArguments, between, check_number
 from ..utils.reading import shortened
 from ..utils.seeding import Stream, numpy_generator
-from .decoding import check_class_folders, local_path
+from .decoding import check_class_folders
 from .images import SPLIT_FOLDERS, DataArguments, LabeledImages, load_images, means_digits
 
 #: Seed of the images that are held out; not the run's seed, so that runs of different seeds can be compared.

@@ -30,7 +30,7 @@ from ..metrics.extractors.base import refused_as
 from ..metrics.extractors.transformers_models import channels_of, image_mode_for, load_classifier
 from ..plots import plot_confusion
 from ..utils.arguments import exit_on_error, parse_arguments
-from ..utils.files import check_new, check_writable, shorten_path, write_atomically, write_json
+from ..utils.files import check_new, check_writable, local_path, shorten_path, write_atomically, write_json
 from ..utils.fingerprint import fingerprint
 from ..utils.ranges import CheckedArguments, between, check_number
 from .cost import count_cost
@@ -153,7 +153,7 @@ def open_labeled_images(args: AccuracyArguments, num_channels: int) -> LabeledIm
         image_mode=image_mode_for(num_channels),
     )
     images = load_images(data_args, default_resolution=None, as_pictures=True)
-    check_class_folders(Path(args.dataset).expanduser(), images.class_names)
+    check_class_folders(local_path(args.dataset), images.class_names)
     return images
 
 

@@ -10,7 +10,7 @@ import yaml
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from torch import nn
 
-from ..utils.files import shorten_path, write_json
+from ..utils.files import local_path, shorten_path, write_json
 from ..utils.fingerprint import fingerprint
 from ..utils.reading import PlainYamlDumper, read_json
 
@@ -162,4 +162,4 @@ def _may_be_on_hub(name: str) -> bool:
         validate_repo_id(name)
     except HFValidationError:
         return False
-    return name != "digits" and not Path(name).expanduser().exists()
+    return name != "digits" and not local_path(name).exists()

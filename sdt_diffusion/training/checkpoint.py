@@ -232,9 +232,7 @@ def find_checkpoint(output_dir: Path, wanted: str) -> Path | None:
                 return path
             logger.warning("Skipping %s: it is incomplete or damaged: %s.", path, damage)
         if found:  # starting again would delete them one by one
-            raise ValueError(
-                f"All {len(found)} checkpoints in {output_dir} are damaged: move them away to start again."
-            )
+            raise ValueError(f"All checkpoints in {output_dir} are damaged: move them away to start again.")
         return None
     path = Path(wanted) if Path(wanted).is_dir() else output_dir / wanted
     if not path.is_dir():

@@ -194,6 +194,14 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def local_path(name: str) -> Path:
+    """Return the path that a name means if it means one; `~` is the home."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:  # there is no such user
+        return Path(name)
+
+
 def shorten_path(text: Any, home: str = "~/") -> Any:
     """Return a path, or a text with paths, without details of the machine and its user.
 

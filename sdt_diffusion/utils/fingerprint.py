@@ -3,12 +3,12 @@
 import hashlib
 import json
 from collections.abc import Collection, Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from .files import local_path
 from .reading import walk_files
 
 
@@ -35,7 +35,7 @@ def fingerprint_files(dataset: str) -> str | None:
         The digits, or `None` for what is not on this machine's disks. The fingerprints of `datasets` cannot serve for
         the Hub: they change with its version and with any commit, even one to the README.
     """
-    path = Path(dataset).expanduser()
+    path = local_path(dataset)
     if dataset == "digits":
         return None
     files: Iterable[tuple[str, int]]

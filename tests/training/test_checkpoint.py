@@ -150,5 +150,5 @@ def test_a_run_does_not_start_again_over_checkpoints_that_are_all_damaged(tmp_pa
     for step in (1, 2):
         damaged = save_checkpoint(tmp_path, step, save) / "state"
         damaged.write_bytes(b"abd")
-    with pytest.raises(ValueError, match="All checkpoints in .* are damaged: move them away"):
+    with pytest.raises(ValueError, match=r"All checkpoints in .* are damaged: move them away"):
         find_checkpoint(tmp_path, "latest")

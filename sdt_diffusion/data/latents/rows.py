@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ...utils.files import local_path
 from ...utils.ranges import Range, check_value
 from ..decoding import (
     CorruptImageError,
     ImageDecoder,
     check_class_folders,
-    local_path,
     read_class_names,
     rename_classes,
 )

@@ -18,10 +18,10 @@ from ...sdt.vae import (
     sample_posterior,
     vae_spatial_scale,
 )
+from ...utils.files import local_path
 from ...utils.reading import shortened, verify_checksums
 from ...utils.seeding import Draws
 from .. import DataArguments, LabeledImages, LatentCache, RandomFlip, RandomMirror, load_images
-from ..decoding import local_path
 from ..images import means_digits
 from .cache import is_latent_cache
 

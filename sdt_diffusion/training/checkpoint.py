@@ -326,7 +326,7 @@ def check_same_run(
     found = differences(*refused)
     if found:
         raise ValueError(
-            f"{where} is of a run with another config: {'; '.join(found)}. Give another output_dir, or name the "
+            f"{where} is of a run with another config: {shortened(found, 10)}. Give another output_dir, or name the "
             "arguments in change_on_resume."
         )
     return [

@@ -7,7 +7,7 @@ import json
 import re
 import signal
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, get_origin
@@ -24,6 +24,8 @@ RECIPES_FOLDER = Path(__file__).parents[1] / "configs"
 
 #: Metadata key of fields, such as tokens, whose values are written nowhere.
 SECRET_KEY = "secret"
+#: What messages show instead of a secret.
+HIDDEN = "(hidden)"
 #: Metadata of fields that is not argparse's.
 OWN_METADATA = frozenset({"resumable", RANGE_KEY, SECRET_KEY})
 
@@ -109,7 +111,12 @@ def one_line(error: BaseException) -> str:
         starts = [number for number, line in enumerate(lines) if re.match(r"[\w.]+(Error|Exception)\b: ", line)]
         lines = lines[starts[-1] if starts else start :]
         text = " ".join([lines[0].partition(": ")[2] or lines[0], *lines[1:]])
-    return " ".join(text.split()) or type(error).__name__
+    return at_most(" ".join(text.split())) or type(error).__name__
+
+
+def at_most(text: str, length: int = 900) -> str:
+    """Return a text, without its end if it is longer than one line of a message should be."""
+    return text if len(text) <= length else f"{text[:length]} ..."
 
 
 def parse_arguments(
@@ -135,6 +142,7 @@ def parse_arguments(
     parser = _Parser(
         dataclass_types, description=description, allow_abbrev=False, formatter_class=_DefaultsHelpFormatter
     )
+    parser.hide_secrets(argv, fields_with(SECRET_KEY, *dataclass_types))
     parser.add_argument(
         "--config", help=f"YAML file of these arguments, or the name of a recipe: {', '.join(_recipe_names())}."
     )
@@ -142,6 +150,9 @@ def parse_arguments(
     # argparse would look for missing required flags first, and not say which flag was mistyped. It has no public list
     # of its flags.
     parser.refuse_unknown("argument(s)", unknown, parser._option_string_actions)
+    for word in argv:
+        if word.startswith("--") and word.endswith("=--"):  # argparse takes such a value for a list
+            parser.error(f"{word.removesuffix('=--')} cannot be '--'")
     first_look = _Parser(None, add_help=False, allow_abbrev=False)
     first_look.add_argument("--config")
     first_look.add_argument("--dataset", default="digits")
@@ -176,7 +187,21 @@ def given_arguments(dataclass_types: Sequence[Any], argv: Sequence[str]) -> dict
 
 
 class _Parser(HfArgumentParser):
-    """Reports wrong input in one line, without the usage of all flags."""
+    """Reports wrong input in one line, without the usage of all flags, and without secrets."""
+
+    _secret_fields: Collection[str] = ()
+    _secrets: Collection[str] = ()
+
+    def hide_secrets(self, argv: Sequence[str], fields: Collection[str]) -> None:
+        """Leave the values of secret fields out of all messages, however many words were given for one."""
+        self._secret_fields, self._secrets = fields, set()
+        hide = False
+        for word in argv:
+            flag, _, value = word.partition("=")
+            if word.startswith("--"):
+                hide = flag.removeprefix("--").replace("-", "_") in fields
+            if hide:
+                self._secrets.add(value if word.startswith("--") else word)
 
     def add_argument(self, *names: str, **settings: Any) -> argparse.Action:
         """Add an argument; HfArgumentParser hands over all metadata of a field, argparse knows only its own."""
@@ -184,8 +209,14 @@ class _Parser(HfArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """End the program."""
+        for secret in self._secrets:
+            message = message.replace(secret, HIDDEN) if secret else message
         # By its own class, whose annotation says that it never returns; mypy does not see transformers' parser.
-        argparse.ArgumentParser.exit(self, 2, f"{self.prog}: error: {message}\n")
+        argparse.ArgumentParser.exit(self, 2, f"{self.prog}: error: {at_most(message)}\n")
+
+    def shown(self, key: str, value: Any) -> Any:
+        """Return the value of a field as messages may show it."""
+        return HIDDEN if key in self._secret_fields else value
 
     def refuse_unknown(self, what: str, names: Sequence[str], known: Iterable[str], where: str = "") -> None:
         """End the program if a name is not known, and suggest a similar one."""
@@ -255,7 +286,7 @@ def _flags_of(parser: _Parser, dataclass_types: Sequence[Any], path: Path) -> li
             flags += [f"--{key}", *value]
         else:
             wanted = "a list of single values" if takes_list else "a single value"
-            parser.error(f"{path}: {key} must be {wanted}, not {typed[key]}")
+            parser.error(f"{path}: {key} must be {wanted}, not {parser.shown(key, typed[key])}")
     return flags
 
 

@@ -66,7 +66,7 @@ def differences(there: Mapping[str, Any], now: Mapping[str, Any], unquoted: Coll
         A text for each key that differs.
     """
     return [
-        key if key in unquoted else f"{key}: {there.get(key)!r} there, {now.get(key)!r} now"
+        key if key in unquoted else f"{key}: {there.get(key)!r:.60} there, {now.get(key)!r:.60} now"
         for key in sorted(set(there) | set(now))
         if _meaning(there.get(key)) != _meaning(now.get(key))
     ]

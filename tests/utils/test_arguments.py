@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 import sdt_diffusion
 from sdt_diffusion.data import DataArguments
 from sdt_diffusion.evaluation.fid import FidArguments
+from sdt_diffusion.hub import HubArguments
 from sdt_diffusion.training.config import RunArguments
 from sdt_diffusion.training.ema import EMAArguments
 from sdt_diffusion.training.optimizer import OptimizationArguments
@@ -24,6 +25,7 @@ from sdt_diffusion.utils.arguments import (
     fields_with,
     json_object,
     merged,
+    one_line,
     parse_arguments,
     require_at_least,
 )
@@ -366,6 +368,41 @@ def test_an_error_of_a_loaders_worker_is_its_own_line():
     with pytest.raises(SystemExit) as caught, exit_on_error():
         next(iter(DataLoader(Broken(), num_workers=1)))
     assert caught.value.code == "Error: images/1.png is damaged: it is cut"
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--hub_token", "hf_secret", "hf_secret"],
+        ["--hub-token=hf_secret", "hf_secret"],
+        ["--hub_token", "--", "hf_secret"],
+    ],
+)
+def test_no_message_shows_a_token(argv, capsys):
+    with pytest.raises(SystemExit):
+        parse_arguments((HubArguments,), argv)
+    error = capsys.readouterr().err
+    assert "hf_secret" not in error
+    assert error.count("\n") == 1
+
+
+def test_no_message_about_a_config_file_shows_a_token(config, capsys):
+    with pytest.raises(SystemExit):
+        parse_arguments((HubArguments,), ["--config", str(config("hub_token: [hf_secret]"))])
+    assert "hub_token must be a single value, not (hidden)" in capsys.readouterr().err
+
+
+def test_messages_are_short(capsys):
+    with pytest.raises(SystemExit):
+        parse("--dataset=" + "x" * 5000, "y" * 5000)
+    assert len(capsys.readouterr().err) < 1000
+    assert len(one_line(ValueError("x" * 5000))) < 1000
+
+
+def test_a_value_that_argparse_takes_for_a_list_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        parse("--dataset=--")
+    assert "--dataset cannot be '--'" in capsys.readouterr().err
 
 
 def test_a_file_beside_the_script_adds_no_flags(tmp_path, monkeypatch):

@@ -17,8 +17,8 @@ from transformers.modeling_outputs import (
 
 from .data.decoding import IMAGE_MODES
 from .sdt import SDTTransformer2DModel
+from .sdt.embeddings import SDTPatchEmbed, position_embedding
 from .sdt.schedulers import DIT_SCHEDULE, noise_scales
-from .sdt.transformer_sdt import SDTPatchEmbed, position_embedding
 from .sdt.vae import encode_pixels, vae_spatial_scale
 from .sdt_h.modeling_sdt_h import ImagePreTrainedModel
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.schedulers import SchedulerMixin
 from torch import nn
 from transformers import PretrainedConfig
@@ -18,7 +18,9 @@ from transformers.modeling_outputs import (
 from .data.decoding import IMAGE_MODES
 from .sdt import SDTTransformer2DModel
 from .sdt.embeddings import SDTPatchEmbed, position_embedding
+from .sdt.pipeline_sdt import open_pipeline
 from .sdt.schedulers import DIT_SCHEDULE, noise_scales
+from .sdt.transformer_sdt import open_transformer
 from .sdt.vae import encode_pixels, vae_spatial_scale
 from .sdt_h.modeling_sdt_h import ImagePreTrainedModel
 
@@ -117,20 +119,17 @@ def load_backbone(folder: str, objective: str | None = None) -> Backbone:
         objective: "flow" (the default) or "ddpm" (DiT's schedule), for a transformer without a pipeline.
 
     Raises:
-        ValueError: If a pipeline is given an objective, or has no SDT transformer.
+        ValueError: If a pipeline is given an objective, or the model is damaged, or of another kind.
     """
-    if (Path(folder) / "model_index.json").is_file():
+    if (Path(folder) / "model_index.json").exists():
         if objective is not None:
             raise ValueError(
                 f"objective {objective!r} cannot be given for the pipeline {folder}: its scheduler decides that."
             )
-        pipe = DiffusionPipeline.from_pretrained(folder)
-        transformer = getattr(pipe, "transformer", None)
-        if not isinstance(transformer, SDTTransformer2DModel):
-            raise ValueError(f"{folder} is a {type(pipe).__name__} without an SDTTransformer2DModel.")
-        return Backbone(transformer, pipe.scheduler, pipe.vae)
+        pipe = open_pipeline(folder)
+        return Backbone(pipe.transformer, pipe.scheduler, pipe.vae)
     scheduler = DDPMScheduler(**DIT_SCHEDULE) if objective == "ddpm" else FlowMatchEulerDiscreteScheduler()
-    return Backbone(SDTTransformer2DModel.from_pretrained(folder, dtype=torch.float32), scheduler)
+    return Backbone(open_transformer(folder), scheduler)
 
 
 class SDTPreTrainedModel(ImagePreTrainedModel):

@@ -12,9 +12,9 @@ from diffusers.schedulers import DDPMScheduler, SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
 from ..utils.ranges import Range, check_value
-from ..utils.reading import CHECKSUMS_FILE, check_tensors, verify_checksums, write_checksums
+from ..utils.reading import CHECKSUMS_FILE, verify_checksums, write_checksums
 from .schedulers import check_sampling_setting, check_scheduler_config, learns_variance
-from .transformer_sdt import SDTTransformer2DModel
+from .transformer_sdt import SDTTransformer2DModel, check_sound, shortened_reason
 from .vae import decode_latents, vae_spatial_scale
 
 #: Sampling settings of a pipeline that has none saved.
@@ -358,18 +358,14 @@ def open_pipeline(name: str, dtype: torch.dtype = torch.float32) -> SDTPipeline:
             check_scheduler_config(DDPMScheduler.load_config(where, subfolder="scheduler"))
             pipe = SDTPipeline.from_pretrained(where, dtype=dtype)
     except Exception as error:  # diffusers and safetensors raise anything for files that are cut, changed or odd
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{name} cannot be loaded: {reason[:400]}") from error
+        raise ValueError(f"{name} cannot be loaded: {shortened_reason(error)}") from error
     if kind != SDTPipeline.__name__:
         raise ValueError(f"{name} holds a {kind}, not an {SDTPipeline.__name__}.")
     if not isinstance(pipe.transformer, SDTTransformer2DModel) or pipe.scheduler is None:
         raise ValueError(f"{name} is not whole: its model_index.json names no SDTTransformer2DModel or no scheduler.")
     for part, module in (("transformer", pipe.transformer), ("vae", pipe.vae)):
         if module is not None:
-            tensors = module.state_dict()
-            check_tensors(tensors, tensors, f"The {part} of {name}")
-            if not all(parameter.is_floating_point() for parameter in module.parameters()):
-                raise ValueError(f"The {part} of {name} cannot be used: it has weights of a type of whole numbers.")
+            check_sound(module, f"The {part} of {name}")
     return pipe
 
 

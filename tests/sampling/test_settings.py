@@ -46,7 +46,7 @@ def test_a_command_line_names_all_settings():
 
 @pytest.mark.parametrize(("name", "value"), [("num_inference_steps", 0), ("seed", -1), ("batch_size", 0)])
 def test_values_that_are_too_small_are_refused(name, value):
-    with pytest.raises(ValueError, match=rf"{name} must be at least \d, not {value}"):
+    with pytest.raises(ValueError, match=rf"{name} must be at least \d.*, not {value}"):
         SamplingArguments(model="m", **{name: value})
 
 

@@ -11,7 +11,8 @@ import torch
 from ..attention import BACKENDS
 from ..blocks import set_decay_backend
 from ..sdt import SDTPipeline, SDTTransformer2DModel
-from ..sdt.pipeline_sdt import DEFAULT_GUIDANCE_SCALE, DEFAULT_NUM_INFERENCE_STEPS, open_pipeline
+from ..sdt.loading import open_pipeline
+from ..sdt.pipeline_sdt import DEFAULT_GUIDANCE_SCALE, DEFAULT_NUM_INFERENCE_STEPS
 from ..sdt.schedulers import GUIDANCE, STEPS, swap_scheduler
 from ..utils.ranges import RANGE_KEY, CheckedArguments, a_seed, between
 

@@ -13,8 +13,8 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from ..utils.ranges import Range, check_value
 from ..utils.reading import CHECKSUMS_FILE, verify_checksums, write_checksums
-from .schedulers import check_sampling_setting, check_scheduler_config, learns_variance
-from .transformer_sdt import SDTTransformer2DModel, check_sound, shortened_reason
+from .schedulers import check_sampling_setting, learns_variance
+from .transformer_sdt import SDTTransformer2DModel
 from .vae import decode_latents, vae_spatial_scale
 
 #: Sampling settings of a pipeline that has none saved.
@@ -338,35 +338,6 @@ class SDTPipeline(DiffusionPipeline):
                 f"callback_on_step_end_tensor_inputs must be in {self._callback_tensor_inputs}, but has {unknown}."
             )
         return height, width
-
-
-def open_pipeline(name: str, dtype: torch.dtype = torch.float32) -> SDTPipeline:
-    """Load a pipeline for a script, which trusts neither its files nor its weights.
-
-    Args:
-        name: Folder or Hub name.
-        dtype: Type of the weights.
-
-    Raises:
-        ValueError: If it is damaged, of another class, or has weights that are NaN or infinite; says why.
-    """
-    path = Path(name).expanduser()
-    where = str(path) if path.is_dir() else name
-    try:
-        kind = SDTPipeline.load_config(where).get("_class_name")
-        if kind == SDTPipeline.__name__:
-            check_scheduler_config(DDPMScheduler.load_config(where, subfolder="scheduler"))
-            pipe = SDTPipeline.from_pretrained(where, dtype=dtype)
-    except Exception as error:  # diffusers and safetensors raise anything for files that are cut, changed or odd
-        raise ValueError(f"{name} cannot be loaded: {shortened_reason(error)}") from error
-    if kind != SDTPipeline.__name__:
-        raise ValueError(f"{name} holds a {kind}, not an {SDTPipeline.__name__}.")
-    if not isinstance(pipe.transformer, SDTTransformer2DModel) or pipe.scheduler is None:
-        raise ValueError(f"{name} is not whole: its model_index.json names no SDTTransformer2DModel or no scheduler.")
-    for part, module in (("transformer", pipe.transformer), ("vae", pipe.vae)):
-        if module is not None:
-            check_sound(module, f"The {part} of {name}")
-    return pipe
 
 
 def _check_parts(transformer, scheduler, vae, id2label):

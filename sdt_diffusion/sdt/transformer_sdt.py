@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from ..attention import ContextAwareGate
 from ..attention.gate import MAX_EXPONENT
 from ..blocks import SDTBlock, modulate
 from ..utils.ranges import Range, check_number, check_value
-from ..utils.reading import CHECKSUMS_FILE, check_tensors, shortened, verify_checksums, write_checksums
+from ..utils.reading import CHECKSUMS_FILE, read_json, shortened, verify_checksums, write_checksums
 from .embeddings import SDTPatchEmbed, TimestepClassEmbedding
 
 #: Size -> config. Parameters (patch 2, 4 channels, 1000 classes, `context`) as counted by tests/sdt; DiT's sizes.
@@ -47,6 +48,9 @@ PRESETS["SDT-digits"] = {
     "num_classes": 10,
 }
 
+#: Where diffusers warns of weights that are missing or left over.
+LOADING_LOGGER = logging.getLogger("diffusers.models.modeling_utils")
+CONFIG_FILE = "config.json"
 #: Values that the numbers of a config may have; those of int type are whole.
 RANGES: dict[str, tuple[type, Range]] = {
     "num_attention_heads": (int, Range(1, 1024)),
@@ -218,8 +222,16 @@ class SDTTransformer2DModel(
         Raises:
             ValueError: If weights are missing, left over, or changed since they were saved; names them.
         """
-        verify_checksums(Path(pretrained_model_name_or_path, kwargs.get("subfolder") or ""))
-        model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+        folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
+        verify_checksums(folder)
+        if (folder / CONFIG_FILE).is_file():
+            read_json(folder / CONFIG_FILE)  # diffusers takes a text in it for the name of another model
+        level = LOADING_LOGGER.level
+        LOADING_LOGGER.setLevel(level if output_loading_info else logging.ERROR)  # what it warns of is refused below
+        try:
+            model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+        finally:
+            LOADING_LOGGER.setLevel(level)
         names = {"has no": info.get("missing_keys"), "has unknown": info.get("unexpected_keys")}
         wrong = [f"{verb} {shortened(sorted(found))}" for verb, found in names.items() if found]
         if wrong and not output_loading_info:
@@ -352,38 +364,6 @@ class SDTTransformer2DModel(
         rows = get_1d_rotary_pos_embed(half, y.repeat_interleave(grid_size[1]), use_real=True)  # each (N, d/2)
         columns = get_1d_rotary_pos_embed(half, x.repeat(grid_size[0]), use_real=True)  # each (N, d/2)
         return tuple(torch.cat(pair, dim=-1) for pair in zip(rows, columns, strict=True))  # each (N, d)
-
-
-def open_transformer(folder: str, dtype: torch.dtype = torch.float32) -> SDTTransformer2DModel:
-    """Load a transformer for a script, which trusts neither its files nor its weights.
-
-    Raises:
-        ValueError: If it cannot be loaded, or has weights that are no finite floating-point numbers; says why.
-    """
-    try:
-        model = SDTTransformer2DModel.from_pretrained(folder, dtype=dtype)
-    except Exception as error:  # diffusers and safetensors raise anything for files that are cut, changed or odd
-        raise ValueError(f"{folder} cannot be loaded: {shortened_reason(error)}") from error
-    check_sound(model, folder)
-    return model
-
-
-def check_sound(model: nn.Module, where: str) -> None:
-    """Refuse weights that are NaN, infinite, or of a type of whole numbers.
-
-    Raises:
-        ValueError: Names the first of them.
-    """
-    tensors = model.state_dict()
-    check_tensors(tensors, tensors, where)
-    for name, parameter in model.named_parameters():
-        if not parameter.is_floating_point():
-            raise ValueError(f"{where} cannot be used: {name} is {parameter.dtype}.")
-
-
-def shortened_reason(error: Exception) -> str:
-    """Return the start of an error's message in one line."""
-    return " ".join(str(error).split())[:400] or type(error).__name__
 
 
 def _check_ranges(config: dict[str, Any]) -> None:

@@ -36,9 +36,7 @@ def test_only_what_is_missing_is_made_and_it_is_the_same(make_pipe, tmp_path):
     whole = (folder / "batch-000002.npy").read_bytes()
     (folder / "batch-000002.npy").write_bytes(whole[:-9])
     (folder / ".batch-000001.partial.npy").write_bytes(b"half of it")
-    with pytest.raises(
-        ValueError, match=r"2 of its files are missing or damaged, such as batch-000001.npy; run"
-    ):
+    with pytest.raises(ValueError, match=r"2 of its files are missing or damaged, such as batch-000001.npy; run"):
         SampleFolder(folder)
     assert np.array_equal(all_pixels(sample(folder, pipe)), before)
     assert (folder / "batch-000000.npy").stat().st_mtime_ns == untouched

@@ -134,13 +134,14 @@ def sample_into(
             progress=progress and state.is_main_process,
             **sampling,
         )
-        for index, image in samples:
-            if not np.isfinite(image).all():
-                raise ValueError(f"Sample {index} (class {labels[index]}, seed {sampling['seed']}) is not finite.")
-            made.append((image * 255).round().astype(np.uint8))
-            if len(made) == batch_size or index == len(labels) - 1:
-                _write_batch(_batch_file(folder, index // batch_size), np.stack(made))
-                made = []
+        with contextlib.closing(samples):  # an error ends the progress bar
+            for index, image in samples:
+                if not np.isfinite(image).all():
+                    raise ValueError(f"Sample {index} (class {labels[index]}, seed {sampling['seed']}) is not finite.")
+                made.append((image * 255).round().astype(np.uint8))
+                if len(made) == batch_size or index == len(labels) - 1:
+                    _write_batch(_batch_file(folder, index // batch_size), np.stack(made))
+                    made = []
         state.wait_for_everyone()
     return SampleFolder(folder)
 

@@ -6,7 +6,6 @@ import io
 import json
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from ..sdt import SDTPipeline
 from ..utils.files import FolderLock, require_space, write_atomically, write_json
 from ..utils.fingerprint import differences, fingerprint
 from ..utils.ranges import Range, check_value
-from ..utils.reading import checksum, read_json
+from ..utils.reading import checksums, read_json
 from .generate import describe_sampling, generate, share_of_process
 
 MANIFEST_FILE = "manifest.json"
@@ -170,25 +169,27 @@ def bytes_per_sample(pipe: SDTPipeline) -> int:
 def missing_batches(folder: Path, num_samples: int, batch_size: int) -> list[int]:
     """Return the indices of the batches that are still to be made: those without a whole, undamaged file."""
     counts = [min(batch_size, num_samples - start) for start in range(0, num_samples, batch_size)]
-    with ThreadPoolExecutor(8) as pool:  # most of the time goes into checksums, which do not hold Python's lock
-        shapes = list(pool.map(lambda batch: _shape_of_sound_batch(_batch_file(folder, batch)), range(len(counts))))
+    paths = [_batch_file(folder, batch) for batch in range(len(counts))]
+    shapes = [_shape_of_batch(path) for path in paths]
+    # Folders made before there were checksums have none.
+    digests = [path.with_suffix(DIGEST_ENDING) for path in paths]
+    marked = [batch for batch in range(len(counts)) if shapes[batch] and digests[batch].is_file()]
+    for batch, found in zip(marked, checksums(paths[batch] for batch in marked), strict=True):
+        if digests[batch].read_bytes() != found.encode():
+            shapes[batch] = ()
     usual = Counter(shape[1:] for shape in shapes if shape).most_common(1)
     wanted = usual[0][0] if usual else ()
     return [batch for batch, count in enumerate(counts) if shapes[batch] != (count, *wanted)]
 
 
-def _shape_of_sound_batch(path):
-    """Return the shape of a batch; an empty one if its file is missing, of another form, or has changed."""
+def _shape_of_batch(path: Path) -> tuple[int, ...]:
+    """Return the shape of the images in a file; an empty one if it is missing, cut, or of another form."""
     try:
-        if not path.is_file():
-            return ()
-        batch = np.load(path, mmap_mode="r")
-        if batch.dtype != np.uint8 or batch.ndim != 4 or batch.shape[3] not in (1, 3):
-            return ()
-        digest = path.with_suffix(DIGEST_ENDING)  # folders made before there were checksums have none
-        return batch.shape if not digest.is_file() or digest.read_bytes() == checksum(path).encode() else ()
+        batch: np.ndarray = np.load(path, mmap_mode="r") if path.is_file() else np.empty(0)
     except Exception:  # numpy raises anything for a damaged header
         return ()
+    is_batch = batch.dtype == np.uint8 and batch.ndim == 4 and batch.shape[3] in (1, 3)
+    return batch.shape if is_batch else ()
 
 
 def _write_batch(path, batch):

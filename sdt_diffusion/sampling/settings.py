@@ -120,7 +120,12 @@ def load_pipeline(args: PipelineArguments, device: torch.device | str) -> SDTPip
         raise ValueError(f"model: {error}") from error
     args.apply_to(pipe)
     args.settings(pipe)  # refuses steps beyond the schedule now rather than after the model's way to the device
-    return pipe.to(device)
+    try:
+        return pipe.to(device)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, AssertionError) as error:  # torch's, for an unknown or missing device
+        raise ValueError(f"device {device} cannot be used: {error}") from error
 
 
 def set_attention_backend(model: SDTTransformer2DModel, name: str | None) -> None:

@@ -51,7 +51,7 @@ def check_scheduler_config(config: dict[str, Any]) -> None:
         for item in value if isinstance(value, list) else [value]:
             if isinstance(item, float) and not math.isfinite(item):
                 raise ValueError(f"The scheduler's {name} must be finite, not {item}.")
-    check_value("The scheduler's num_train_timesteps", config.get("num_train_timesteps", 1000), (int,), STEPS)
+    check_value("The scheduler's num_train_timesteps", config.get("num_train_timesteps"), (int,), STEPS)
     for name in ("beta_start", "beta_end"):
         check_value(f"The scheduler's {name}", config.get(name, 0.01), (float,), BETAS)
     check_value("The scheduler's shift", config.get("shift", 1.0), (float,), SHIFTS)

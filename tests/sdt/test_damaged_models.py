@@ -186,7 +186,7 @@ class TestPipeline:
     @pytest.mark.parametrize(
         ("name", "value"),
         [
-            *(("num_train_timesteps", value) for value in (0, -1, 10**12, "many", math.nan)),
+            *(("num_train_timesteps", value) for value in (0, -1, 10**12, "many", math.nan, None)),
             *(("shift", value) for value in (0, -1, math.nan, 1e30)),
             *(("prediction_type", "nonsense"), ("beta_end", math.nan), ("beta_start", -1)),
         ],

@@ -68,7 +68,8 @@ def check_types(folder: Path) -> None:
     Raises:
         ValueError: Names the file and a tensor.
     """
-    for path in sorted(folder.glob(f"*{WEIGHTS_ENDING}")):
+    # Opening a named pipe would wait for a writer.
+    for path in sorted(path for path in folder.glob(f"*{WEIGHTS_ENDING}") if path.is_file()):
         with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118  (it is not a dictionary)
                 kind = file.get_slice(name).get_dtype()

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 
 import diffusers
 import pytest
@@ -174,6 +175,13 @@ class TestPipeline:
         rewrite(folder / "model_index.json", **changes)
         with pytest.raises(ValueError, match=r"pipe (cannot be loaded: .+|is not whole)"):
             open_pipeline(str(folder))
+
+    def test_a_named_pipe_is_not_waited_for(self, folder):
+        for name in (f"transformer/{WEIGHTS}", f"transformer/{CHECKSUMS_FILE}", "model_index.json"):
+            (folder / name).unlink()
+            os.mkfifo(folder / name)
+            with pytest.raises(ValueError, match="cannot be loaded"):
+                open_pipeline(str(folder))
 
     def test_a_config_of_another_model_is_refused(self, folder):
         dit = diffusers.DiTTransformer2DModel(

@@ -15,6 +15,7 @@ from torch import nn
 
 from .attention import build_gate, check_backend, check_variant, spatial_decay_attention
 from .attention.dispatch import Backend
+from .utils.ranges import Range, check_number
 
 #: Activations that diffusers' `FeedForward` supports.
 ACTIVATIONS = ("gelu", "gelu-approximate", "geglu", "geglu-approximate", "swiglu", "linear-silu")
@@ -196,6 +197,8 @@ class SDTAttention(nn.Module, AttentionModuleMixin):
         eps: float = 1e-6,
     ):
         super().__init__()
+        for name, number in (("dim", dim), ("heads", heads), ("head_dim", 1 if head_dim is None else head_dim)):
+            check_number(name, number, Range(1, 1_000_000))
         if head_dim is None:
             if dim % heads:
                 raise ValueError(f"dim {dim} is not divisible by {heads} heads; give head_dim.")
@@ -308,6 +311,9 @@ class SDTBlock(nn.Module):
         **attention_kwargs,
     ):
         super().__init__()
+        check_number("mlp_ratio", mlp_ratio, Range(0, 64, with_least=False))
+        check_number("dropout", dropout, Range(0, 1))
+        check_number("norm_eps", norm_eps, Range(0, 1))
         if not 0 <= drop_path < 1:
             raise ValueError(f"drop_path must be at least 0 and less than 1, not {drop_path}.")
         if activation_fn not in ACTIVATIONS:

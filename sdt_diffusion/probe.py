@@ -6,7 +6,7 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.schedulers import SchedulerMixin
 from torch import nn
 from transformers import PretrainedConfig
@@ -17,10 +17,22 @@ from transformers.modeling_outputs import (
 
 from .data.decoding import IMAGE_MODES
 from .sdt import SDTTransformer2DModel
+from .sdt.embeddings import SDTPatchEmbed, position_embedding
+from .sdt.loading import open_pipeline, open_transformer
 from .sdt.schedulers import DIT_SCHEDULE, noise_scales
-from .sdt.transformer_sdt import SDTPatchEmbed, position_embedding
 from .sdt.vae import encode_pixels, vae_spatial_scale
 from .sdt_h.modeling_sdt_h import ImagePreTrainedModel
+from .utils.ranges import LARGEST_SEED, Range, check_value
+
+#: Values that the numbers of a config may have; those of int type are whole.
+RANGES: dict[str, tuple[type, Range]] = {
+    "block": (int, Range(0, 999)),
+    "timestep": (float, Range(0, 100_000)),
+    "signal_scale": (float, Range(0, 1)),
+    "noise_scale": (float, Range(0, 1)),
+    "noise_seed": (int, Range(0, LARGEST_SEED)),
+    "num_channels": (int, Range(1, 4096)),
+}
 
 
 class SDTClassifierConfig(PretrainedConfig):
@@ -117,20 +129,17 @@ def load_backbone(folder: str, objective: str | None = None) -> Backbone:
         objective: "flow" (the default) or "ddpm" (DiT's schedule), for a transformer without a pipeline.
 
     Raises:
-        ValueError: If a pipeline is given an objective, or has no SDT transformer.
+        ValueError: If a pipeline is given an objective, or the model is damaged, or of another kind.
     """
-    if (Path(folder) / "model_index.json").is_file():
+    if (Path(folder) / "model_index.json").exists():
         if objective is not None:
             raise ValueError(
                 f"objective {objective!r} cannot be given for the pipeline {folder}: its scheduler decides that."
             )
-        pipe = DiffusionPipeline.from_pretrained(folder)
-        transformer = getattr(pipe, "transformer", None)
-        if not isinstance(transformer, SDTTransformer2DModel):
-            raise ValueError(f"{folder} is a {type(pipe).__name__} without an SDTTransformer2DModel.")
-        return Backbone(transformer, pipe.scheduler, pipe.vae)
+        pipe = open_pipeline(folder)
+        return Backbone(pipe.transformer, pipe.scheduler, pipe.vae)
     scheduler = DDPMScheduler(**DIT_SCHEDULE) if objective == "ddpm" else FlowMatchEulerDiscreteScheduler()
-    return Backbone(SDTTransformer2DModel.from_pretrained(folder, dtype=torch.float32), scheduler)
+    return Backbone(open_transformer(folder), scheduler)
 
 
 class SDTPreTrainedModel(ImagePreTrainedModel):
@@ -149,9 +158,13 @@ class SDTPreTrainedModel(ImagePreTrainedModel):
 
     def __init__(self, config: SDTClassifierConfig):
         super().__init__(config)
+        for name, (kind, allowed) in RANGES.items():
+            check_value(name, getattr(config, name), (kind,), allowed)
+        if not isinstance(config.transformer, dict) or not isinstance(config.vae, (dict, type(None))):
+            raise ValueError("transformer and vae must be configs.")
         self.vae: nn.Module | None = None
         if config.vae is not None:
-            self.vae = getattr(diffusers, config.vae["_class_name"]).from_config(config.vae)
+            self.vae = _vae_class(config.vae.get("_class_name")).from_config(config.vae)
         self.transformer = SDTTransformer2DModel.from_config({**config.transformer, "num_layers": config.block + 1})
         # A classifier does not need the two layers that predict noise.
         self.transformer.proj_out_1 = self.transformer.proj_out_2 = nn.Identity()
@@ -335,6 +348,14 @@ class SDTForImageClassification(SDTPreTrainedModel):
         if module is self.head and not getattr(module.weight, "_is_hf_initialized", False):
             nn.init.trunc_normal_(module.weight, std=0.02)
             nn.init.zeros_(module.bias)
+
+
+def _vae_class(name: Any) -> Any:
+    """Return diffusers' class of a VAE."""
+    found = getattr(diffusers, str(name), None)
+    if not (isinstance(found, type) and issubclass(found, diffusers.ModelMixin) and hasattr(found, "decode")):
+        raise ValueError(f"vae must be a VAE of diffusers, not {name!r}.")
+    return found
 
 
 def _json_config(module: nn.Module) -> dict[str, Any]:

@@ -49,7 +49,7 @@ def check_variant(variant: str) -> str:
     Raises:
         ValueError: If it is not; the message lists the known ones.
     """
-    if variant not in SPATIAL_DECAY_VARIANTS:
+    if not isinstance(variant, str) or variant not in SPATIAL_DECAY_VARIANTS:
         raise ValueError(f"Unknown spatial_decay {variant!r}: choose one of {', '.join(SPATIAL_DECAY_VARIANTS)}.")
     return variant
 

@@ -7,6 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+#: Largest exponent: 1 - 2^-128 is 1 in every precision, so that nothing decays.
+MAX_EXPONENT = 128
+
 
 def multi_scale_exponents(num_heads: int, initial_value: float, heads_range: float) -> list[float]:
     """Return RMT's exponents a_h = initial_value + heads_range * h / num_heads.
@@ -14,10 +17,14 @@ def multi_scale_exponents(num_heads: int, initial_value: float, heads_range: flo
     Head h decays by log(1 - 2^-a_h) a patch.
 
     Raises:
-        ValueError: If an exponent is not positive: 2^-a has to be less than 1.
+        ValueError: If an exponent is not positive, as 2^-a has to be less than 1, or is more than `MAX_EXPONENT`.
     """
-    if initial_value <= 0 or initial_value + min(heads_range, 0) <= 0:
-        raise ValueError(f"Decay exponents from {initial_value} over a range of {heads_range} must be positive.")
+    lowest, highest = initial_value + min(heads_range, 0), initial_value + max(heads_range, 0)
+    if not 0 < lowest <= highest <= MAX_EXPONENT:  # written so that NaN is refused too
+        raise ValueError(
+            f"Decay exponents from {initial_value} over a range of {heads_range} must be positive and at most "
+            f"{MAX_EXPONENT}."
+        )
     return [initial_value + heads_range * head / num_heads for head in range(num_heads)]
 
 

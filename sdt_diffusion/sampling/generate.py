@@ -1,7 +1,7 @@
 """Draw many samples from a pipeline, each with its own seed, on one process or on all."""
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -62,7 +62,7 @@ def generate(
     output_type: str = "pil",
     progress: bool = True,
     **call_kwargs: Any,
-) -> Iterator[tuple[int, Any]]:
+) -> Generator[tuple[int, Any], None, None]:
     """Yield samples one by one, computed in batches.
 
     Sample i gets the noise of `sample_generator(seed, i)`, initial and per step, so it does not depend on the batch

@@ -7,21 +7,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from diffusers import DiffusionPipeline
-from safetensors import SafetensorError
 
 from ..attention import BACKENDS
 from ..blocks import set_decay_backend
 from ..sdt import SDTPipeline, SDTTransformer2DModel
+from ..sdt.loading import open_pipeline
 from ..sdt.pipeline_sdt import DEFAULT_GUIDANCE_SCALE, DEFAULT_NUM_INFERENCE_STEPS
-from ..sdt.schedulers import swap_scheduler
-from ..utils.arguments import require_at_least
+from ..sdt.schedulers import GUIDANCE, STEPS, swap_scheduler
+from ..utils.ranges import RANGE_KEY, CheckedArguments, a_seed, between
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 @dataclass(kw_only=True)
-class SamplerArguments:
+class SamplerArguments(CheckedArguments):
     """How a model is sampled; training takes these and saves them in the pipeline."""
 
     scheduler: str | None = field(
@@ -33,6 +32,7 @@ class SamplerArguments:
         metadata={
             "help": f"Sampling steps; those saved in the pipeline by default, else {DEFAULT_NUM_INFERENCE_STEPS}.",
             "resumable": True,
+            RANGE_KEY: STEPS,
         },
     )
     guidance_scale: float | None = field(
@@ -41,6 +41,7 @@ class SamplerArguments:
             "help": "Classifier-free guidance, 1 for none; that saved in the pipeline by default, else "
             f"{DEFAULT_GUIDANCE_SCALE:g}.",
             "resumable": True,
+            RANGE_KEY: GUIDANCE,
         },
     )
     attention_backend: str | None = field(
@@ -51,9 +52,6 @@ class SamplerArguments:
             "resumable": True,
         },
     )
-
-    def __post_init__(self):
-        require_at_least(self, 1, "num_inference_steps")
 
     def with_defaults(self) -> "SamplerArguments":
         """Return a copy that names guidance and steps, for a pipeline that has none saved yet."""
@@ -84,12 +82,8 @@ class PipelineArguments(SamplerArguments):
     """What to sample from, and how."""
 
     model: str = field(metadata={"help": "Folder or Hub name of a saved pipeline."})
-    seed: int = field(default=0, metadata={"help": "Seed of the samples."})
+    seed: int = field(default=0, metadata={"help": "Seed of the samples."} | a_seed())
     dtype: Dtype = field(default="float32", metadata={"help": "Type of the model's weights and arithmetic."})
-
-    def __post_init__(self):
-        super().__post_init__()
-        require_at_least(self, 0, "seed")
 
     def settings(self, pipe: SDTPipeline) -> dict[str, Any]:
         """Return the arguments of `generate`: the seed, and what `SamplerArguments.settings` gives."""
@@ -100,11 +94,7 @@ class PipelineArguments(SamplerArguments):
 class SamplingArguments(PipelineArguments):
     """What to sample from, and how, for many samples."""
 
-    batch_size: int = field(default=64, metadata={"help": "Samples at a time on each process."})
-
-    def __post_init__(self):
-        super().__post_init__()
-        require_at_least(self, 1, "batch_size")
+    batch_size: int = field(default=64, metadata={"help": "Samples at a time on each process."} | between(1, 100_000))
 
 
 def default_device() -> torch.device:
@@ -117,24 +107,25 @@ def load_pipeline(args: PipelineArguments, device: torch.device | str) -> SDTPip
 
     Raises:
         FileNotFoundError: If the folder holds no pipeline.
-        OSError: If the model is neither a folder nor on the Hub.
-        ValueError: If the folder is damaged or holds another kind of pipeline, or the scheduler or backend does not
-            fit.
+        ValueError: If the model is neither a folder nor on the Hub, is damaged or another kind of pipeline, or the
+            scheduler, the number of steps or the backend does not fit.
     """
     path = Path(args.model).expanduser()
     is_path = path.is_dir() or args.model.startswith((".", "/", "~"))
     if is_path and not (path / "model_index.json").is_file():
         raise FileNotFoundError(f"model: {args.model} holds no pipeline (no model_index.json).")
-    name = str(path) if is_path else args.model
     try:
-        pipe = DiffusionPipeline.from_pretrained(name, dtype=getattr(torch, args.dtype))
-    except (AttributeError, ImportError, KeyError, RuntimeError, SafetensorError, TypeError) as error:
-        # diffusers and safetensors raise all of these for files that are cut, changed or of another class.
-        raise ValueError(f"model: {args.model} cannot be loaded: {error}") from error
-    if not isinstance(pipe, SDTPipeline):
-        raise ValueError(f"model: {args.model} holds a {type(pipe).__name__}, not an SDTPipeline.")
+        pipe = open_pipeline(args.model, getattr(torch, args.dtype))
+    except ValueError as error:
+        raise ValueError(f"model: {error}") from error
     args.apply_to(pipe)
-    return pipe.to(device)
+    args.settings(pipe)  # refuses steps beyond the schedule now rather than after the model's way to the device
+    try:
+        return pipe.to(device)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, AssertionError) as error:  # torch's, for an unknown or missing device
+        raise ValueError(f"device {device} cannot be used: {error}") from error
 
 
 def set_attention_backend(model: SDTTransformer2DModel, name: str | None) -> None:

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,11 +11,16 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineO
 from diffusers.schedulers import DDPMScheduler, SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
+from ..utils.ranges import Range, check_value
+from ..utils.reading import CHECKSUMS_FILE, verify_checksums, write_checksums
+from .schedulers import check_sampling_setting, learns_variance
 from .transformer_sdt import SDTTransformer2DModel
 from .vae import decode_latents, vae_spatial_scale
 
 #: Sampling settings of a pipeline that has none saved.
 DEFAULT_GUIDANCE_SCALE, DEFAULT_NUM_INFERENCE_STEPS = 4.0, 50
+#: Values that the numbers of a call may have.
+IMAGES_RANGE, SIDE_RANGE, ETA_RANGE = Range(1, 10_000), Range(1, 16_384), Range(0, 1)
 
 
 class SDTPipeline(DiffusionPipeline):
@@ -27,6 +33,9 @@ class SDTPipeline(DiffusionPipeline):
         id2label: Label to class name; a name may hold several words for the class, separated by commas.
         guidance_scale: Guidance that calls use unless they name another, saved with the pipeline; 4 if `None`.
         num_inference_steps: Steps that calls use unless they name others, saved with the pipeline; 50 if `None`.
+
+    Raises:
+        ValueError: If a part is of another kind, or a setting is none.
     """
 
     model_cpu_offload_seq = "transformer->vae"
@@ -43,15 +52,37 @@ class SDTPipeline(DiffusionPipeline):
         num_inference_steps: int | None = None,
     ):
         super().__init__()
+        _check_parts(transformer, scheduler, vae, id2label)
+        for name, value in (("guidance_scale", guidance_scale), ("num_inference_steps", num_inference_steps)):
+            if value is not None:
+                check_sampling_setting(name, value)
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
         self.id2label = {int(label): name for label, name in (id2label or {}).items()}  # in JSON, keys are strings
         self.register_to_config(
             id2label=self.id2label, guidance_scale=guidance_scale, num_inference_steps=num_inference_steps
         )
-        self._guidance_scale = self.sampling_settings()["guidance_scale"]
+        self._guidance_scale = DEFAULT_GUIDANCE_SCALE if guidance_scale is None else guidance_scale
         self._labels_of_name = labels_of_names(self.id2label)
         self.vae_scale_factor = vae_spatial_scale(vae)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        """Load a pipeline as diffusers does; the checksums in a folder are compared first.
+
+        Raises:
+            ValueError: If weights are missing, left over, or changed since they were saved; names them.
+        """
+        verify_checksums(Path(pretrained_model_name_or_path, "vae"))  # the transformer compares its own
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """Save the pipeline as diffusers does, with the checksums of its weights."""
+        folder = Path(save_directory, "vae")
+        (folder / CHECKSUMS_FILE).unlink(missing_ok=True)  # those of what is replaced
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if self.vae is not None:
+            write_checksums(folder)
 
     @property
     def labels(self) -> dict[str, int]:
@@ -89,17 +120,22 @@ class SDTPipeline(DiffusionPipeline):
 
         Returns:
             `guidance_scale` and `num_inference_steps`.
+
+        Raises:
+            ValueError: If one of them is out of range, or there are more steps than the model was trained with.
         """
 
         def first(*values):
             return next(value for value in values if value is not None)
 
-        return {
-            "guidance_scale": first(guidance_scale, self.config.guidance_scale, DEFAULT_GUIDANCE_SCALE),
-            "num_inference_steps": first(
-                num_inference_steps, self.config.num_inference_steps, DEFAULT_NUM_INFERENCE_STEPS
-            ),
+        saved = self.config
+        settings = {
+            "guidance_scale": first(guidance_scale, saved.guidance_scale, DEFAULT_GUIDANCE_SCALE),
+            "num_inference_steps": first(num_inference_steps, saved.num_inference_steps, DEFAULT_NUM_INFERENCE_STEPS),
         }
+        for name, value in settings.items():
+            check_sampling_setting(name, value, self.scheduler)
+        return settings
 
     def get_label_ids(self, label: str | Sequence[str]) -> list[int]:
         """Return the label ids of class names.
@@ -230,18 +266,14 @@ class SDTPipeline(DiffusionPipeline):
             The images.
 
         Raises:
-            ValueError: If a label, size, output type, generator list or callback input does not fit.
+            ValueError: If a label, number, size, output type, generator list or callback input does not fit.
         """
         label_ids = self.prepare_class_labels(class_labels)
         settings = self.sampling_settings(guidance_scale, num_inference_steps)
         num_steps = settings["num_inference_steps"]
+        check_value("eta", eta, (float,), ETA_RANGE)
         height, width = self._check_inputs(
-            height,
-            width,
-            num_steps,
-            num_images_per_prompt,
-            output_type,
-            callback_on_step_end_tensor_inputs,
+            height, width, num_images_per_prompt, output_type, callback_on_step_end_tensor_inputs
         )
         self._guidance_scale = settings["guidance_scale"]
         self._interrupt = False
@@ -275,11 +307,9 @@ class SDTPipeline(DiffusionPipeline):
             pixels = latents if self.vae is None else decode_latents(self.vae, latents)
             images = self.image_processor.postprocess(pixels, output_type=output_type)
         self.maybe_free_model_hooks()
-        if not return_dict:
-            return (images,)
-        return ImagePipelineOutput(images=images)
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def _check_inputs(self, height, width, num_inference_steps, num_images_per_prompt, output_type, tensor_inputs):
+    def _check_inputs(self, height, width, num_images_per_prompt, output_type, tensor_inputs):
         sample_size = self.transformer.config.sample_size
         trained = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
         height, width = (
@@ -287,20 +317,19 @@ class SDTPipeline(DiffusionPipeline):
             for side, trained_side in zip((height, width), trained, strict=True)
         )
         unit = self.transformer.config.patch_size * self.vae_scale_factor
-        if height <= 0 or width <= 0 or height % unit or width % unit:
+        for name, side in (("height", height), ("width", width)):
+            check_value(name, side, (int,), SIDE_RANGE)
+        if height % unit or width % unit:
             raise ValueError(
                 f"An image of {height}x{width} is not divisible into patches: both sides must be multiples of {unit} "
                 f"(patch_size {self.transformer.config.patch_size}, VAE factor {self.vae_scale_factor})."
             )
-        if num_inference_steps < 1:
-            raise ValueError(f"num_inference_steps must be at least 1, not {num_inference_steps}.")
         if learns_variance(self.scheduler) and not isinstance(self.scheduler, DDPMScheduler):
             raise ValueError(
                 f"{type(self.scheduler).__name__} with variance_type {self.scheduler.config.variance_type!r} cuts "
                 "predictions to three channels. Make it with sdt_diffusion.swap_scheduler."
             )
-        if num_images_per_prompt < 1:
-            raise ValueError(f"num_images_per_prompt must be at least 1, not {num_images_per_prompt}.")
+        check_value("num_images_per_prompt", num_images_per_prompt, (int,), IMAGES_RANGE)
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"Unknown output_type {output_type!r}: choose 'pil', 'np', 'pt' or 'latent'.")
         unknown = [name for name in tensor_inputs if name not in self._callback_tensor_inputs]
@@ -309,6 +338,20 @@ class SDTPipeline(DiffusionPipeline):
                 f"callback_on_step_end_tensor_inputs must be in {self._callback_tensor_inputs}, but has {unknown}."
             )
         return height, width
+
+
+def _check_parts(transformer, scheduler, vae, id2label):
+    """Refuse parts of another kind; diffusers loads what `model_index.json` names. `None` leaves a part out."""
+    for name, part, fits, wanted in (
+        ("transformer", transformer, "num_classes" in getattr(transformer, "config", ()), "an SDTTransformer2DModel"),
+        ("scheduler", scheduler, isinstance(scheduler, SchedulerMixin), "a scheduler of diffusers"),
+        ("vae", vae, hasattr(vae, "decode") and hasattr(vae, "config"), "a VAE of diffusers"),
+    ):
+        if part is not None and not fits:
+            raise ValueError(f"{name} must be {wanted}, not a {type(part).__name__}.")
+    items = id2label.items() if isinstance(id2label, dict) else [(id2label, "")] if id2label else []
+    if not all(str(label).isdecimal() and isinstance(text, str) for label, text in items):
+        raise ValueError("id2label must map label ids to class names.")
 
 
 def labels_of_names(id2label: dict[int, str]) -> dict[str, list[int]]:
@@ -322,8 +365,3 @@ def labels_of_names(id2label: dict[int, str]) -> dict[str, list[int]]:
         for word in {word.strip() for word in name.split(",")}:
             words.setdefault(word, []).append(label)
     return {**words, **full}
-
-
-def learns_variance(scheduler: SchedulerMixin) -> bool:
-    """Return whether a scheduler's config expects the model to predict the variance too."""
-    return scheduler.config.get("variance_type") in ("learned", "learned_range")

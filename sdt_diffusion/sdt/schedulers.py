@@ -1,12 +1,20 @@
 """Choose schedulers for trained models, and compute the noise levels of training."""
 
 import inspect
+import math
+from typing import Any
 
 import diffusers
 from diffusers.schedulers import SchedulerMixin
 
+from ..utils.ranges import Range, check_value
+
 #: The noise schedule of facebookresearch/DiT.
 DIT_SCHEDULE = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 2e-2, "beta_schedule": "linear"}
+#: Values that the numbers of saved schedulers and of sampling may have.
+STEPS, BETAS = Range(1, 100_000), Range(0, 1, with_most=False)
+SHIFTS, GUIDANCE = Range(0, 1000, with_least=False), Range(0, 1000)
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow_prediction")
 #: Schedulers that are tested against an exact denoiser.
 DIFFUSION_SCHEDULERS = (
     "DDPMScheduler",
@@ -31,6 +39,45 @@ def is_flow(scheduler: SchedulerMixin) -> bool:
     return type(scheduler).__name__.startswith("FlowMatch") or (
         scheduler.config.get("prediction_type") == "flow_prediction"
     )
+
+
+def check_scheduler_config(config: dict[str, Any]) -> None:
+    """Refuse a saved config that makes noise levels of nonsense, or more of them than memory holds.
+
+    Raises:
+        ValueError: Names the value.
+    """
+    for name, value in config.items():
+        for item in value if isinstance(value, list) else [value]:
+            if isinstance(item, float) and not math.isfinite(item):
+                raise ValueError(f"The scheduler's {name} must be finite, not {item}.")
+    check_value("The scheduler's num_train_timesteps", config.get("num_train_timesteps"), (int,), STEPS)
+    for name in ("beta_start", "beta_end"):
+        check_value(f"The scheduler's {name}", config.get(name, 0.01), (float,), BETAS)
+    check_value("The scheduler's shift", config.get("shift", 1.0), (float,), SHIFTS)
+    if config.get("prediction_type", "epsilon") not in PREDICTION_TYPES:
+        raise ValueError(
+            f"The scheduler's prediction_type must be one of {', '.join(PREDICTION_TYPES)}, not "
+            f"{config['prediction_type']!r}."
+        )
+
+
+def learns_variance(scheduler: SchedulerMixin) -> bool:
+    """Return whether a scheduler's config expects the model to predict the variance too."""
+    return scheduler.config.get("variance_type") in ("learned", "learned_range")
+
+
+def check_sampling_setting(name: str, value: Any, scheduler: SchedulerMixin | None = None) -> None:
+    """Refuse a `guidance_scale` or `num_inference_steps` that is none, or too many steps for a scheduler.
+
+    Raises:
+        ValueError: Names the setting, its value, and what is allowed.
+    """
+    if name == "guidance_scale":
+        check_value(name, value, (float,), GUIDANCE)
+        return
+    trained = STEPS.most if scheduler is None or is_flow(scheduler) else scheduler.config.num_train_timesteps
+    check_value(name, value, (int,), STEPS._replace(most=trained))
 
 
 def swap_scheduler(scheduler: SchedulerMixin, name: str) -> SchedulerMixin:

@@ -1,6 +1,9 @@
 """SDTTransformer2DModel: a class-conditional diffusion transformer with spatial decay attention, and its presets."""
 
+import functools
 import inspect
+import logging
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,20 +11,17 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import FromOriginalModelMixin, PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin
 from diffusers.models.cache_utils import CacheMixin
-from diffusers.models.embeddings import (
-    TimestepEmbedding,
-    Timesteps,
-    get_1d_rotary_pos_embed,
-    get_1d_sincos_pos_embed_from_grid,
-)
+from diffusers.models.embeddings import get_1d_rotary_pos_embed
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
-from torch.fx.experimental.symbolic_shapes import statically_known_true
-from torch.nn import functional as F
 
 from ..attention import ContextAwareGate
+from ..attention.gate import MAX_EXPONENT
 from ..blocks import SDTBlock, modulate
+from ..utils.ranges import Range, check_number, check_value
+from ..utils.reading import CHECKSUMS_FILE, read_json, shortened, verify_checksums, write_checksums
+from .embeddings import SDTPatchEmbed, TimestepClassEmbedding
 
 #: Size -> config. Parameters (patch 2, 4 channels, 1000 classes, `context`) as counted by tests/sdt; DiT's sizes.
 SIZES: dict[str, dict[str, int]] = {
@@ -48,90 +48,30 @@ PRESETS["SDT-digits"] = {
     "num_classes": 10,
 }
 
-
-def position_embedding(
-    dim: int, grid_size: tuple[int, int], trained_grid_size: tuple[int, int], device: torch.device | str | None = None
-) -> torch.Tensor:
-    """Compute DiT's sine-cosine embedding of a grid that is rescaled to the extent of the trained one.
-
-    Args:
-        dim: Width of the tokens.
-        grid_size: Rows H and columns W of the grid.
-        trained_grid_size: Rows and columns of the grid that the model is trained on.
-        device: Device of the result.
-
-    Returns:
-        A new tensor of shape (1, H*W, dim) in fp32; the first half of the channels encodes x, the second y.
-    """
-    height, width = grid_size
-    y, x = (
-        get_1d_sincos_pos_embed_from_grid(
-            dim // 2, torch.arange(size, dtype=torch.float32, device=device) * (trained / size)
-        ).float()
-        for size, trained in zip(grid_size, trained_grid_size, strict=True)
-    )  # (H, D/2), (W, D/2)
-    x = x[None].expand(height, -1, -1)  # (H, W, D/2)
-    y = y[:, None].expand(-1, width, -1)  # (H, W, D/2)
-    return torch.cat([x, y], dim=-1).flatten(0, 1)[None]  # (1, N, D)
-
-
-class SDTPatchEmbed(nn.Module):
-    """Patches to tokens by one convolution, plus DiT's fixed 2D sine-cosine position embedding.
-
-    On a grid other than the trained one the positions are rescaled to the trained extent, per axis.
-    """
-
-    def __init__(self, in_channels: int, dim: int, patch_size: int, grid_size: tuple[int, int]):
-        super().__init__()
-        self.grid_size = grid_size
-        self.proj = nn.Conv2d(in_channels, dim, kernel_size=patch_size, stride=patch_size)
-        # Use the CPU even where models are built on the meta device: no file holds the values to load later.
-        embedding = position_embedding(dim, grid_size, grid_size, device="cpu")
-        self.register_buffer("pos_embed", embedding, persistent=False)
-
-    def forward(self, sample: torch.Tensor) -> torch.Tensor:
-        """Map (batch, channels, height, width) to (batch, tokens, dim), tokens in raster order."""
-        tokens = self.proj(sample)  # (B, D, H/p, W/p)
-        grid_size = tuple(tokens.shape[-2:])
-        is_trained_grid = [size == trained for size, trained in zip(grid_size, self.grid_size, strict=True)]
-        # With symbolic sizes this is not statically known, and the compiler makes one graph for all grids.
-        if all(statically_known_true(equal) for equal in is_trained_grid):
-            pos_embed = self.pos_embed
-        else:
-            pos_embed = position_embedding(self.proj.out_channels, grid_size, self.grid_size, tokens.device)
-        tokens = tokens.flatten(2).transpose(1, 2) + pos_embed  # (B, N, D)
-        return tokens.to(self.proj.weight.dtype)  # not autocast's: the residual stream of a model in fp32 stays fp32
-
-
-class TimestepClassEmbedding(nn.Module):
-    """c = SiLU(timestep embedding + class embedding), shared by all blocks.
-
-    The embedding table has one extra row: the null class `num_classes`, which replaces a label in training with
-    probability `class_dropout_prob`, and which classifier-free guidance uses.
-    """
-
-    def __init__(self, dim: int, num_classes: int, class_dropout_prob: float, frequency_embedding_size: int):
-        super().__init__()
-        self.num_classes, self.class_dropout_prob = num_classes, class_dropout_prob
-        # cat[cos, sin] of exp(-ln(1e4) i / (size / 2)): facebookresearch/DiT's, not diffusers' DiT's.
-        self.time_proj = Timesteps(frequency_embedding_size, flip_sin_to_cos=True, downscale_freq_shift=0)
-        self.timestep_embedder = TimestepEmbedding(frequency_embedding_size, dim)
-        self.class_embedder = nn.Embedding(num_classes + 1, dim)
-
-    def forward(
-        self,
-        timestep: torch.Tensor,
-        class_labels: torch.Tensor,
-        dtype: torch.dtype,
-        force_drop_ids: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Embed timesteps and labels, each of shape (batch,), to (batch, dim)."""
-        if force_drop_ids is None and self.training and self.class_dropout_prob > 0:
-            force_drop_ids = torch.rand(class_labels.shape, device=class_labels.device) < self.class_dropout_prob
-        if force_drop_ids is not None:
-            class_labels = torch.where(force_drop_ids.bool(), self.num_classes, class_labels)
-        time_embedding = self.timestep_embedder(self.time_proj(timestep).to(dtype))  # (B, D)
-        return F.silu(time_embedding + self.class_embedder(class_labels))  # (B, D)
+#: Where diffusers warns of weights that are missing or left over.
+LOADING_LOGGER = logging.getLogger("diffusers.models.modeling_utils")
+CONFIG_FILE = "config.json"
+#: Values that the numbers of a config may have; those of int type are whole.
+RANGES: dict[str, tuple[type, Range]] = {
+    "num_attention_heads": (int, Range(1, 1024)),
+    "attention_head_dim": (int, Range(1, 4096)),
+    "in_channels": (int, Range(1, 4096)),
+    "out_channels": (int, Range(1, 8192)),
+    "num_layers": (int, Range(1, 1000)),
+    "sample_size": (int, Range(1, 16_384)),
+    "patch_size": (int, Range(1, 1024)),
+    "num_classes": (int, Range(1, 10_000_000)),
+    "mlp_ratio": (float, Range(0, 64, with_least=False)),
+    "dropout": (float, Range(0, 1, with_most=False)),
+    "class_dropout_prob": (float, Range(0, 1)),
+    "decay_initial_value": (float, Range(-MAX_EXPONENT, MAX_EXPONENT)),
+    "decay_heads_range": (float, Range(-MAX_EXPONENT, MAX_EXPONENT)),
+    "local_position_kernel_size": (int, Range(0, 255)),
+    "frequency_embedding_size": (int, Range(2, 65_536)),
+    "norm_eps": (float, Range(0, 1)),
+}
+#: A config of more parameters is a mistake, which would only show when memory is asked for.
+MAX_PARAMETERS = 1e11
 
 
 class SDTTransformer2DModel(
@@ -166,7 +106,7 @@ class SDTTransformer2DModel(
         norm_eps: Epsilon of the norms.
 
     Raises:
-        ValueError: If sizes do not divide or an option is unknown.
+        ValueError: If a number is out of its range (`RANGES`), sizes do not divide, or an option is unknown.
     """
 
     _supports_gradient_checkpointing = True
@@ -201,7 +141,9 @@ class SDTTransformer2DModel(
         frequency_embedding_size: int = 256,
         norm_eps: float = 1e-6,
     ):
+        values = dict(locals())
         super().__init__()
+        _check_ranges(values)
         height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
         if height % patch_size or width % patch_size:
             raise ValueError(f"sample_size {height}x{width} is not divisible by patch_size {patch_size}.")
@@ -210,6 +152,10 @@ class SDTTransformer2DModel(
             raise ValueError(f"The width {dim} must be divisible by 4 for the position embedding.")
         if rotary and attention_head_dim % 4:
             raise ValueError(f"attention_head_dim {attention_head_dim} must be divisible by 4 for rotary embeddings.")
+        tokens, per_block = height * width // patch_size**2, (10 + 2 * mlp_ratio) * dim**2
+        check_number(
+            "The number of parameters", num_layers * per_block + (num_classes + tokens) * dim, Range(0, MAX_PARAMETERS)
+        )
         self.out_channels = in_channels if out_channels is None else out_channels
         self.gradient_checkpointing = False
 
@@ -263,6 +209,44 @@ class SDTTransformer2DModel(
         if unknown:
             raise ValueError(f"Unknown config key(s) {', '.join(unknown)} for {name}; known keys: {', '.join(known)}.")
         return {**known, **PRESETS[name], **overrides}
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, output_loading_info: bool = False, **kwargs):
+        """Load a model as diffusers does, but refuse one that is not whole, which diffusers fills with random values.
+
+        Args:
+            pretrained_model_name_or_path: Folder or Hub name; the checksums of a folder are compared first.
+            output_loading_info: Return the names that are missing and unexpected too, and do not refuse the model.
+            **kwargs: See diffusers.
+
+        Raises:
+            ValueError: If weights are missing, left over, or changed since they were saved; names them.
+        """
+        folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
+        verify_checksums(folder)
+        if (folder / CONFIG_FILE).is_file():
+            read_json(folder / CONFIG_FILE)  # diffusers takes a text in it for the name of another model
+        level = LOADING_LOGGER.level
+        LOADING_LOGGER.setLevel(level if output_loading_info else logging.ERROR)  # what it warns of is refused below
+        try:
+            model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+        finally:
+            LOADING_LOGGER.setLevel(level)
+        names = {"has no": info.get("missing_keys"), "has unknown": info.get("unexpected_keys")}
+        wrong = [f"{verb} {shortened(sorted(found))}" for verb, found in names.items() if found]
+        if wrong and not output_loading_info:
+            where = f"{pretrained_model_name_or_path} is not a whole {cls.__name__}"
+            raise ValueError(f"{where}: it {' and '.join(wrong)}.")
+        return (model, info) if output_loading_info else model
+
+    @functools.wraps(ModelMixin.save_pretrained)  # pipelines look at its arguments
+    def save_pretrained(self, save_directory, is_main_process: bool = True, *args, **kwargs):
+        """Save the model as diffusers does, with the checksums of its weights."""
+        if is_main_process:
+            (Path(save_directory) / CHECKSUMS_FILE).unlink(missing_ok=True)  # those of what is replaced
+        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
+        if is_main_process:
+            write_checksums(Path(save_directory))
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
@@ -380,3 +364,16 @@ class SDTTransformer2DModel(
         rows = get_1d_rotary_pos_embed(half, y.repeat_interleave(grid_size[1]), use_real=True)  # each (N, d/2)
         columns = get_1d_rotary_pos_embed(half, x.repeat(grid_size[0]), use_real=True)  # each (N, d/2)
         return tuple(torch.cat(pair, dim=-1) for pair in zip(rows, columns, strict=True))  # each (N, d)
+
+
+def _check_ranges(config: dict[str, Any]) -> None:
+    for name, (kind, allowed) in RANGES.items():
+        value = config[name]
+        for item in value if name == "sample_size" and isinstance(value, (list, tuple)) else [value]:
+            if not (item is None and name == "out_channels"):
+                check_value(name, item, (kind,), allowed)
+    if isinstance(config["sample_size"], (list, tuple)) and len(config["sample_size"]) != 2:
+        raise ValueError(f"sample_size must be one number, or height and width, not {config['sample_size']}.")
+    for name in ("decomposed", "gate_conditioning", "rotary"):
+        if config[name] not in (True, False):
+            raise ValueError(f"{name} must be true or false, not {config[name]!r}.")

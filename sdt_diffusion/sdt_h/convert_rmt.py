@@ -5,14 +5,12 @@ import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from ..attention import FixedGate
+from ..utils.reading import read_tensors
 from .modeling_sdt_h import SDTHConfig, SDTHForImageClassification
 from .network import PRESETS, raster_rotary_embedding
 
@@ -54,28 +52,40 @@ def read_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
     DistributedDataParallel gives to all names is removed.
 
     Raises:
-        ValueError: If the file holds something else.
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file holds something else, or values that are NaN or infinite.
     """
     path = Path(path)
+    if path.suffix == ".safetensors":
+        return _checked(path, read_tensors(path))
+    if not path.is_file():  # a named pipe would be waited for
+        raise FileNotFoundError(f"There is no file {path}.")
     try:
-        if path.suffix == ".safetensors":
-            return _without_module_prefix(load_file(path))
         # Training checkpoints keep their arguments in a Namespace, which holds values only.
         with torch.serialization.safe_globals([argparse.Namespace]):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
+    except Exception as error:  # unpickling raises anything for a damaged file
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ValueError(f"{path} cannot be read: {reason}") from error
     nested = isinstance(checkpoint, Mapping) and next((key for key in CHECKPOINT_KEYS if key in checkpoint), None)
     state_dict = checkpoint[nested] if nested else checkpoint
     if not isinstance(state_dict, Mapping) or not all(
-        isinstance(value, torch.Tensor) for value in state_dict.values()
+        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state_dict.items()
     ):
         keys = " or ".join(map(repr, CHECKPOINT_KEYS))
         raise ValueError(f"{path} holds no state dict, neither at the top nor under {keys}.")
-    return _without_module_prefix(state_dict)
+    return _checked(path, state_dict)
 
 
-def _without_module_prefix(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _checked(path: Path, state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the tensors without a prefix of all names, and refuse those that no network computes with."""
+    size = path.stat().st_size
+    for name, value in state_dict.items():
+        plain = value.layout == torch.strided and not value.is_quantized and not value.is_complex()
+        # A stride of 0 describes any number of elements in a few bytes.
+        plain = plain and value.numel() * value.element_size() <= size
+        if not plain or (value.is_floating_point() and not torch.isfinite(value).all()):
+            raise ValueError(f"{path} cannot be used: {name} is not a plain tensor of finite numbers.")
     wrapped = all(name.startswith("module.") for name in state_dict)
     return {name.removeprefix("module.") if wrapped else name: value for name, value in state_dict.items()}
 
@@ -98,6 +108,10 @@ def rmt_config(state_dict: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         head_hidden_size = len(state_dict["proj.weight"])
     except KeyError as error:
         raise ValueError(f"This is not a checkpoint of RMT: it has no {error}.") from error
+    except (IndexError, TypeError) as error:
+        raise ValueError(f"This is not a checkpoint of RMT: its tensors have other shapes ({error}).") from error
+    if not stages or min(*widths, *hidden, *map(torch.numel, decays)) < 1 or any(d.ndim != 1 for d in decays):
+        raise ValueError("This is not a checkpoint of RMT: its tensors have other shapes.")
     depths = [len({k.split(".")[3] for k in state_dict if k.startswith(f"layers.{i}.blocks.")}) for i in stages]
     # decay = log(1 - 2^-a); fp32 has rounded away parts in 10,000 of an exponent.
     exponents = [-torch.log2(-torch.expm1(decay)) for decay in decays]

@@ -1,6 +1,7 @@
 """SDT-H for transformers: config, image processor and models."""
 
 import inspect
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from transformers.modeling_outputs import (
 )
 from transformers.utils import ModelOutput
 
+from ..utils.reading import CHECKSUMS_FILE, check_tensors, shortened, verify_checksums, write_checksums
 from .network import SDTHNetwork, preset_config
 
 #: Arguments of `SDTHNetwork`, except the number of labels, which transformers keeps as `id2label`.
@@ -97,10 +99,10 @@ class ImagePreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, ignore_mismatched_sizes: bool = False, **kwargs):
-        """Load a model as transformers does.
+        """Load a model as transformers does, which initializes missing weights; `load_complete` refuses those.
 
         Args:
-            pretrained_model_name_or_path: Folder or Hub name.
+            pretrained_model_name_or_path: Folder or Hub name; the checksums of a folder are compared first.
             *args: See transformers.
             ignore_mismatched_sizes: Reinitialize weights whose shape differs from the config's, such as the
                 classifier for another `num_labels`.
@@ -108,7 +110,9 @@ class ImagePreTrainedModel(PreTrainedModel):
 
         Raises:
             RuntimeError: If shapes differ, with the names of the weights and what to do.
+            ValueError: If a file of weights has changed since it was saved; names it.
         """
+        verify_checksums(Path(pretrained_model_name_or_path or "", kwargs.get("subfolder") or ""))
         kwargs.update(ignore_mismatched_sizes=True)
         wants_info = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
@@ -121,6 +125,14 @@ class ImagePreTrainedModel(PreTrainedModel):
                 "num_labels, ignore_mismatched_sizes=True starts a new one."
             )
         return (model, info) if wants_info else model
+
+    def save_pretrained(self, save_directory, is_main_process: bool = True, *args, **kwargs):
+        """Save the model as transformers does, with the checksums of its weights."""
+        if is_main_process:
+            (Path(save_directory) / CHECKSUMS_FILE).unlink(missing_ok=True)  # those of what is replaced
+        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
+        if is_main_process:
+            write_checksums(Path(save_directory))
 
     def check_labels(self, labels: torch.Tensor, count: int) -> None:
         """Refuse labels that do not fit.
@@ -169,6 +181,33 @@ class ImagePreTrainedModel(PreTrainedModel):
         loss = None if labels is None else self.loss_function(labels, logits, self.config)
         output = ImageClassifierOutputWithNoAttention(loss=loss, logits=logits)
         return self.build_output(output, hidden_states, output_hidden_states, return_dict)
+
+
+def load_complete(auto_class: Any, name: str, may_lack: tuple[str, ...] = (), **kwargs: Any) -> Any:
+    """Load a model of transformers for a script, which trusts neither its files nor its weights.
+
+    Args:
+        auto_class: The model's class, or one of transformers' Auto classes.
+        name: Folder or Hub name.
+        may_lack: Beginnings of the names of weights that may be missing or of another shape, such as a head that is
+            initialized anew.
+        **kwargs: Arguments of `from_pretrained`.
+
+    Raises:
+        ValueError: If it cannot be loaded, or weights are missing, of another shape, NaN or infinite; says which.
+    """
+    try:
+        model, info = auto_class.from_pretrained(name, output_loading_info=True, **kwargs)
+    except Exception as error:  # transformers and safetensors raise anything for files that are cut, changed or odd
+        reason = " ".join(str(error).split())[:400] or type(error).__name__
+        raise ValueError(f"{name} cannot be loaded: {reason}") from error
+    wrong = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
+    wrong = {key for key in wrong if not key.startswith(may_lack)} if may_lack else wrong
+    if wrong:
+        raise ValueError(f"{name} has no weights that fit for {shortened(sorted(wrong))}: is it trained, and whole?")
+    tensors = {key: tensor for key, tensor in model.state_dict().items() if not key.startswith(may_lack or "\0")}
+    check_tensors(tensors, tensors, name)
+    return model
 
 
 class SDTHPreTrainedModel(ImagePreTrainedModel):

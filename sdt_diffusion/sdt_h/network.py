@@ -14,7 +14,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ..attention import ContextAwareGate
+from ..attention.gate import MAX_EXPONENT
 from ..blocks import SDTBlock
+from ..utils.ranges import Range, check_number, check_value
 
 #: Preset -> config. Parameters (1,000 classes) and 2^30 multiply-adds (224x224) as counted by tests and benchmarks;
 #: top-1 of ImageNet-1K as the paper reports it after 300 epochs, not reproduced here.
@@ -59,6 +61,27 @@ PRESETS: dict[str, dict[str, Any]] = {
         "head_hidden_size": 256,
     },
 }
+
+#: Values that the numbers of a network may have, item by item; those of int type are whole.
+RANGES: dict[str, tuple[type, Range]] = {
+    "num_channels": (int, Range(1, 4096)),
+    "num_labels": (int, Range(0, 10_000_000)),
+    "hidden_sizes": (int, Range(2, 16_384)),
+    "depths": (int, Range(1, 1000)),
+    "num_attention_heads": (int, Range(1, 1024)),
+    "mlp_ratios": (float, Range(0, 64, with_least=False)),
+    "decay_initial_value": (float, Range(-MAX_EXPONENT, MAX_EXPONENT)),
+    "decay_heads_ranges": (float, Range(-MAX_EXPONENT, MAX_EXPONENT)),
+    "layer_scale_init_values": (float, Range(-1000, 1000)),
+    "drop_path_rate": (float, Range(0, 1, with_most=False)),
+    "head_hidden_size": (int, Range(1, 65_536)),
+    "stem_strides": (int, Range(1, 16)),
+    "dropout": (float, Range(0, 1, with_most=False)),
+    "layer_norm_eps": (float, Range(0, 1)),
+    "initializer_range": (float, Range(0, 10)),
+}
+#: A config of more parameters is a mistake, which would only show when memory is asked for.
+MAX_PARAMETERS = 1e11
 
 #: Kernel sizes of RMT's depth-wise convolutions.
 BLOCK_KERNEL_SIZES = {"conditional_position_kernel_size": 3, "local_position_kernel_size": 5, "mlp_kernel_size": 3}
@@ -181,7 +204,8 @@ class SDTHNetwork(nn.Module):
         initializer_range: Standard deviation of every linear layer's initial weights.
 
     Raises:
-        ValueError: If an option is unknown, sizes do not divide, or a value per stage is missing.
+        ValueError: If a number is out of its range (`RANGES`), an option is unknown, sizes do not divide, or a value
+            per stage is missing.
     """
 
     def __init__(
@@ -204,8 +228,15 @@ class SDTHNetwork(nn.Module):
         layer_norm_eps: float = 1e-6,
         initializer_range: float = 0.02,
     ):
+        values = dict(locals())
         super().__init__()
+        for name, (kind, allowed) in RANGES.items():
+            items = values[name] if isinstance(values[name], (list, tuple)) else [values[name]]
+            for item in items:
+                if not (item is None and name == "layer_scale_init_values"):
+                    check_value(name, item, (kind,), allowed)
         per_stage = {
+            "hidden_sizes": hidden_sizes,
             "depths": depths,
             "num_attention_heads": num_attention_heads,
             "mlp_ratios": mlp_ratios,
@@ -213,10 +244,15 @@ class SDTHNetwork(nn.Module):
             "decay_heads_ranges": decay_heads_ranges,
             "layer_scale_init_values": layer_scale_init_values,
         }
-        for key, values in per_stage.items():
-            if len(values) != len(hidden_sizes):
-                raise ValueError(f"{key} has {len(values)} values, but hidden_sizes has {len(hidden_sizes)} stages.")
-        if len(stem_strides) != 2:
+        for key, given in per_stage.items():
+            if not isinstance(given, (list, tuple)) or not given:
+                raise ValueError(f"{key} must be a list with a value for each stage, not {given!r}.")
+            if len(given) != len(hidden_sizes):
+                raise ValueError(f"{key} has {len(given)} values, but hidden_sizes has {len(hidden_sizes)} stages.")
+        blocks = zip(depths, hidden_sizes, mlp_ratios, strict=True)
+        parameters = sum(depth * (4 + 2 * ratio) * dim**2 for depth, dim, ratio in blocks)
+        check_number("The number of parameters", parameters, Range(0, MAX_PARAMETERS))
+        if not isinstance(stem_strides, (list, tuple)) or len(stem_strides) != 2:
             raise ValueError(f"stem_strides must be two strides, not {stem_strides}.")
         for dim, heads in zip(hidden_sizes, num_attention_heads, strict=True):
             if dim % (2 * heads):
@@ -225,7 +261,7 @@ class SDTHNetwork(nn.Module):
         self.num_channels, self.num_labels, self.head_hidden_size = num_channels, num_labels, head_hidden_size
         self.initializer_range = initializer_range
 
-        first, blocks = hidden_sizes[0], sum(depths)
+        first, num_blocks = hidden_sizes[0], sum(depths)
         self.patch_embed = nn.Sequential(
             *conv_norm(num_channels, first // 2, stem_strides[0]),
             nn.GELU(),
@@ -235,7 +271,7 @@ class SDTHNetwork(nn.Module):
             nn.GELU(),
             *conv_norm(first, first, 1),
         )
-        drop_paths = [drop_path_rate * i / max(blocks - 1, 1) for i in range(blocks)]
+        drop_paths = [drop_path_rate * i / max(num_blocks - 1, 1) for i in range(num_blocks)]
         stages = [
             SDTHStage(
                 hidden_sizes[i - 1] if i else None,

@@ -28,7 +28,7 @@ def test_only_the_model_and_its_card_arrive(hub, finished_run, tmp_path):
     assert set(arrived) == {
         *("README.md", "training_run.json", "log.jsonl", "samples.png", "model_index.json"),
         *("transformer/config.json", "transformer/diffusion_pytorch_model.safetensors"),
-        "scheduler/scheduler_config.json",
+        *("transformer/checksums.json", "scheduler/scheduler_config.json"),
     }
     for name, content in arrived.items():
         assert content == (finished_run.folder / name).read_bytes()

@@ -36,7 +36,7 @@ def test_only_what_is_missing_is_made_and_it_is_the_same(make_pipe, tmp_path):
     whole = (folder / "batch-000002.npy").read_bytes()
     (folder / "batch-000002.npy").write_bytes(whole[:-9])
     (folder / ".batch-000001.partial.npy").write_bytes(b"half of it")
-    with pytest.raises(ValueError, match=r"2 of its files are missing, such as batch-000001.npy; run the command"):
+    with pytest.raises(ValueError, match=r"2 of its files are missing or damaged, such as batch-000001.npy; run"):
         SampleFolder(folder)
     assert np.array_equal(all_pixels(sample(folder, pipe)), before)
     assert (folder / "batch-000000.npy").stat().st_mtime_ns == untouched
@@ -54,7 +54,7 @@ def test_only_what_is_missing_is_made_and_it_is_the_same(make_pipe, tmp_path):
 def test_samples_made_with_other_settings_are_not_mixed(make_pipe, tmp_path, change, message):
     pipe = make_pipe()
     sample(tmp_path / "samples", pipe)
-    with pytest.raises(ValueError, match=f"holds samples made with other settings .*{message}.*another samples_dir"):
+    with pytest.raises(ValueError, match=f"holds samples made with other settings .*{message}.*another folder"):
         sample(tmp_path / "samples", pipe, **change)
 
 

@@ -259,7 +259,7 @@ class TestBadInput:
             pipe([0], output_type="jpg")
         with pytest.raises(ValueError, match="2 generators were given for a batch of 1"):
             pipe([0], generator=[seeded(), seeded()])
-        with pytest.raises(ValueError, match="num_inference_steps must be at least 1, not 0"):
+        with pytest.raises(ValueError, match="num_inference_steps must be at least 1 and at most 100000, not 0"):
             pipe([0], num_inference_steps=0)
         with pytest.raises(ValueError, match="num_images_per_prompt must be at least 1"):
             pipe([0], num_images_per_prompt=0)

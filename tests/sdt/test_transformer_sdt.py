@@ -7,7 +7,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from sdt_diffusion import SDTTransformer2DModel
 from sdt_diffusion.attention import SPATIAL_DECAY_VARIANTS
 from sdt_diffusion.sdt import PRESETS
-from sdt_diffusion.sdt.transformer_sdt import position_embedding
+from sdt_diffusion.sdt.embeddings import position_embedding
 from tests.conftest import TINY, randomize
 
 OPTIONS = [

@@ -196,7 +196,7 @@ def test_damaged_files_are_named(tmp_path, name, size):
     path, tensors = tmp_path / name, {"weight": torch.zeros(1000)}
     (save_file if path.suffix == ".safetensors" else torch.save)(tensors, path)
     path.write_bytes(path.read_bytes()[:size])
-    with pytest.raises(ValueError, match=f"{path} cannot be read"):
+    with pytest.raises(ValueError, match=f"{path} (cannot be read|is damaged)"):
         load_rmt(path)
 
 

@@ -196,7 +196,7 @@ def test_bad_options_are_refused():
         SDTHNetwork(**{**SMALL, "num_attention_heads": (2, 5, 4)})
     with pytest.raises(ValueError, match="Unknown spatial_decay 'far'"):
         SDTHNetwork(**SMALL, spatial_decay="far")
-    with pytest.raises(ValueError, match=r"drop_path must be at least 0 and less than 1, not 1\.0"):
+    with pytest.raises(ValueError, match=r"drop_path_rate must be at least 0 and less than 1, not 1\.0"):
         SDTHNetwork(**SMALL, drop_path_rate=1.0)
 
 

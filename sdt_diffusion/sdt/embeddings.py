@@ -1,0 +1,92 @@
+"""What enters the first block of `SDTTransformer2DModel`: patches with their positions, timesteps and classes."""
+
+import torch
+from diffusers.models.embeddings import TimestepEmbedding, Timesteps, get_1d_sincos_pos_embed_from_grid
+from torch import nn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.nn import functional as F
+
+
+def position_embedding(
+    dim: int, grid_size: tuple[int, int], trained_grid_size: tuple[int, int], device: torch.device | str | None = None
+) -> torch.Tensor:
+    """Compute DiT's sine-cosine embedding of a grid that is rescaled to the extent of the trained one.
+
+    Args:
+        dim: Width of the tokens.
+        grid_size: Rows H and columns W of the grid.
+        trained_grid_size: Rows and columns of the grid that the model is trained on.
+        device: Device of the result.
+
+    Returns:
+        A new tensor of shape (1, H*W, dim) in fp32; the first half of the channels encodes x, the second y.
+    """
+    height, width = grid_size
+    y, x = (
+        get_1d_sincos_pos_embed_from_grid(
+            dim // 2, torch.arange(size, dtype=torch.float32, device=device) * (trained / size)
+        ).float()
+        for size, trained in zip(grid_size, trained_grid_size, strict=True)
+    )  # (H, D/2), (W, D/2)
+    x = x[None].expand(height, -1, -1)  # (H, W, D/2)
+    y = y[:, None].expand(-1, width, -1)  # (H, W, D/2)
+    return torch.cat([x, y], dim=-1).flatten(0, 1)[None]  # (1, N, D)
+
+
+class SDTPatchEmbed(nn.Module):
+    """Patches to tokens by one convolution, plus DiT's fixed 2D sine-cosine position embedding.
+
+    On a grid other than the trained one the positions are rescaled to the trained extent, per axis.
+    """
+
+    def __init__(self, in_channels: int, dim: int, patch_size: int, grid_size: tuple[int, int]):
+        super().__init__()
+        self.grid_size = grid_size
+        self.proj = nn.Conv2d(in_channels, dim, kernel_size=patch_size, stride=patch_size)
+        # Use the CPU even where models are built on the meta device: no file holds the values to load later.
+        embedding = position_embedding(dim, grid_size, grid_size, device="cpu")
+        self.register_buffer("pos_embed", embedding, persistent=False)
+
+    def forward(self, sample: torch.Tensor) -> torch.Tensor:
+        """Map (batch, channels, height, width) to (batch, tokens, dim), tokens in raster order."""
+        tokens = self.proj(sample)  # (B, D, H/p, W/p)
+        grid_size = tuple(tokens.shape[-2:])
+        is_trained_grid = [size == trained for size, trained in zip(grid_size, self.grid_size, strict=True)]
+        # With symbolic sizes this is not statically known, and the compiler makes one graph for all grids.
+        if all(statically_known_true(equal) for equal in is_trained_grid):
+            pos_embed = self.pos_embed
+        else:
+            pos_embed = position_embedding(self.proj.out_channels, grid_size, self.grid_size, tokens.device)
+        tokens = tokens.flatten(2).transpose(1, 2) + pos_embed  # (B, N, D)
+        return tokens.to(self.proj.weight.dtype)  # not autocast's: the residual stream of a model in fp32 stays fp32
+
+
+class TimestepClassEmbedding(nn.Module):
+    """c = SiLU(timestep embedding + class embedding), shared by all blocks.
+
+    The embedding table has one extra row: the null class `num_classes`, which replaces a label in training with
+    probability `class_dropout_prob`, and which classifier-free guidance uses.
+    """
+
+    def __init__(self, dim: int, num_classes: int, class_dropout_prob: float, frequency_embedding_size: int):
+        super().__init__()
+        self.num_classes, self.class_dropout_prob = num_classes, class_dropout_prob
+        # cat[cos, sin] of exp(-ln(1e4) i / (size / 2)): facebookresearch/DiT's, not diffusers' DiT's.
+        self.time_proj = Timesteps(frequency_embedding_size, flip_sin_to_cos=True, downscale_freq_shift=0)
+        self.timestep_embedder = TimestepEmbedding(frequency_embedding_size, dim)
+        self.class_embedder = nn.Embedding(num_classes + 1, dim)
+
+    def forward(
+        self,
+        timestep: torch.Tensor,
+        class_labels: torch.Tensor,
+        dtype: torch.dtype,
+        force_drop_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Embed timesteps and labels, each of shape (batch,), to (batch, dim)."""
+        if force_drop_ids is None and self.training and self.class_dropout_prob > 0:
+            force_drop_ids = torch.rand(class_labels.shape, device=class_labels.device) < self.class_dropout_prob
+        if force_drop_ids is not None:
+            class_labels = torch.where(force_drop_ids.bool(), self.num_classes, class_labels)
+        time_embedding = self.timestep_embedder(self.time_proj(timestep).to(dtype))  # (B, D)
+        return F.silu(time_embedding + self.class_embedder(class_labels))  # (B, D)

@@ -195,8 +195,8 @@ class ValidationArguments(CheckedArguments):
             raise ValueError("label_accuracy_samples needs images of at least two classes.")
 
 
-#: Pixel values of the real images, or of the samples, of an SVM: 4 GB.
-MAX_SVM_VALUES = 1_000_000_000
+#: Pixel values of the real images, or of the samples, of an SVM: 1 GB.
+MAX_SVM_VALUES = 1 << 28
 
 
 def check_sampler(pipe: SDTPipeline, sampling: dict[str, Any]) -> None:

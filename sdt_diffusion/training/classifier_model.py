@@ -181,7 +181,9 @@ class ClassifierModelArguments(CheckedArguments):
             except (ArithmeticError, AttributeError, IndexError, RuntimeError, TypeError) as error:
                 if self.model_overrides is None:
                     raise
-                raise ValueError(f"model_overrides {self.model_overrides} make no model: {one_line(error)}") from error
+                raise ValueError(
+                    f"model_overrides {self.model_overrides:.99} make no model: {one_line(error)}"
+                ) from error
         if self.gradient_checkpointing:
             model.gradient_checkpointing_enable()
         return model

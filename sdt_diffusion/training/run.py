@@ -115,7 +115,7 @@ class TrainingRun:
         """Release the folder, and name the last checkpoint in errors of files and disks."""
         self.release_folder()
         if isinstance(error, (OSError, SafetensorError)) and not isinstance(error, CheckpointError):
-            complete = [path.name for path in complete_checkpoints(self.output_dir)]
+            complete = complete_checkpoints(self.output_dir)
             last = f"{complete[-1]} is complete: continue with resume_from_checkpoint latest" if complete else ""
             raise OSError(f"{one_line(error).rstrip('.')}. {last or 'There is no checkpoint yet'}.") from error
 

@@ -107,7 +107,7 @@ class ModelArguments(CheckedArguments):
         except (ArithmeticError, AttributeError, IndexError, RuntimeError, TypeError) as error:
             if self.model_overrides is None:
                 raise
-            raise ValueError(f"model_overrides {self.model_overrides} make no model: {one_line(error)}") from error
+            raise ValueError(f"model_overrides {self.model_overrides:.99} make no model: {one_line(error)}") from error
         if self.init_from is not None:
             load_weights(model, Path(self.init_from).expanduser())
         if self.gradient_checkpointing:

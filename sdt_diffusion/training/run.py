@@ -114,7 +114,10 @@ class TrainingRun:
     ) -> None:
         """Release the folder, and name the last checkpoint in errors of files and disks."""
         self.release_folder()
-        if isinstance(error, (OSError, SafetensorError)) and not isinstance(error, CheckpointError):
+        # What gloo and NCCL raise where another process of the run has ended.
+        lost = isinstance(error, RuntimeError) and any(name in str(error) for name in ("gloo", "NCCL"))
+        of_files = isinstance(error, (OSError, SafetensorError)) and not isinstance(error, CheckpointError)
+        if error is not None and (lost or of_files):
             complete = complete_checkpoints(self.output_dir)
             last = f"{complete[-1]} is complete: continue with resume_from_checkpoint latest" if complete else ""
             raise OSError(f"{one_line(error).rstrip('.')}. {last or 'There is no checkpoint yet'}.") from error

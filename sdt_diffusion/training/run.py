@@ -112,9 +112,8 @@ class TrainingRun:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Release the folder, and name the last checkpoint in errors of files and disks."""
+        """Release the folder; name the last checkpoint in errors of files, and of gloo and NCCL, which lost a process."""
         self.release_folder()
-        # What gloo and NCCL raise where another process of the run has ended.
         lost = isinstance(error, RuntimeError) and any(name in str(error) for name in ("gloo", "NCCL"))
         of_files = isinstance(error, (OSError, SafetensorError)) and not isinstance(error, CheckpointError)
         if error is not None and (lost or of_files):

@@ -112,7 +112,7 @@ class TrainingRun:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Release the folder; name the last checkpoint in errors of files, and of gloo and NCCL, which lost a process."""
+        """Release the folder; name the last checkpoint in errors of files, and of gloo and NCCL for a lost process."""
         self.release_folder()
         lost = isinstance(error, RuntimeError) and any(name in str(error) for name in ("gloo", "NCCL"))
         of_files = isinstance(error, (OSError, SafetensorError)) and not isinstance(error, CheckpointError)

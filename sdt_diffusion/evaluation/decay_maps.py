@@ -38,7 +38,7 @@ from ..sdt.vae import decode_latents
 from ..utils.arguments import exit_on_error, one_line, parse_arguments
 from ..utils.files import check_new, check_writable, write_atomically
 from ..utils.fingerprint import fingerprint
-from ..utils.ranges import between, check_fields
+from ..utils.ranges import between
 from ..utils.seeding import Stream, torch_generator
 from .decay import BlockDecay, attention_maps, decay_maps, half_distances, record_decays
 
@@ -196,10 +196,6 @@ class DecayArguments(PipelineArguments):
         metadata={"help": "Patches to look from, such as 3,4 for row 3, column 4 of the first block's grid."},
     )
     attention: bool = field(default=False, metadata={"help": "Also draw the attention that results."})
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_fields(self)
 
 
 @dataclass

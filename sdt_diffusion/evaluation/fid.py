@@ -53,7 +53,7 @@ from ..sampling.settings import SamplingArguments, load_pipeline
 from ..sdt import SDTPipeline
 from ..utils.arguments import exit_on_error, parse_arguments
 from ..utils.files import check_new, check_writable, require_space, write_atomically, write_json
-from ..utils.ranges import CheckedArguments, between, check_fields
+from ..utils.ranges import CheckedArguments, between
 from .label_accuracy import shape_of_samples
 
 #: Ranges of the settings of metrics, by name.
@@ -117,10 +117,6 @@ class FidSamplingArguments(SamplingArguments):
     samples_dir: str | None = field(
         default=None, metadata={"help": "Where samples are kept; a folder beside --output by default."}
     )
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_fields(self)
 
 
 def compare(

@@ -136,7 +136,7 @@ def share_folder(args: HubArguments, folder: Path) -> None:
 
     Raises:
         ValueError: If the folder holds no finished run, or a file of it is damaged.
-        RuntimeError: If pushing failed; says how to try again.
+        OSError: If pushing failed; says how to try again.
     """
     repo_id = create_hub_repo(args, folder)
     print(f"The model card is {write_model_card(folder, repo_id, args.license)}")
@@ -146,7 +146,7 @@ def share_folder(args: HubArguments, folder: Path) -> None:
     try:
         print(f"Pushed to {push_folder(folder, repo_id, args)}")
     except Exception as error:  # see create_hub_repo
-        raise RuntimeError(
+        raise OSError(
             f"Pushing failed: {error}\nThe model is complete in {folder}. To push again: python train/share.py "
             f"--folder {folder} --push_to_hub --hub_model_id {repo_id}"
         ) from error
@@ -163,7 +163,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the script; `argv` is the command line's by default."""
     argv = sys.argv[1:] if argv is None else argv
     args, hub_args = parse_arguments((FolderArguments, HubArguments), argv, description=__doc__)
-    with exit_on_error(RuntimeError):
+    with exit_on_error():
         share_folder(hub_args, Path(args.folder))
 
 

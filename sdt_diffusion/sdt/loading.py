@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from diffusers.schedulers import DDPMScheduler
 from safetensors import safe_open
-from torch import nn
 
-from ..utils.reading import WEIGHTS_ENDING, check_tensors
+from ..utils.reading import WEIGHTS_ENDING, check_finite
 from .pipeline_sdt import SDTPipeline
 from .schedulers import check_scheduler_config
 from .transformer_sdt import SDTTransformer2DModel
@@ -46,7 +45,7 @@ def open_pipeline(name: str, dtype: torch.dtype = torch.float32) -> SDTPipeline:
         raise ValueError(f"{name} is not whole: its model_index.json names no SDTTransformer2DModel or no scheduler.")
     for part, module in (("transformer", pipe.transformer), ("vae", pipe.vae)):
         if module is not None:
-            check_finite(module, f"The {part} of {name}")
+            check_finite(module.state_dict(), f"The {part} of {name}")
     return pipe
 
 
@@ -58,7 +57,7 @@ def open_transformer(name: str, dtype: torch.dtype = torch.float32) -> SDTTransf
         return SDTTransformer2DModel.from_pretrained(name, dtype=dtype)
 
     model = _or_refuse(name, load)
-    check_finite(model, name)
+    check_finite(model.state_dict(), name)
     return model
 
 
@@ -75,16 +74,6 @@ def check_types(folder: Path) -> None:
                 kind = file.get_slice(name).get_dtype()
                 if kind not in FLOATING_TYPES:
                     raise ValueError(f"{name} in {path} is of type {kind}, not of {', '.join(FLOATING_TYPES)}.")
-
-
-def check_finite(model: nn.Module, where: str) -> None:
-    """Refuse weights that are NaN or infinite.
-
-    Raises:
-        ValueError: Names the first of them.
-    """
-    tensors = model.state_dict()
-    check_tensors(tensors, tensors, where)
 
 
 def _or_refuse(name: str, load: Callable[[], Any]) -> Any:

@@ -17,7 +17,7 @@ from transformers.modeling_outputs import (
 )
 from transformers.utils import ModelOutput
 
-from ..utils.reading import CHECKSUMS_FILE, check_tensors, shortened, verify_checksums, write_checksums
+from ..utils.reading import CHECKSUMS_FILE, verify_checksums, write_checksums
 from .network import SDTHNetwork, preset_config
 
 #: Arguments of `SDTHNetwork`, except the number of labels, which transformers keeps as `id2label`.
@@ -99,7 +99,7 @@ class ImagePreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, ignore_mismatched_sizes: bool = False, **kwargs):
-        """Load a model as transformers does, which initializes missing weights; `load_complete` refuses those.
+        """Load a model as transformers does, which initializes missing weights; scripts refuse them by `load_network`.
 
         Args:
             pretrained_model_name_or_path: Folder or Hub name; the checksums of a folder are compared first.
@@ -181,33 +181,6 @@ class ImagePreTrainedModel(PreTrainedModel):
         loss = None if labels is None else self.loss_function(labels, logits, self.config)
         output = ImageClassifierOutputWithNoAttention(loss=loss, logits=logits)
         return self.build_output(output, hidden_states, output_hidden_states, return_dict)
-
-
-def load_complete(auto_class: Any, name: str, may_lack: tuple[str, ...] = (), **kwargs: Any) -> Any:
-    """Load a model of transformers for a script, which trusts neither its files nor its weights.
-
-    Args:
-        auto_class: The model's class, or one of transformers' Auto classes.
-        name: Folder or Hub name.
-        may_lack: Beginnings of the names of weights that may be missing or of another shape, such as a head that is
-            initialized anew.
-        **kwargs: Arguments of `from_pretrained`.
-
-    Raises:
-        ValueError: If it cannot be loaded, or weights are missing, of another shape, NaN or infinite; says which.
-    """
-    try:
-        model, info = auto_class.from_pretrained(name, output_loading_info=True, **kwargs)
-    except Exception as error:  # transformers and safetensors raise anything for files that are cut, changed or odd
-        reason = " ".join(str(error).split())[:400] or type(error).__name__
-        raise ValueError(f"{name} cannot be loaded: {reason}") from error
-    wrong = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
-    wrong = {key for key in wrong if not key.startswith(may_lack)} if may_lack else wrong
-    if wrong:
-        raise ValueError(f"{name} has no weights that fit for {shortened(sorted(wrong))}: is it trained, and whole?")
-    tensors = {key: tensor for key, tensor in model.state_dict().items() if not key.startswith(may_lack or "\0")}
-    check_tensors(tensors, tensors, name)
-    return model
 
 
 class SDTHPreTrainedModel(ImagePreTrainedModel):

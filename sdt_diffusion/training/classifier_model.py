@@ -1,6 +1,5 @@
 """Build the classifier that a training run's arguments describe."""
 
-import json
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
@@ -9,10 +8,13 @@ from typing import Any, Literal
 from transformers import PreTrainedModel
 
 from ..data.decoding import IMAGE_MODES
+from ..metrics.extractors.transformers_models import load_network
 from ..probe import Backbone, SDTForImageClassification, load_backbone
 from ..sdt_h.modeling_sdt_h import SDTHConfig, SDTHForImageClassification, SDTHImageProcessor
 from ..sdt_h.network import PRESETS
-from ..utils.arguments import json_object
+from ..utils.arguments import json_object, one_line
+from ..utils.ranges import CheckedArguments, Range, at_least, between, check_value
+from ..utils.reading import check_finite, read_json
 
 #: Config values that are derived from the data set.
 DERIVED_KEYS = frozenset({"num_channels", "num_labels", "id2label", "label2id"})
@@ -27,7 +29,7 @@ ARGUMENTS_OF_KIND = {
 
 
 @dataclass
-class ClassifierModelArguments:
+class ClassifierModelArguments(CheckedArguments):
     """The model to train: SDT-H, or a head on a trained generative transformer."""
 
     model: str = field(
@@ -41,7 +43,9 @@ class ClassifierModelArguments:
         default=None, metadata={"help": "How a preset's attention decays; 'fixed' is RMT, 'context' the default."}
     )
     drop_path: float | None = field(
-        default=None, metadata={"help": "Drop path probability of SDT-H's last block; the preset's by default."}
+        default=None,
+        metadata={"help": "Drop path probability of SDT-H's last block; the preset's by default."}
+        | between(0, 1, with_most=False),
     )
     model_overrides: str | None = field(
         default=None, metadata={"help": 'Further config values of a preset as JSON, such as {"depths": [1, 1, 2, 1]}.'}
@@ -58,11 +62,13 @@ class ClassifierModelArguments:
     )
     probe_block: int | None = field(
         default=None,
-        metadata={"help": "Block of the transformer whose tokens the head sees, from 0; the middle one by default."},
+        metadata={"help": "Block of the transformer whose tokens the head sees, from 0; the middle one by default."}
+        | at_least(0),
     )
     probe_timestep: float | None = field(
         default=None,
-        metadata={"help": "Noise level of its input: a DDPM timestep, or 1000 sigma of a flow; 200 by default."},
+        metadata={"help": "Noise level of its input: a DDPM timestep, or 1000 sigma of a flow; 200 by default."}
+        | between(0, 1000),
     )
     probe_objective: Literal["flow", "ddpm"] | None = field(
         default=None,
@@ -71,19 +77,18 @@ class ClassifierModelArguments:
     finetune: bool = field(default=False, metadata={"help": "Train that transformer too, not the head alone."})
 
     def __post_init__(self):
+        super().__post_init__()
         of_other_kinds = set.union(*ARGUMENTS_OF_KIND.values()) - ARGUMENTS_OF_KIND[self.kind]
         for f in fields(self):
             if f.name in of_other_kinds and getattr(self, f.name) != f.default:
                 raise ValueError(f"{f.name} does not apply to model {self.model}, which is a {self.kind}.")
-        if self.drop_path is not None and not 0 <= self.drop_path < 1:
-            raise ValueError(f"drop_path must be at least 0 and less than 1, not {self.drop_path}.")
 
     @property
     def kind(self) -> str:
         """Kind of `model`, a key of `ARGUMENTS_OF_KIND`.
 
         Raises:
-            ValueError: If `model` is neither a preset nor the folder of a model.
+            ValueError: If `model` is neither a preset nor the folder of a model, or its config.json is damaged.
         """
         if self.model in PRESETS:
             return "preset"
@@ -91,7 +96,7 @@ class ClassifierModelArguments:
         if (folder / "model_index.json").is_file():
             return "backbone"
         if (folder / "config.json").is_file():
-            config = json.loads((folder / "config.json").read_text())
+            config = read_json(folder / "config.json")
             if config.get("_class_name") == "SDTTransformer2DModel":
                 return "backbone"
             if config.get("model_type") == SDTHForImageClassification.config_class.model_type:
@@ -103,8 +108,19 @@ class ClassifierModelArguments:
 
     @cached_property
     def backbone(self) -> Backbone | None:
-        """The trained generative transformer, if there is one."""
-        return load_backbone(self.model, self.probe_objective) if self.kind == "backbone" else None
+        """The trained generative transformer, if there is one.
+
+        Raises:
+            ValueError: If the folder is damaged.
+        """
+        if self.kind != "backbone":
+            return None
+        try:
+            backbone = load_backbone(self.model, self.probe_objective)
+        except Exception as error:  # diffusers and safetensors raise their own for each kind of damage
+            raise ValueError(f"model {self.model} cannot be loaded: {one_line(error)}") from error
+        check_finite(backbone.transformer.state_dict(), f"model {self.model}")
+        return backbone
 
     @cached_property
     def processor(self) -> SDTHImageProcessor | None:
@@ -160,7 +176,14 @@ class ClassifierModelArguments:
             own = {"spatial_decay": self.spatial_decay, "drop_path_rate": self.drop_path}
             own = {key: value for key, value in own.items() if value is not None}
             overrides = {**own, **self._overrides(), "num_channels": num_channels}
-            model = SDTHForImageClassification.from_preset(self.model, **overrides, **labels)
+            try:
+                model = SDTHForImageClassification.from_preset(self.model, **overrides, **labels)
+            except (ArithmeticError, AttributeError, IndexError, RuntimeError, TypeError) as error:
+                if self.model_overrides is None:
+                    raise
+                raise ValueError(
+                    f"model_overrides {self.model_overrides:.99} make no model: {one_line(error)}"
+                ) from error
         if self.gradient_checkpointing:
             model.gradient_checkpointing_enable()
         return model
@@ -168,7 +191,10 @@ class ClassifierModelArguments:
     def _load_classifier(
         self, num_channels: int, class_names: list[str], labels: dict[str, Any]
     ) -> SDTHForImageClassification:
-        config = SDTHConfig.from_pretrained(self.model)
+        try:
+            config = SDTHConfig.from_pretrained(self.model)
+        except Exception as error:  # transformers raises its own for each kind of damage
+            raise ValueError(f"model {self.model}: config.json is damaged: {one_line(error)}") from error
         if config.num_channels != num_channels:
             mode = IMAGE_MODES.get(config.num_channels)
             raise ValueError(
@@ -178,19 +204,16 @@ class ClassifierModelArguments:
         if not self.reinitialise_head:
             check_same_labels(self.model, config, class_names)
         own = {} if self.drop_path is None else {"drop_path_rate": self.drop_path}
-        model, info = SDTHForImageClassification.from_pretrained(
-            self.model, ignore_mismatched_sizes=True, output_loading_info=True, **labels, **own
+        may_lack = (HEAD_PREFIX,) if self.reinitialise_head else ()
+        model = load_network(
+            SDTHForImageClassification,
+            self.model,
+            "an SDT-H classifier",
+            may_lack,
+            ignore_mismatched_sizes=True,
+            **labels,
+            **own,
         )
-        wrong = {name: f"is {tuple(stored)}, not {tuple(wanted)}" for name, stored, wanted in info["mismatched_keys"]}
-        wrong |= dict.fromkeys(info["missing_keys"], "is missing")
-        if self.reinitialise_head:
-            wrong = {name: what for name, what in wrong.items() if not name.startswith(HEAD_PREFIX)}
-        if wrong:
-            name = min(wrong)
-            raise ValueError(
-                f"model {self.model}: {len(wrong)} weight(s) do not fit its config.json: {name} {wrong[name]}. Give "
-                "a folder as save_pretrained wrote it."
-            )
         if self.reinitialise_head:
             model.network.initialize(model.network.head)
         return model
@@ -210,17 +233,22 @@ def load_processor(path: Path) -> SDTHImageProcessor:
         ValueError: If it does anything but resize the shorter side, crop a square and normalize pixels.
     """
     try:
-        processor = SDTHImageProcessor.from_dict(json.loads(path.read_text()))
+        processor = SDTHImageProcessor.from_dict(read_json(path))
+        size, crop = dict(processor.size), dict(processor.crop_size)
+        for number in (processor.rescale_factor, *processor.image_mean, *processor.image_std):
+            check_value("a number", number, (float,), Range(-1000, 1000))
+        for side in (*size.values(), *crop.values()):
+            if side is not None:
+                check_value("a side", side, (int,), Range(1, 65_536))
     except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is not an image processor's: {error}. Correct it, or remove it.") from error
-    steps = ("do_resize", "do_center_crop", "do_rescale", "do_normalize")
-    size, crop, factor = dict(processor.size), dict(processor.crop_size), processor.rescale_factor
+        raise ValueError(f"{path} is not an image processor's: {one_line(error)} Correct it, or remove it.") from error
+    steps, factor = ("do_resize", "do_center_crop", "do_rescale", "do_normalize"), processor.rescale_factor
     fits = {
         **{name: getattr(processor, name) is True for name in steps},
         "size": [key for key, value in size.items() if value is not None] == ["shortest_edge"],
         "crop_size": crop.get("height") is not None and crop.get("height") == crop.get("width"),
         "rescale_factor": abs(255 * factor - 1) < 1e-3,
-        "image_std": len(processor.image_mean) == len(processor.image_std),
+        "image_std": len(processor.image_mean) == len(processor.image_std) and min(processor.image_std) > 0,
     }
     for name, fit in fits.items():
         if not fit:

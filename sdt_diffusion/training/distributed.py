@@ -1,11 +1,14 @@
-"""Processes, devices and precision, as the arguments and `accelerate launch` set them; FSDP2; SIGTERM."""
+"""Processes, devices and precision, as the arguments and `accelerate launch` set them; FSDP2; signals."""
 
+import contextlib
+import multiprocessing
 import os
 import signal
 import threading
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import psutil
 import torch
@@ -108,39 +111,106 @@ def copy_full(source: torch.Tensor, target: torch.Tensor) -> None:
     target.copy_(source)
 
 
-class Interrupted(SystemExit):
-    """The run was told to stop and has saved a checkpoint; ends the process with code 143, as the signal would."""
+def find_launcher() -> int | None:
+    """Return the process that started this one for `accelerate launch` or torchrun, or `None` if neither did.
 
-    def __init__(self):
-        super().__init__(128 + signal.SIGTERM)
+    Both set variables for the processes that they start, which they do not have themselves. A shell that has them has
+    exported them, and may end before the run that it has started.
+    """
+    given = [name for name in ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID") if name in os.environ]
+    try:
+        parent = psutil.Process(os.getppid())
+        return parent.pid if any(name not in parent.environ() for name in given) else None
+    except psutil.Error:
+        return None
+
+
+#: The launcher as it is imported with this module: it may end while the run is being prepared.
+_LAUNCHER = find_launcher()
+
+#: What ends a run early -> the exit code of the process: that of the signal.
+STOP_REASONS = {
+    "Ctrl-C": 128 + signal.SIGINT,
+    "SIGTERM": 128 + signal.SIGTERM,
+    "the end of its launcher": 128 + signal.SIGTERM,
+}
+
+
+class Interrupted(SystemExit):
+    """The run was told to stop and has saved a checkpoint.
+
+    Args:
+        reason: A key of `STOP_REASONS`, which decides the exit code.
+    """
+
+    def __init__(self, reason: str):
+        super().__init__(STOP_REASONS[reason])
 
 
 class StopRequest:
-    """Remember a SIGTERM that arrives while it is entered, instead of ending the process.
+    """Notice, while it is entered, what asks the process to end, instead of ending it.
 
-    Schedulers of clusters send it before they take the machine back.
+    That is SIGTERM, which schedulers of clusters send before they take the machine back; Ctrl-C; and the end of
+    `accelerate launch` or torchrun, which may leave the processes that they started behind. A second Ctrl-C raises
+    `KeyboardInterrupt`.
+
+    Args:
+        announce: Whether to say after Ctrl-C that the run goes on for a moment.
     """
 
-    def __init__(self):
-        self.received = False
-        self._previous = None
+    def __init__(self, announce: bool = False):
+        self._announce, self._received, self._process = announce, "", os.getpid()
+        self._previous: dict[int, Any] = {}
+
+    @property
+    def reason(self) -> str | None:
+        """What asks to end, a key of `STOP_REASONS`, or `None`."""
+        if not self._received and _LAUNCHER is not None and os.getppid() != _LAUNCHER:
+            self._received = "the end of its launcher"
+        return self._received or None
 
     def __enter__(self) -> "StopRequest":
         # Only the main thread may set handlers; in other threads, such as a notebook's, the signal acts as before.
         if threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(signal.SIGTERM, self._receive)
+            for number in (signal.SIGTERM, signal.SIGINT):
+                if signal.getsignal(number) is not signal.SIG_IGN:  # as shells have it for SIGINT in the background
+                    self._previous[number] = signal.signal(number, self._receive)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._previous is not None:
-            signal.signal(signal.SIGTERM, self._previous)
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
 
     def _receive(self, signum, frame):
-        self.received = True
+        if signum == signal.SIGINT and self._received == "Ctrl-C":
+            raise KeyboardInterrupt
+        self._received = "SIGTERM" if signum == signal.SIGTERM else "Ctrl-C"
+        if signum == signal.SIGINT and self._announce and os.getpid() == self._process:  # not in a forked worker
+            with contextlib.suppress(OSError):
+                # Unlike print, this may interrupt a print.
+                os.write(2, b"\nThe run ends after this step, with a checkpoint. Press Ctrl-C again to end it now.\n")
 
 
-def ignore_sigterm_in_worker(worker: int) -> None:
-    """Ignore SIGTERM in a loader worker, which clusters signal too: the main process still needs its batches."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def shield_worker(worker: int) -> None:
+    """Let a loader worker survive the signals that reach all processes: the main one still needs its batches.
+
+    Clusters send SIGTERM to all processes, terminals send them Ctrl-C. The worker still ends when its parent
+    terminates it, as torch and multiprocessing do when the parent ends, and when the parent is gone.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A handler in Python does not learn who sent the signal. Without sigtimedwait, as on macOS, any SIGTERM ends it.
+    if hasattr(signal, "sigtimedwait"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Wait for SIGTERM of the parent, or for its end, and end this process."""
+    parent, started_by = multiprocessing.parent_process(), os.getppid()  # not the same with a fork server
+    while os.getppid() == started_by:
+        received = signal.sigtimedwait({signal.SIGTERM}, 1.0)
+        if received is not None and parent is not None and received.si_pid == parent.pid:
+            break
+    os._exit(0)  # without torch's and Python's own ends, which wait for queues that nobody reads

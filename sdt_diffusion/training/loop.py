@@ -1,5 +1,6 @@
 """The training loop: one step, from the batch to the checkpoint, in one place."""
 
+import contextlib
 import math
 import time
 from typing import Protocol
@@ -42,7 +43,8 @@ def train(run: TrainingRun, loss: Loss, validate: Validation | None = None) -> N
     Raises:
         NonFiniteLossError: If too many consecutive steps were skipped.
         CheckpointError: If a checkpoint cannot be written.
-        Interrupted: After SIGTERM, when the step under way and its checkpoint are done.
+        Interrupted: After SIGTERM, Ctrl-C or the launcher's end, when the step under way and its checkpoint are done.
+        KeyboardInterrupt: After a second Ctrl-C.
     """
     config, accelerator, model = run.config, run.accelerator, run.model
     window, batches = Window(), run.batches()
@@ -51,7 +53,7 @@ def train(run: TrainingRun, loss: Loss, validate: Validation | None = None) -> N
     progress_bar = tqdm(
         total=last_step, initial=run.step, desc="Training", unit="step", disable=not accelerator.is_local_main_process
     )
-    with progress_bar, StopRequest() as stop_request:
+    with progress_bar, StopRequest(announce=accelerator.is_local_main_process) as stop_request:
         if validate is not None and _validation_is_missing(run):
             _validate(run, validate)
         while run.step < last_step:
@@ -68,7 +70,7 @@ def train(run: TrainingRun, loss: Loss, validate: Validation | None = None) -> N
                 losses.append(batch_loss.detach().float())
 
             gradient_norm = full_tensor(accelerator.clip_grad_norm_(model.parameters(), max_norm))
-            mean_loss, norm, stop = run.mean_over_processes(losses, gradient_norm, stop_request.received)
+            mean_loss, norm, stop = run.mean_over_processes(losses, gradient_norm, stop_request.reason)
             finite = run.guard.admits(run.step + 1, mean_loss, norm)
 
             run.set_learning_rates(run.step)
@@ -82,7 +84,9 @@ def train(run: TrainingRun, loss: Loss, validate: Validation | None = None) -> N
             if run.step == first_step:
                 run.claim_folder()
             run.step += 1
-            stop = stop and run.step < last_step
+            stop = stop if run.step < last_step else None
+            if stop:  # what is written to a pipe whose reader has ended by the same Ctrl-C, such as tee, raises
+                progress_bar.disable = True
 
             for average in run.averages.values():
                 average.update(run.step)
@@ -105,12 +109,14 @@ def train(run: TrainingRun, loss: Loss, validate: Validation | None = None) -> N
                 run.save_snapshots()
 
             if stop:
-                accelerator.print(
-                    f"Stopped by SIGTERM after step {run.step}, which checkpoint-{run.step} holds. Continue with "
-                    "resume_from_checkpoint latest."
-                )
+                with contextlib.suppress(BrokenPipeError):
+                    accelerator.print(
+                        f"Stopped by {stop} after step {run.step}, which checkpoint-{run.step} holds. Continue with "
+                        "resume_from_checkpoint latest.",
+                        flush=True,
+                    )
                 run.finish()
-                raise Interrupted
+                raise Interrupted(stop)
     run.gather()
 
 

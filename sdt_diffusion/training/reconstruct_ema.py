@@ -21,9 +21,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
-from .. import SDTPipeline
 from ..hub import HubArguments, command_of, derive_record, share_run
 from ..hub.run_record import RECORD_FILE
+from ..sdt.loading import open_pipeline
 from ..utils.arguments import exit_on_error, given_arguments, parse_arguments
 from ..utils.files import check_writable, move_into, require_space, write_atomically
 from ..utils.ranges import RANGE_KEY, CheckedArguments, at_least
@@ -203,7 +203,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise ValueError(f"run {args.run} holds no pipeline: wait until the run has ended.")
         parents = (args.output_dir.absolute(), *args.output_dir.absolute().parents)
         check_writable(next(path for path in parents if path.exists()))  # without making the folder yet
-        pipe = _load_pipeline(args.run)
+        pipe = open_pipeline(str(args.run))
         size = sum(parameter.numel() * parameter.element_size() for parameter in pipe.transformer.parameters())
         require_space(args.output_dir, size, "The pipeline")
         average = reconstruct(args.run, args.sigma_rel, args.step, expected=pipe.transformer.state_dict())
@@ -226,14 +226,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"Saved the pipeline of sigma_rel {args.sigma_rel:g} at step {last_step} to {args.output_dir}, from "
             f"{len(average.snapshots)} snapshots; their profiles differ from its own by {average.profile_error:.2%}."
         )
-
-
-def _load_pipeline(folder: Path) -> SDTPipeline:
-    try:
-        pipe = SDTPipeline.from_pretrained(folder)
-    except Exception as error:  # whatever diffusers and its loaders raise for damaged files
-        raise ValueError(f"run {folder} holds no pipeline that can be loaded ({error}): restore its files.") from error
-    return pipe
 
 
 if __name__ == "__main__":

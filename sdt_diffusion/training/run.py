@@ -1,22 +1,28 @@
 """Prepare a run for the training loop: processes, model, optimizer, averages, folder, log, and resuming."""
 
+import contextlib
 import copy
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate.utils import gather_object
 from PIL import Image
+from safetensors import SafetensorError
 from torch import nn
 from torch.utils.data import DataLoader
 
 from ..data import ShuffledStream
 from ..hub import HubArguments, command_of, describe_run, share_run
+from ..utils.arguments import one_line
 from ..utils.files import FolderLock, write_atomically
 from ..utils.seeding import SEED_STREAMS_VERSION, Draws, Stream, seed_global_generators
 from .checkpoint import (
     MANIFEST_FILE,
+    CheckpointError,
     check_output_dir,
     check_same_run,
     complete_checkpoints,
@@ -29,7 +35,7 @@ from .checkpoint import (
     write_config,
 )
 from .config import TrainingConfig, TrainingSet
-from .distributed import build_accelerator, ignore_sigterm_in_worker, prepare
+from .distributed import STOP_REASONS, build_accelerator, prepare, shield_worker
 from .ema import WeightAverage, ema_profiles
 from .monitor import FiniteGuard, TrainingLog, Window, memory_gib
 from .optimizer import build_lr_schedule, build_optimizer
@@ -57,9 +63,11 @@ class TrainingRun:
         model: The model that is trained, wrapped by accelerate.
         trained_model: The complete model that the run saves: the first average, or the trained weights without one.
 
+    As a context manager, it gives the folder free at the end, and names the last checkpoint in errors of the disk.
+
     Raises:
-        ValueError: If the output folder or the checkpoint belongs to another run, the checkpoint is not usable, or
-            another process writes to the folder.
+        ValueError: If the output folder or the checkpoint belongs to another run, the checkpoint is not usable,
+            another process writes to the folder, or the tracker cannot start.
         OSError: If nothing can be written to the output folder.
     """
 
@@ -84,23 +92,38 @@ class TrainingRun:
             "images of the data set": len(data.images),
             "seed_streams": SEED_STREAMS_VERSION,
         }
-        checkpoint, self.changes = self._find_checkpoint()
-        self._lock = FolderLock(self.output_dir)
-        if self.accelerator.is_main_process and self.output_dir.exists():  # otherwise the first step makes it
-            self._lock.acquire()
-
         self.step, self.guard = 0, FiniteGuard(config.run.max_skipped_steps)
-        self._prepare(model, name, parameter_groups)
-        if checkpoint is not None:
-            self._load_checkpoint(checkpoint)
-            self.accelerator.print(f"Resumed from {checkpoint}, after step {self.step}.")
-        if self.accelerator.is_main_process:
-            self.state.check_space(config, self.step)
-        self.log = TrainingLog(self.output_dir, self.step)
-        scalars = {key: value for key, value in config.as_dict().items() if isinstance(value, (int, float, str, bool))}
-        self.accelerator.init_trackers("sdt_diffusion", config=scalars)
-        self.accelerator.print(self.describe())
-        self.accelerator.wait_for_everyone()  # all must have checked the folder before the first step marks it
+        self._lock, self._new_folders = FolderLock(self.output_dir), list[Path]()
+        with contextlib.ExitStack() as on_error:
+            on_error.callback(self.release_folder)
+            self._lock_folder()
+            checkpoint, self.changes = self._find_checkpoint()
+            self._prepare(model, name, parameter_groups)
+            if checkpoint is not None:
+                self._load_checkpoint(checkpoint)
+                self.accelerator.print(f"Resumed from {checkpoint}, after step {self.step}.")
+            if self.accelerator.is_main_process:
+                self.state.check_space(config, self.step)
+            self.log = TrainingLog(self.output_dir, self.step)
+            self._start_trackers()
+            self.accelerator.print(self.describe())
+            self.accelerator.wait_for_everyone()  # all must have checked the folder before the first step marks it
+            on_error.pop_all()
+
+    def __enter__(self) -> "TrainingRun":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Release the folder; name the last checkpoint in errors of files, and of gloo and NCCL for a lost process."""
+        self.release_folder()
+        lost = isinstance(error, RuntimeError) and any(name in str(error) for name in ("gloo", "NCCL"))
+        of_files = isinstance(error, (OSError, SafetensorError)) and not isinstance(error, CheckpointError)
+        if error is not None and (lost or of_files):
+            complete = complete_checkpoints(self.output_dir)
+            last = f"{complete[-1]} is complete: continue with resume_from_checkpoint latest" if complete else ""
+            raise OSError(f"{one_line(error).rstrip('.')}. {last or 'There is no checkpoint yet'}.") from error
 
     @property
     def unwrapped_model(self) -> nn.Module:
@@ -139,7 +162,7 @@ class TrainingRun:
             batch_size=run.train_batch_size,
             num_workers=self.data.num_workers,
             pin_memory=self.accelerator.device.type == "cuda",
-            worker_init_fn=ignore_sigterm_in_worker,
+            worker_init_fn=shield_worker,
         )
         return iter(self.accelerator.prepare_data_loader(loader))
 
@@ -155,13 +178,14 @@ class TrainingRun:
         return Draws(run.seed, self.step, rows, self.images_per_step, accelerator.device)
 
     def mean_over_processes(
-        self, losses: list[torch.Tensor], norm: torch.Tensor, stop: bool
-    ) -> tuple[float, float, bool]:
-        """Return the mean loss and gradient norm, and whether any process was told to stop: the same everywhere."""
+        self, losses: list[torch.Tensor], norm: torch.Tensor, stop: str | None
+    ) -> tuple[float, float, str | None]:
+        """Return the mean loss and gradient norm, and why to stop if any process was told to: the same everywhere."""
         loss = torch.stack(losses).mean()
-        values = torch.stack([loss, norm.to(loss), torch.full_like(loss, stop)])
-        mean_loss, mean_norm, stopping = self.accelerator.reduce(values, "mean").tolist()
-        return mean_loss, mean_norm, bool(stopping)
+        told = [torch.full_like(loss, reason == stop) for reason in STOP_REASONS]
+        values = torch.stack([loss, norm.to(loss), *told])
+        mean_loss, mean_norm, *told = self.accelerator.reduce(values, "mean").tolist()
+        return mean_loss, mean_norm, next((reason for reason, n in zip(STOP_REASONS, told, strict=True) if n), None)
 
     def is_due(self, interval: int) -> bool:
         """Return whether something done every `interval` steps (0 for never) and at the end is to be done now."""
@@ -170,8 +194,14 @@ class TrainingRun:
     def claim_folder(self) -> None:
         """Mark the folder as this run's; called at the first step, so that bad input leaves nothing behind."""
         if self.accelerator.is_main_process:
-            self._lock.acquire()
             write_config(self.output_dir, self.config.as_dict(), self.changes)
+
+    def release_folder(self) -> None:
+        """Let other runs write to the folder, and remove it if this run has made it and written nothing there."""
+        self._lock.release()
+        for folder in self._new_folders:
+            with contextlib.suppress(OSError):  # it holds something
+                folder.rmdir()
 
     def gather(self) -> None:
         """Bring `trained_model` up to date where FSDP2 shards the weights; all processes call it."""
@@ -204,7 +234,10 @@ class TrainingRun:
 
     def record(self, values: dict[str, float]) -> None:
         """Write values of the step reached to the run's log and the trackers."""
-        self.accelerator.log(values, step=self.step)
+        try:
+            self.accelerator.log(values, step=self.step)
+        except Exception as error:  # every tracker raises its own
+            raise OSError(f"report_to {self.config.run.report_to} takes no values: {one_line(error)}") from error
         if self.accelerator.is_main_process:
             self.output_dir.mkdir(parents=True, exist_ok=True)
             self.log.append({"step": self.step, **values})
@@ -263,7 +296,23 @@ class TrainingRun:
         self.model = self.unwrapped_model
         self.accelerator.free_memory()
         self.accelerator.end_training()
-        self._lock.release()
+        self.release_folder()
+
+    def _lock_folder(self):
+        if self.accelerator.is_main_process:
+            folders = (self.output_dir, *self.output_dir.parents)
+            self._new_folders = [folder for folder in folders if not folder.exists()]
+            self._lock.acquire()
+
+    def _start_trackers(self):
+        scalars = {key: value for key, value in self.config.as_dict().items() if isinstance(value, (int, float, str))}
+        try:
+            self.accelerator.init_trackers("sdt_diffusion", config=scalars)
+        except Exception as error:  # every tracker raises its own
+            raise ValueError(
+                f"report_to {self.config.run.report_to} cannot start: {one_line(error)}. Correct this, or set "
+                "report_to none."
+            ) from error
 
     def _find_checkpoint(self):
         """Return the checkpoint to resume from, or `None`, and the changes to the run's arguments so far.

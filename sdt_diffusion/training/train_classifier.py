@@ -6,10 +6,10 @@
     accelerate launch train/train_classifier.py --resume_from_checkpoint latest # ... with the flags of the run
 
 Without --config, the digits take train/configs/digits_classifier.yaml; another --dataset starts from what --help
-shows.
+shows. One process needs no launcher: `python train/train_classifier.py` is itself what SIGTERM and Ctrl-C reach, and
+it ends with a checkpoint.
 """
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -18,23 +18,22 @@ from pathlib import Path
 from accelerate import Accelerator
 from torch import nn
 
-from ..data import CorruptImageError, DataArguments, LabeledImages, SeededTransform
+from ..data import DataArguments, LabeledImages, SeededTransform
 from ..data.splits import ImageSubset, ValidationDataArguments, load_splits
 from ..hub import HubArguments, create_hub_repo
 from ..metrics.confusion import PreparedImages, classify, from_log, to_log
 from ..metrics.extractors.transformers_models import channels_of
 from ..plots import plot_accuracy_curve
 from ..sdt_h.modeling_sdt_h import SDTHImageProcessor
-from ..utils.arguments import exit_on_error, given_arguments, parse_arguments, require_at_least
-from ..utils.files import move_into, write_atomically
+from ..utils.arguments import exit_on_error, given_arguments, parse_arguments
+from ..utils.files import move_into, write_atomically, write_json
+from ..utils.ranges import CheckedArguments, at_least
 from ..utils.seeding import Stream, seed_global_generators
-from .checkpoint import CheckpointError
 from .classifier_model import ClassifierModelArguments
 from .config import RunArguments, TrainingConfig, TrainingSet
 from .distributed import process_state, resolve_precision
 from .ema import EMAArguments
 from .loop import train
-from .monitor import NonFiniteLossError
 from .optimizer import OptimizationArguments
 from .recipe import ClassificationLoss, RecipeArguments, build_processor, layer_decay_groups, train_transform
 from .run import TrainingRun
@@ -80,16 +79,14 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 
 
 @dataclass(frozen=True)
-class EvaluationArguments:
+class EvaluationArguments(CheckedArguments):
     """When to test."""
 
     validation_steps: int = field(
         default=0,
-        metadata={"help": "Steps between tests; 0 for none but before and after training.", "resumable": True},
+        metadata={"help": "Steps between tests; 0 for none but before and after training.", "resumable": True}
+        | at_least(0),
     )
-
-    def __post_init__(self):
-        require_at_least(self, 0, "validation_steps")
 
 
 #: What the script's command line sets.
@@ -112,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parsed
     )
 
-    with exit_on_error(ValueError, OSError):
+    with exit_on_error():
         recipe_args.check_batch_size(run_args.train_batch_size)
         run_args = replace(run_args, mixed_precision=resolve_precision(run_args.mixed_precision))
         data_args = replace(data_args, image_mode=data_args.image_mode or model_args.image_mode)
@@ -150,28 +147,27 @@ def main(argv: Sequence[str] | None = None) -> None:
             ),
         )
         groups = layer_decay_groups(model, recipe_args, optimization_args.adam_weight_decay)
-        run = TrainingRun(model, "classifier", training_set, config, groups)
-        if run.accelerator.is_main_process:
-            create_hub_repo(hub_args, run.output_dir)  # so that errors show now rather than after training
 
-    def test(run):
-        numbers = evaluate_classifier(
-            run.trained_model,
-            test_images,
-            processor,
-            run.accelerator,
-            run_args.train_batch_size,
-            data_args.dataloader_num_workers,
-        )
-        return to_log(numbers)
+        def test(run):
+            numbers = evaluate_classifier(
+                run.trained_model,
+                test_images,
+                processor,
+                run.accelerator,
+                run_args.train_batch_size,
+                data_args.dataloader_num_workers,
+            )
+            return to_log(numbers)
 
-    with exit_on_error(CorruptImageError, CheckpointError, NonFiniteLossError):
-        train(run, ClassificationLoss(recipe_args, images.num_classes), test)
-
-    if run.accelerator.is_main_process:
-        save_classifier(run, processor, len(train_images))
-    run.finish()
-    run.share(hub_args, "train/train_classifier.py", given_arguments(ARGUMENT_TYPES, argv), [run.trained_model])
+        with TrainingRun(model, "classifier", training_set, config, groups) as run:
+            if run.accelerator.is_main_process:
+                create_hub_repo(hub_args, run.output_dir)  # so that errors show now rather than after training
+            train(run, ClassificationLoss(recipe_args, images.num_classes), test)
+            if run.accelerator.is_main_process:
+                save_classifier(run, processor, len(train_images))
+            run.finish()
+            given = given_arguments(ARGUMENT_TYPES, argv)
+            run.share(hub_args, "train/train_classifier.py", given, [run.trained_model])
 
 
 def save_classifier(run: TrainingRun, processor: SDTHImageProcessor, num_train_images: int) -> None:
@@ -194,7 +190,7 @@ def save_classifier(run: TrainingRun, processor: SDTHImageProcessor, num_train_i
         "trained_parameters": sum(p.numel() for p in parameters if p.requires_grad),
         "parameters": sum(p.numel() for p in parameters),
     }
-    write_atomically(run.output_dir / "results.json", lambda path: path.write_text(json.dumps(results, indent=2)))
+    write_json(run.output_dir / "results.json", results)
     top5 = "" if results["top5"] is None else f", and for {results['top5']:.2%} the class is among the first five"
     print(f"{results['top1']:.2%} of {results['count']} test images are classified right{top5}.")
     print(f"Saved the classifier, results.json and accuracy_curve.png to {run.output_dir}")

@@ -6,11 +6,12 @@
     accelerate launch train/train_dit.py --dataset CACHE                   # latents of train/encode_latents.py
     accelerate launch train/train_dit.py --init_from outputs/digits --output_dir outputs/more  # from trained weights
 
-Without --config, the digits use the recipe `digits`; other data sets start from the defaults shown here.
+Without --config, the digits use the recipe `digits`; other data sets start from the defaults shown here. One process
+needs no launcher: `python train/train_dit.py`, or `python -m sdt_diffusion.training.train_dit`, is itself what SIGTERM
+and Ctrl-C reach, and it ends with a checkpoint.
 """
 
 import copy
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -22,26 +23,26 @@ from accelerate.utils import reduce
 from PIL import Image
 from torch.utils.data import DataLoader, Subset
 
-from ..data import CorruptImageError, DataArguments, LabeledImages
+from ..data import DataArguments, LabeledImages
 from ..data.latents.training_data import TrainingData, open_training_data
 from ..data.splits import ImageSubset
 from ..evaluation.cost import count_cost
 from ..evaluation.label_accuracy import label_accuracy
 from ..hub import HubArguments, create_hub_repo
 from ..plots import image_grid, plot_loss_curve
-from ..sampling.generate import class_labels_for, generate_on_all_processes
+from ..sampling.generate import class_labels_for, describe_sampling, generate_on_all_processes
 from ..sampling.settings import SamplerArguments, set_attention_backend
 from ..sdt import SDTPipeline, SDTTransformer2DModel
-from ..utils.arguments import exit_on_error, given_arguments, json_object, parse_arguments, require_at_least
-from ..utils.files import move_into, write_atomically
+from ..utils.arguments import exit_on_error, given_arguments, json_object, one_line, parse_arguments
+from ..utils.files import move_into, write_atomically, write_json
 from ..utils.fingerprint import differences
+from ..utils.ranges import CheckedArguments, at_least, between
+from ..utils.reading import check_tensors, read_json, shortened
 from ..utils.seeding import Draws, Stream, numpy_generator, seed_global_generators
-from .checkpoint import CheckpointError
 from .config import RunArguments, TrainingConfig, TrainingSet
 from .distributed import resolve_precision
 from .ema import EMAArguments
 from .loop import train
-from .monitor import NonFiniteLossError
 from .objectives import DiffusionLoss, ObjectiveArguments, build_objective
 from .optimizer import OptimizationArguments
 from .run import TrainingRun
@@ -49,7 +50,7 @@ from .state import config_of
 
 
 @dataclass(frozen=True)
-class ModelArguments:
+class ModelArguments(CheckedArguments):
     """Which model to train."""
 
     model: str = field(default="SDT-S/2", metadata={"help": "A preset: SDT-{S,B,L,XL}/{2,4,8} or SDT-digits."})
@@ -58,8 +59,12 @@ class ModelArguments:
     )
     qk_norm: Literal["rms_norm"] | None = field(default=None, metadata={"help": "Normalize queries and keys."})
     rotary: bool = field(default=False, metadata={"help": "2D rotary embedding."})
-    local_position_kernel_size: int = field(default=0, metadata={"help": "Local position encoding; 0 for none."})
-    class_dropout_prob: float = field(default=0.1, metadata={"help": "Fraction of labels dropped, for guidance."})
+    local_position_kernel_size: int = field(
+        default=0, metadata={"help": "Local position encoding; 0 for none."} | between(0, 255)
+    )
+    class_dropout_prob: float = field(
+        default=0.1, metadata={"help": "Fraction of labels dropped, for guidance."} | between(0, 1)
+    )
     model_overrides: str | None = field(
         default=None, metadata={"help": 'Further config values as JSON, such as {"num_layers": 6}.'}
     )
@@ -89,8 +94,18 @@ class ModelArguments:
         return SDTTransformer2DModel.preset_config(self.model, **{**own, **further, **overrides})
 
     def build(self, **overrides: Any) -> SDTTransformer2DModel:
-        """Build the model of `config(**overrides)`, randomly initialized or with the weights of `init_from`."""
-        model = SDTTransformer2DModel(**self.config(**overrides))
+        """Build the model of `config(**overrides)`, randomly initialized or with the weights of `init_from`.
+
+        Raises:
+            ValueError: If the config, or the folder of `init_from`, does not make such a model.
+        """
+        config = self.config(**overrides)
+        try:
+            model = SDTTransformer2DModel(**config)
+        except (ArithmeticError, AttributeError, IndexError, RuntimeError, TypeError) as error:
+            if self.model_overrides is None:
+                raise
+            raise ValueError(f"model_overrides {self.model_overrides:.99} make no model: {one_line(error)}") from error
         if self.init_from is not None:
             load_weights(model, Path(self.init_from).expanduser())
         if self.gradient_checkpointing:
@@ -107,48 +122,94 @@ def load_weights(model: SDTTransformer2DModel, folder: Path) -> None:
 
     Raises:
         FileNotFoundError: If the folder holds no SDT transformer.
-        ValueError: If it is of another architecture; lists what differs.
+        ValueError: If it is damaged, or of another architecture; lists what differs.
     """
     folder = folder / "transformer" if (folder / "model_index.json").is_file() else folder
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"init_from {folder} holds no SDT transformer (no config.json).")
     # These matter in training only, so they may differ.
     ours = {key: value for key, value in config_of(model).items() if key not in ("class_dropout_prob", "dropout")}
-    stored = json.loads((folder / "config.json").read_text())
+    stored = read_json(folder / "config.json")
+    if stored.get("_class_name") != SDTTransformer2DModel.__name__:
+        raise ValueError(f"init_from {folder} holds a {stored.get('_class_name')}, not an SDT transformer.")
     found = differences({key: stored.get(key, value) for key, value in ours.items()}, ours)
     if found:
         raise ValueError(f"init_from {folder} is another model: {'; '.join(found)}.")
-    loaded, info = SDTTransformer2DModel.from_pretrained(folder, output_loading_info=True)
-    if info["missing_keys"]:
-        raise ValueError(f"init_from {folder} has no weights for {', '.join(sorted(info['missing_keys'])[:3])}.")
-    model.load_state_dict(loaded.state_dict())
+    try:
+        loaded, info = SDTTransformer2DModel.from_pretrained(folder, output_loading_info=True)
+    except Exception as error:  # diffusers and safetensors raise their own for each kind of damage
+        raise ValueError(f"init_from {folder} is damaged: {one_line(error)}") from error
+    for names, what in ((info["missing_keys"], "no weights for"), (info["unexpected_keys"], "unknown weights")):
+        if names:
+            raise ValueError(f"init_from {folder} has {what} {shortened(sorted(names))}.")
+    weights = loaded.state_dict()
+    check_tensors(weights, weights, f"init_from {folder}")  # all must be finite
+    model.load_state_dict(weights)
 
 
 @dataclass(frozen=True)
-class ValidationArguments:
+class ValidationArguments(CheckedArguments):
     """What to validate during training and at its end."""
 
     validation_steps: int = field(
-        default=0, metadata={"help": "Steps between validations; 0 for none but the last.", "resumable": True}
+        default=0,
+        metadata={"help": "Steps between validations; 0 for none but the last.", "resumable": True} | at_least(0),
     )
-    num_validation_images: int = field(default=80, metadata={"help": "Images of a sample grid.", "resumable": True})
+    num_validation_images: int = field(
+        default=80, metadata={"help": "Images of a sample grid.", "resumable": True} | between(1, 10_000)
+    )
     held_out_images: int = field(
         default=0,
-        metadata={
-            "help": "Images kept from training, to measure their loss with fixed noise; the same for all seeds."
-        },
+        metadata={"help": "Images kept from training, to measure their loss with fixed noise; the same for all seeds."}
+        | at_least(0),
     )
     label_accuracy_samples: int = field(
         default=0,
         metadata={
             "help": "At the end, how many samples to judge by a support vector machine (small data only).",
             "resumable": True,
-        },
+        }
+        | between(0, 1_000_000),
     )
 
-    def __post_init__(self):
-        require_at_least(self, 0, "validation_steps", "label_accuracy_samples", "held_out_images")
-        require_at_least(self, 1, "num_validation_images")
+    def check_label_accuracy(self, data: TrainingData) -> None:
+        """Refuse, before training, data on which the support vector machine cannot judge samples after it.
+
+        Raises:
+            ValueError: Says why.
+        """
+        if not self.label_accuracy_samples:
+            return
+        if data.is_cached:
+            raise ValueError("label_accuracy_samples needs the images' pixels, and not a cache of latents.")
+        resolution, image_mode = data.arguments.size_and_mode
+        num_values = max(len(data.images), self.label_accuracy_samples) * resolution**2 * len(image_mode)
+        if num_values > MAX_SVM_VALUES:
+            raise ValueError(
+                f"label_accuracy_samples is for small data: {num_values:,} pixel values are more than the "
+                f"{MAX_SVM_VALUES:,} that a support vector machine can take."
+            )
+        if len(set(data.images.labels.tolist())) < 2:
+            raise ValueError("label_accuracy_samples needs images of at least two classes.")
+
+
+#: Pixel values of the real images, or of the samples, of an SVM: 1 GB.
+MAX_SVM_VALUES = 1 << 28
+
+
+def check_sampler(pipe: SDTPipeline, sampling: dict[str, Any]) -> None:
+    """Refuse settings that the scheduler cannot sample with.
+
+    Raises:
+        ValueError: Names the settings.
+    """
+    try:
+        describe_sampling(pipe, sampling)
+    except Exception as error:  # every scheduler of diffusers raises its own
+        raise ValueError(
+            f"num_inference_steps {sampling['num_inference_steps']} does not fit {type(pipe.scheduler).__name__}: "
+            f"{one_line(error)}"
+        ) from error
 
 
 class DiffusionValidation:
@@ -257,15 +318,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         parsed
     )
 
-    with exit_on_error(ValueError, OSError):
+    with exit_on_error():
         run_args = replace(run_args, mixed_precision=resolve_precision(run_args.mixed_precision))
         sampler_args = sampler_args.with_defaults()
         vae_name = model_args.pretrained_vae_model_name_or_path
         data = open_training_data(data_args, vae_name, model_args.config()["sample_size"], run_args.seed)
         data_args = data.arguments
         model_args = replace(model_args, pretrained_vae_model_name_or_path=data.vae_name)
-        if data.is_cached and validation_args.label_accuracy_samples:
-            raise ValueError("label_accuracy_samples needs the images' pixels, and not a cache of latents.")
+        validation_args.check_label_accuracy(data)
         train_images, held_out = hold_out(data.images, validation_args.held_out_images)
 
         seed_global_generators(Stream.INITIALIZATION, run_args.seed)
@@ -292,43 +352,46 @@ def main(argv: Sequence[str] | None = None) -> None:
             identity=data.identity,
             relocatable=data.relocatable_arguments,
         )
-        run = TrainingRun(model, "transformer", training_set, config)
-        if run.accelerator.is_main_process:
-            create_hub_repo(hub_args, run.output_dir)  # so that errors show now rather than after training
+        with TrainingRun(model, "transformer", training_set, config) as run:
+            pipe = SDTPipeline(
+                run.trained_model,
+                objective.sampling_scheduler(pixels=data.vae is None),
+                data.vae,
+                id2label=dict(enumerate(data.images.class_names)),
+                guidance_scale=sampler_args.guidance_scale,
+                num_inference_steps=sampler_args.num_inference_steps,
+            )
+            sampler_args.apply_to(pipe)
+            sampling = {"seed": run_args.seed, **sampler_args.settings(pipe)}
+            check_sampler(pipe, sampling)
+            if run.accelerator.is_main_process:
+                create_hub_repo(hub_args, run.output_dir)  # so that errors show now rather than after training
+            if data.vae is not None:
+                data.vae.to(run.accelerator.device)
+            num_images = validation_args.num_validation_images
+            train(run, loss, DiffusionValidation(pipe, loss, data, held_out, num_images, sampling))
 
-        if data.vae is not None:
-            data.vae.to(run.accelerator.device)
-        pipe = SDTPipeline(
-            run.trained_model,
-            objective.sampling_scheduler(pixels=data.vae is None),
-            data.vae,
-            id2label=dict(enumerate(data.images.class_names)),
-            guidance_scale=sampler_args.guidance_scale,
-            num_inference_steps=sampler_args.num_inference_steps,
+            if run.accelerator.is_main_process:
+                save_pipeline(run, pipe, data, validation_args.label_accuracy_samples, sampling)
+            run.finish()
+            networks = [network for network in (pipe.transformer, data.vae) if network is not None]
+            run.share(hub_args, "train/train_dit.py", given_arguments(ARGUMENT_TYPES, argv), networks)
+
+
+def save_pipeline(
+    run: TrainingRun, pipe: SDTPipeline, data: TrainingData, label_accuracy_samples: int, sampling: dict[str, Any]
+) -> None:
+    """Save the pipeline and, if asked for, how many of its samples show their class."""
+    move_into(run.output_dir, pipe.save_pretrained)
+    if label_accuracy_samples:
+        assert isinstance(data.images, LabeledImages)  # a cache was refused before training
+        results = label_accuracy(pipe, data.images, label_accuracy_samples, sampling)
+        write_json(run.output_dir / "results.json", results)
+        print(
+            "{label_accuracy:.1%} of {num_images} samples are classified as their label by an RBF SVM trained on "
+            "the {num_real_images} real images ({sampler}).".format(**results)
         )
-        sampler_args.apply_to(pipe)
-    sampling = {"seed": run_args.seed, **sampler_args.settings(pipe)}
-    validate = DiffusionValidation(pipe, loss, data, held_out, validation_args.num_validation_images, sampling)
-
-    with exit_on_error(CorruptImageError, CheckpointError, NonFiniteLossError):
-        train(run, loss, validate)
-
-    if run.accelerator.is_main_process:
-        move_into(run.output_dir, pipe.save_pretrained)
-        if validation_args.label_accuracy_samples:
-            assert isinstance(data.images, LabeledImages)  # a cache was refused above
-            results = label_accuracy(pipe, data.images, validation_args.label_accuracy_samples, sampling)
-            write_atomically(
-                run.output_dir / "results.json", lambda path: path.write_text(json.dumps(results, indent=2))
-            )
-            print(
-                "{label_accuracy:.1%} of {num_images} samples are classified as their label by an RBF SVM trained on "
-                "the {num_real_images} real images ({sampler}).".format(**results)
-            )
-        print(f"Saved the pipeline, samples.png and loss_curve.png to {run.output_dir}")
-    run.finish()
-    networks = [network for network in (pipe.transformer, data.vae) if network is not None]
-    run.share(hub_args, "train/train_dit.py", given_arguments(ARGUMENT_TYPES, argv), networks)
+    print(f"Saved the pipeline, samples.png and loss_curve.png to {run.output_dir}")
 
 
 if __name__ == "__main__":

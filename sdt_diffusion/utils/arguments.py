@@ -33,18 +33,6 @@ OWN_METADATA = frozenset({"resumable", RANGE_KEY, SECRET_KEY})
 JSON_FIELD_ENDING = "_overrides"
 
 
-def require_at_least(arguments: Any, least: float, *names: str) -> None:
-    """Refuse values that are too small.
-
-    Raises:
-        ValueError: Names the first such argument.
-    """
-    for name in names:
-        value = getattr(arguments, name)
-        if value is not None and not value >= least:  # written so that NaN is refused too
-            raise ValueError(f"{name} must be at least {least}, not {value}.")
-
-
 def json_object(text: str | None, name: str) -> dict[str, Any]:
     """Return the JSON object that an argument holds, or an empty one if it is not given.
 
@@ -73,25 +61,21 @@ def merged(*arguments: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def exit_on_error(*kinds: type[Exception]) -> Iterator[None]:
+def exit_on_error() -> Iterator[None]:
     """End the program with one line, instead of a traceback, for what the user can correct, and for Ctrl-C.
 
     Wrong input, files and disks end it with code 1, as do memory that is too small and a loader's worker that was
     killed; Ctrl-C ends it with code 130. Other errors are bugs and keep their traceback.
-
-    Args:
-        *kinds: Further errors than `ValueError` and `OSError`.
     """
-    expected: tuple[type[Exception], ...] = (ValueError, OSError, *kinds)
     try:
         yield
     except KeyboardInterrupt:
         print("Stopped by Ctrl-C.", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
-    except expected as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"Error: {one_line(error)}")
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
             sys.exit(f"Error: not enough memory, use smaller batches or images: {one_line(error)}")
         if "DataLoader worker" not in str(error):
             raise

@@ -153,7 +153,22 @@ def check_tensors(
                 f"{where} does not fit: {name} is {tensor.dtype} of shape {tuple(tensor.shape)}, not {wanted.dtype} "
                 f"of shape {tuple(wanted.shape)}."
             )
-        if finite and not is_finite(tensor):
+    if finite:
+        check_finite(found, where)
+
+
+def check_finite(tensors: Mapping[str, torch.Tensor], where: str) -> None:
+    """Refuse tensors with values that are NaN or infinite.
+
+    Args:
+        tensors: Such as a state dict.
+        where: What was read, for the message.
+
+    Raises:
+        ValueError: Names the first such tensor.
+    """
+    for name, tensor in tensors.items():
+        if not is_finite(tensor):
             raise ValueError(f"{where} cannot be used: {name} has values that are NaN or infinite.")
 
 

@@ -107,6 +107,6 @@ def test_bad_names_and_missing_tokens_are_refused_before_anything(monkeypatch):
 
 def test_a_push_that_fails_says_how_to_repeat_it(hub, finished_run):
     hub.full = True
-    with pytest.raises(RuntimeError, match=r"To push again: python train/share.py --folder .*flowers --push_to_hub"):
+    with pytest.raises(OSError, match=r"To push again: python train/share.py --folder .*flowers --push_to_hub"):
         share_folder(arguments(), finished_run.folder)
     assert (finished_run.folder / "README.md").is_file()

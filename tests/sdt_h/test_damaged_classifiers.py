@@ -9,8 +9,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageClassification
 
 import sdt_diffusion.classification  # noqa: F401 (registers the classifiers)
+from sdt_diffusion.metrics.extractors.transformers_models import load_network
 from sdt_diffusion.sdt_h.convert_rmt import load_rmt
-from sdt_diffusion.sdt_h.modeling_sdt_h import SDTHForImageClassification, load_complete
+from sdt_diffusion.sdt_h.modeling_sdt_h import SDTHForImageClassification
 from sdt_diffusion.sdt_h.network import SDTHNetwork
 from sdt_diffusion.utils.reading import CHECKSUMS_FILE
 
@@ -38,29 +39,34 @@ def without(start):
 
 class TestClassifiers:
     def test_a_whole_one_loads(self, folder):
-        loaded = load_complete(AutoModelForImageClassification, str(folder))
+        loaded = load_network(AutoModelForImageClassification, str(folder), "a classifier")
         assert isinstance(loaded, SDTHForImageClassification)
 
     @pytest.mark.parametrize("start", ["network.head.", "network.stages.1."])
     def test_weights_that_are_missing_are_refused_by_scripts(self, folder, start):
         change_tensors(folder, without(start))
         with pytest.raises(ValueError, match=f"has no weights that fit for {start}.*: is it trained, and whole"):
-            load_complete(AutoModelForImageClassification, str(folder))
+            load_network(AutoModelForImageClassification, str(folder), "a classifier")
 
     def test_a_new_head_can_still_be_started(self, folder):
         change_tensors(folder, without("network.head."))
         assert SDTHForImageClassification.from_pretrained(folder).network.head.weight.std() > 0
-        assert load_complete(SDTHForImageClassification, str(folder), may_lack=HEAD).network.head.weight.std() > 0
+        assert (
+            load_network(
+                SDTHForImageClassification, str(folder), "a classifier", may_lack=HEAD
+            ).network.head.weight.std()
+            > 0
+        )
         other = {"num_labels": 7, "ignore_mismatched_sizes": True}
         with pytest.raises(ValueError, match=r"no weights that fit for network\.head\.bias, network\.head\.weight"):
-            load_complete(SDTHForImageClassification, str(folder), **other)
+            load_network(SDTHForImageClassification, str(folder), "a classifier", **other)
 
     def test_nan_is_refused(self, folder):
         change_tensors(
             folder, lambda tensors: {k: v * math.nan if v.is_floating_point() else v for k, v in tensors.items()}
         )
         with pytest.raises(ValueError, match=r"cannot be used: .* NaN or infinite"):
-            load_complete(AutoModelForImageClassification, str(folder))
+            load_network(AutoModelForImageClassification, str(folder), "a classifier")
 
     def test_one_flipped_bit_is_noticed(self, folder):
         content = bytearray((folder / WEIGHTS).read_bytes())
@@ -77,14 +83,14 @@ class TestClassifiers:
         (folder / CHECKSUMS_FILE).unlink()
         (folder / name).write_bytes(content)
         with pytest.raises(ValueError, match=r"classifier cannot be loaded: ."):
-            load_complete(AutoModelForImageClassification, str(folder))
+            load_network(AutoModelForImageClassification, str(folder), "a classifier")
 
     @pytest.mark.parametrize("changes", [{"depths": [0, 1, 1]}, {"num_channels": math.nan}, {"hidden_sizes": 3}])
     def test_configs_of_nonsense_are_refused(self, folder, changes):
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps({**config, **changes}))
         with pytest.raises(ValueError, match=f"cannot be loaded: {next(iter(changes))} must be "):
-            load_complete(AutoModelForImageClassification, str(folder))
+            load_network(AutoModelForImageClassification, str(folder), "a classifier")
 
     @pytest.mark.parametrize(
         ("name", "value"),

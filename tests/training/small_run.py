@@ -2,10 +2,12 @@
 
     python small_run.py OUTPUT_DIR STRATEGY [FIELD=VALUE ...]
 
-STRATEGY is "ddp", which a single process does without, or "fsdp2".
+STRATEGY is "ddp", which a single process does without, or "fsdp2". A FIELD is one of `RunArguments`, or
+`num_workers`, `seconds`, which an image takes to be loaded, or `unreadable`, the index of an image.
 """
 
 import sys
+import time
 from unittest import mock
 
 import torch
@@ -14,22 +16,30 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
 from sdt_diffusion import SDTTransformer2DModel
+from sdt_diffusion.data import CorruptImageError
 from sdt_diffusion.training import run as training_run
 from sdt_diffusion.training.config import RunArguments, TrainingConfig, TrainingSet
 from sdt_diffusion.training.ema import EMAArguments
 from sdt_diffusion.training.loop import train
 from sdt_diffusion.training.objectives import DiffusionLoss, ObjectiveArguments, build_objective
 from sdt_diffusion.training.optimizer import OptimizationArguments
+from sdt_diffusion.utils.arguments import exit_on_error
 from tests.conftest import TINY
 
 
 class Images:
     """More than a step and not a multiple of it: epochs end within batches."""
 
+    def __init__(self, seconds=0.0, unreadable=None):
+        self.seconds, self.unreadable = seconds, unreadable
+
     def __len__(self):
         return 21
 
     def __getitems__(self, indices):
+        time.sleep(self.seconds * len(indices))
+        if self.unreadable in indices:
+            raise CorruptImageError(f"Cannot read the image of row {self.unreadable}.")
         ramp = torch.linspace(-1, 1, 3 * 8 * 8).reshape(3, 8, 8)
         return [(ramp * (i + 1) / 21, i % 5) for i in indices]
 
@@ -51,7 +61,10 @@ def sharded(build_accelerator):
     return build
 
 
-def main(output_dir, strategy, *values):
+def main(output_dir, strategy, *words):
+    values = {key: yaml.safe_load(value) for key, value in (word.split("=") for word in words)}
+    images = Images(values.pop("seconds", 0.0), values.pop("unreadable", None))
+    data = TrainingSet(images, num_workers=values.pop("num_workers", 0))
     run_args = RunArguments(
         output_dir=output_dir,
         report_to="none",
@@ -62,7 +75,7 @@ def main(output_dir, strategy, *values):
             "train_batch_size": 8,
             "max_train_steps": 6,
             "checkpointing_steps": 3,
-            **{key: yaml.safe_load(value) for key, value in (word.split("=") for word in values)},
+            **values,
         },
     )
     # With its usual epsilon AdamW makes full steps of gradients that are nothing but rounding errors.
@@ -73,13 +86,15 @@ def main(output_dir, strategy, *values):
     model = SDTTransformer2DModel(**TINY)
     loss = DiffusionLoss(build_objective(ObjectiveArguments()), class_dropout_prob=0.5)
     build = training_run.build_accelerator
-    with mock.patch.object(training_run, "build_accelerator", sharded(build) if strategy == "fsdp2" else build):
-        config = TrainingConfig(run_args, optimization, EMAArguments(ema_profile="power"))
-        run = training_run.TrainingRun(model, "transformer", TrainingSet(Images()), config)
-    train(run, loss)
-    if run.accelerator.is_main_process:
-        run.trained_model.save_pretrained(run.output_dir / "product")
-    run.finish()
+    with exit_on_error():
+        with mock.patch.object(training_run, "build_accelerator", sharded(build) if strategy == "fsdp2" else build):
+            config = TrainingConfig(run_args, optimization, EMAArguments(ema_profile="power"))
+            run = training_run.TrainingRun(model, "transformer", data, config)
+        with run:
+            train(run, loss)
+            if run.accelerator.is_main_process:
+                run.trained_model.save_pretrained(run.output_dir / "product")
+            run.finish()
 
 
 if __name__ == "__main__":

@@ -86,3 +86,15 @@ def test_a_tracker_that_is_not_there_is_refused(monkeypatch, tracker, message):
     RunArguments(report_to="tensorboard")
     with pytest.raises(ValueError, match=message):
         RunArguments(report_to=tracker)
+
+
+@pytest.mark.parametrize("name", ["ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"])
+def test_a_launcher_is_a_parent_that_has_set_what_it_does_not_have(monkeypatch, name):
+    for other in ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(other, raising=False)
+    assert distributed.find_launcher() is None  # a shell, or nohup
+    monkeypatch.setenv(name, "no")
+    monkeypatch.setattr("psutil.Process.environ", lambda process: {"HOME": "/"})
+    assert distributed.find_launcher() == os.getppid()
+    monkeypatch.setattr("psutil.Process.environ", lambda process: {name: "no"})  # a shell that has exported it
+    assert distributed.find_launcher() is None

@@ -1,10 +1,12 @@
 import math
 import os
 import signal
+import sys
 
 import pytest
 import torch
 
+from sdt_diffusion.training import distributed
 from sdt_diffusion.training.checkpoint import find_checkpoint, read_manifest
 from sdt_diffusion.training.distributed import Interrupted
 from sdt_diffusion.training.monitor import NonFiniteLossError
@@ -140,15 +142,70 @@ def test_one_large_batch_is_as_good_as_two_small_ones(tmp_path):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
 
 
-def test_sigterm_saves_and_ends_with_the_signals_code(tmp_path):
+@pytest.mark.parametrize(
+    ("number", "name", "code"), [(signal.SIGTERM, "SIGTERM", 143), (signal.SIGINT, "Ctrl-C", 130)]
+)
+def test_a_signal_saves_and_ends_with_its_code(tmp_path, capfd, number, name, code):
+    before = signal.getsignal(number)
     run = build_run(tmp_path / "out", config=EVERY_STEP)
-    watcher = Watcher(lambda run: os.kill(os.getpid(), signal.SIGTERM))
+    watcher = Watcher(lambda run: os.kill(os.getpid(), number))
     with pytest.raises(Interrupted) as stop:
         trained(run, validate=watcher)
-    assert stop.value.code == 143
+    assert stop.value.code == code
     assert watcher.steps == [1]
     assert find_checkpoint(run.output_dir, "latest").name == "checkpoint-2"
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert signal.getsignal(number) is before
+    captured = capfd.readouterr()
+    assert f"Stopped by {name} after step 2, which checkpoint-2 holds. Continue with" in captured.out
+    assert ("Press Ctrl-C again to end it now." in captured.err) == (name == "Ctrl-C")
+
+
+def test_a_second_ctrl_c_ends_at_once_and_leaves_nothing_half_written(tmp_path):
+    run = build_run(tmp_path / "out", config=EVERY_STEP)
+    save = run.state.save
+
+    def interrupted(*args):
+        save(*args)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    run.state.save = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        trained(run, validate=Watcher(lambda run: os.kill(os.getpid(), signal.SIGINT)))
+    assert list(run.output_dir.glob("checkpoint-*")) == []
+
+
+def test_ctrl_c_stays_ignored_in_a_background_process(tmp_path):
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        watcher = Watcher(lambda run: os.kill(os.getpid(), signal.SIGINT))
+        assert trained(build_run(tmp_path / "out", config=EVERY_STEP), validate=watcher).step == 6
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_a_reader_of_the_output_that_has_ended_costs_no_checkpoint(tmp_path, monkeypatch):
+    """As tee has, which the same Ctrl-C reaches."""
+    run = build_run(tmp_path / "out", config=EVERY_STEP, logging_steps=1)
+
+    def stop(run):
+        os.kill(os.getpid(), signal.SIGTERM)
+        reader, writer = os.pipe()
+        os.close(reader)
+        for name in ("stdout", "stderr"):
+            monkeypatch.setattr(sys, name, os.fdopen(os.dup(writer), "w"))
+
+    with pytest.raises(Interrupted):
+        trained(run, validate=Watcher(stop))
+    assert find_checkpoint(run.output_dir, "latest").name == "checkpoint-2"
+
+
+def test_the_end_of_the_launcher_saves_and_ends(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(distributed, "_LAUNCHER", os.getpid())  # as if it had been another parent than now
+    run = build_run(tmp_path / "out")
+    with pytest.raises(Interrupted) as stop:
+        trained(run)
+    assert stop.value.code == 143
+    assert "Stopped by the end of its launcher after step 1, which checkpoint-1 holds." in capsys.readouterr().out
 
 
 def test_records_say_how_far_how_fast_and_with_how_much_memory(tmp_path):

@@ -205,3 +205,36 @@ def test_batches_are_seeded_by_seed_and_position():
         draws.append(torch.rand(1).item())
     assert len(set(draws)) == 3
     assert draws[0] == draws[-1]
+
+
+def test_what_files_disks_and_lost_processes_raise_names_the_last_checkpoint(make_run):
+    gloo = RuntimeError("[third_party/gloo/gloo/transport/tcp/pair.cc:545] Read error: Connection reset by peer")
+    last = "There is no checkpoint yet."
+    for _ in range(2):
+        run = make_run(resume_from_checkpoint="latest")
+        for error in (OSError(28, "No space left on device"), gloo):
+            with pytest.raises(OSError, match=last), run:
+                raise error
+        with pytest.raises(RuntimeError, match=r"^a bug$"), run:
+            raise RuntimeError("a bug")
+        trained(run)
+        last = "checkpoint-6 is complete: continue with resume_from_checkpoint latest."
+
+
+def test_a_new_folder_is_locked_at_once_and_removed_if_nothing_is_written(make_run, tmp_path):
+    with make_run("new/out"):
+        assert (tmp_path / "new" / "out" / LOCK_FILE).exists()
+    assert list(tmp_path.iterdir()) == []
+    with make_run("new/out") as run:
+        trained(run)
+    assert (tmp_path / "new" / "out" / "checkpoint-6").is_dir()
+
+
+def test_a_tracker_that_cannot_start_is_named_and_leaves_no_folder(make_run, tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise KeyError("an account")
+
+    monkeypatch.setattr("accelerate.Accelerator.init_trackers", fail)
+    with pytest.raises(ValueError, match=r"report_to none cannot start: 'an account'\. Correct this, or set"):
+        make_run()
+    assert list(tmp_path.iterdir()) == []

@@ -27,7 +27,6 @@ from sdt_diffusion.utils.arguments import (
     merged,
     one_line,
     parse_arguments,
-    require_at_least,
 )
 
 TYPES = (ModelArguments, DataArguments, OptimizationArguments, EMAArguments, RunArguments)
@@ -312,8 +311,6 @@ def test_marks_of_fields_are_not_handed_to_argparse():
 
 
 def test_the_library_speaks_of_parameters():
-    with pytest.raises(ValueError, match=r"^num_images must be at least 1, not 0\.$"):
-        require_at_least(type("Arguments", (), {"num_images": 0}), 1, "num_images")
     with pytest.raises(ValueError, match=r"^overrides must be a JSON object, not \[\]\.$"):
         json_object("[]", "overrides")
     assert json_object(None, "overrides") == {}

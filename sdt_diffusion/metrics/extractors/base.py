@@ -13,7 +13,6 @@ from typing import NamedTuple
 import numpy as np
 import safetensors.torch
 import torch
-from torch import nn
 
 #: Inception's weights have 91 MiB; a far larger file is another one.
 MAX_WEIGHTS_BYTES = 1 << 30
@@ -124,17 +123,6 @@ def state_dict_of(weights: Weights) -> dict[str, torch.Tensor]:
     if not isinstance(state_dict, dict) or not all(isinstance(value, torch.Tensor) for value in state_dict.values()):
         raise ValueError(f"{path} is not a state dict: it holds something else than named tensors.")
     return state_dict
-
-
-def check_finite(network: nn.Module, where: str) -> None:
-    """Refuse weights that are NaN or infinite, all of whose features would be.
-
-    Raises:
-        ValueError: Names the first such tensor.
-    """
-    for name, tensor in network.state_dict().items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise ValueError(f"{where} cannot be used: {name} has values that are NaN or infinite.")
 
 
 def brief(error: Exception) -> str:

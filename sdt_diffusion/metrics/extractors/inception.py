@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from ...utils.fingerprint import fingerprint
-from .base import FeatureExtractor, Weights, as_rgb, brief, check_finite, read_weights, state_dict_of
+from ...utils.reading import check_finite
+from .base import FeatureExtractor, Weights, as_rgb, brief, read_weights, state_dict_of
 
 #: SHA-256 of the published files. torch-fidelity's and pytorch-fid's are one file under two names.
 STATE_DICT_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
@@ -46,7 +47,7 @@ class TorchFidelityInception(FeatureExtractor):
         # torch-fidelity would run the code in a pickle, and has no argument for tensors.
         with _in_place_of_a_download(module, found, "torch-fidelity's"):
             self.network = module.FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"])
-        check_finite(self.network, str(found.path))
+        check_finite(self.network.state_dict(), str(found.path))
         self.fingerprint = fingerprint(self.network)
         self.network.to(device)
         self.network.Mixed_6d.branch1x1.register_forward_hook(self._keep_spatial)
@@ -136,7 +137,7 @@ def _torchscript_inception(given: str | None, trust_weights: bool, resize_inside
             network = InceptionV3W("", download=False, resize_inside=resize_inside).eval()
     except Exception as error:
         raise ValueError(f"{weights.path} is not the TorchScript Inception: {brief(error)}") from error
-    check_finite(network, str(weights.path))
+    check_finite(network.state_dict(), str(weights.path))
     return network
 
 
@@ -146,7 +147,7 @@ def _pytorch_inception(given: str | None) -> torch.nn.Module:
     weights = read_weights(given, inception_pytorch.FID_WEIGHTS_URL, STATE_DICT_SHA256)
     with _in_place_of_a_download(inception_pytorch, weights, "pytorch-fid's"):
         network = inception_pytorch.InceptionV3(output_blocks=[3], resize_input=False).eval()
-    check_finite(network, str(weights.path))
+    check_finite(network.state_dict(), str(weights.path))
     return network
 
 

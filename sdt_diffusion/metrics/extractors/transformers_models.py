@@ -11,8 +11,8 @@ from torch import nn
 
 from ...data.decoding import IMAGE_MODES, ImageMode
 from ...utils.fingerprint import fingerprint
-from ...utils.reading import shortened, verify_checksums
-from .base import FeatureExtractor, as_rgb, brief, check_finite
+from ...utils.reading import check_finite, shortened, verify_checksums
+from .base import FeatureExtractor, as_rgb, brief
 
 IMAGENET_MEAN = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
 IMAGENET_STD = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
@@ -43,7 +43,7 @@ class DINOv2(FeatureExtractor):
         kind = load_pretrained(AutoConfig, weights, "a DINOv2 model").model_type
         if kind != "dinov2":
             raise ValueError(f"extractor_weights: {weights} holds a {kind}, not a DINOv2.")
-        self.network = load_network(AutoModel, weights, "a DINOv2 model", "float32")
+        self.network = load_network(AutoModel, weights, "a DINOv2 model")
         self.fingerprint = fingerprint(self.network)
         self.network.to(device)
         self.dims = {"pool": self.network.config.hidden_size}
@@ -121,7 +121,7 @@ def load_classifier(name: str, dtype: str, device: torch.device | str) -> tuple[
 
     import sdt_diffusion.classification  # noqa: F401 (registers this project's classifiers with the Auto classes)
 
-    model = load_network(AutoModelForImageClassification, name, "an image classifier", dtype)
+    model = load_network(AutoModelForImageClassification, name, "an image classifier", dtype=getattr(torch, dtype))
     labels = model.config.id2label
     if set(labels) != set(range(len(labels))) or not all(isinstance(label, str) for label in labels.values()):
         raise ValueError(f"{name}: id2label in its config.json must give a name to each label from 0 on.")
@@ -129,8 +129,16 @@ def load_classifier(name: str, dtype: str, device: torch.device | str) -> tuple[
     return model.to(device), processor
 
 
-def load_network(auto_class: Any, name: str, what: str, dtype: str) -> nn.Module:
+def load_network(auto_class: Any, name: str, what: str, may_lack: tuple[str, ...] = (), **kwargs: Any) -> nn.Module:
     """Load a network of transformers or this project from safetensors, in evaluation mode.
+
+    Args:
+        auto_class: Its class, or one of transformers' Auto classes.
+        name: Folder or Hub name.
+        what: What it must be, for the message.
+        may_lack: Beginnings of the names of weights that may be missing or of another shape, such as those of a head
+            that is initialized anew.
+        **kwargs: Arguments of `from_pretrained`.
 
     Raises:
         FileNotFoundError: If it cannot be loaded.
@@ -138,11 +146,12 @@ def load_network(auto_class: Any, name: str, what: str, dtype: str) -> nn.Module
     """
     if Path(name).is_dir():
         verify_checksums(Path(name))
-    how = {"dtype": getattr(torch, dtype), "output_loading_info": True, "use_safetensors": True}
-    network, info = load_pretrained(auto_class, name, what, **how)
-    if info["missing_keys"]:
-        raise ValueError(f"{name} has no weights for {shortened(sorted(info['missing_keys']))}: is it trained?")
-    check_finite(network, name)
+    network, info = load_pretrained(auto_class, name, what, output_loading_info=True, use_safetensors=True, **kwargs)
+    wrong = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
+    wrong = {key for key in wrong if not key.startswith(may_lack)} if may_lack else wrong
+    if wrong:
+        raise ValueError(f"{name} has no weights that fit for {shortened(sorted(wrong))}: is it trained, and whole?")
+    check_finite(network.state_dict(), name)
     return network.eval()
 
 

@@ -23,8 +23,8 @@ from ..sdt import SDTPipeline
 from ..utils.arguments import exit_on_error, parse_arguments
 from ..utils.ranges import LARGEST, CheckedArguments, Range, between, check_number
 
-#: Largest number of values of all real images, which are in memory together.
-MAX_VALUES = 1 << 28
+#: Pixel values of all real images, or of all samples, that an SVM can take: 1 GB.
+MAX_SVM_VALUES = 1 << 28
 
 
 def label_accuracy(
@@ -53,7 +53,7 @@ def label_accuracy(
     made = shape_of_samples(pipe)
     if made != (height, width, channels):
         raise ValueError(f"Samples of shape {made} do not fit real images {(height, width, channels)}.")
-    if len(real) * prod(made) > MAX_VALUES:
+    if len(real) * prod(made) > MAX_SVM_VALUES:
         raise ValueError(f"{len(real)} real images of {height}x{width} pixels are too many for an RBF SVM.")
     samples = stack_samples(generate(pipe, labels, batch_size=batch_size, output_type="np", **sampling))
     return {

@@ -27,7 +27,7 @@ from ..data import DataArguments, LabeledImages
 from ..data.latents.training_data import TrainingData, open_training_data
 from ..data.splits import ImageSubset
 from ..evaluation.cost import count_cost
-from ..evaluation.label_accuracy import label_accuracy
+from ..evaluation.label_accuracy import MAX_SVM_VALUES, label_accuracy
 from ..hub import HubArguments, create_hub_repo
 from ..plots import image_grid, plot_loss_curve
 from ..sampling.generate import class_labels_for, describe_sampling, generate_on_all_processes
@@ -191,10 +191,6 @@ class ValidationArguments(CheckedArguments):
             )
         if len(set(data.images.labels.tolist())) < 2:
             raise ValueError("label_accuracy_samples needs images of at least two classes.")
-
-
-#: Pixel values of the real images, or of the samples, of an SVM: 1 GB.
-MAX_SVM_VALUES = 1 << 28
 
 
 def check_sampler(pipe: SDTPipeline, sampling: dict[str, Any]) -> None:

@@ -88,7 +88,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_sampled(make_pipe, make
         label_accuracy(colors, digits[0], 20, {})
     with pytest.raises(ValueError, match="num_images must be at least 1, not 0"):
         label_accuracy(gray, digits[0], 0, {})
-    monkeypatch.setattr(module, "MAX_VALUES", 1000)
+    monkeypatch.setattr(module, "MAX_SVM_VALUES", 1000)
     with pytest.raises(ValueError, match="1797 real images of 8x8 pixels are too many for an RBF SVM"):
         label_accuracy(gray, digits[0], 20, {})
 

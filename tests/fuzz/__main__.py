@@ -44,6 +44,7 @@ LATE = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=int, default=2000)
+    parser.add_argument("--start", type=int, default=0, help="The first case; the first of all are good commands.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
@@ -62,14 +63,14 @@ def main() -> None:
         return
     lines = root / "cases.jsonl"
     done = read_lines(lines)
-    todo = [number for number in range(args.cases) if number not in {line["case"] for line in done}]
-    bar = tqdm(total=len(todo), unit="case", smoothing=0.05)
+    todo = [number for number in range(args.start, args.cases) if number not in {line["case"] for line in done}]
+    bar = tqdm(total=len(todo), unit="case", smoothing=0.05, mininterval=0.5 if sys.stderr.isatty() else 10)
     with lines.open("a") as file:
         for line in run_all(root, args.seed, todo, args.jobs, args.seconds):
             done.append(line)
             file.write(json.dumps(line) + "\n")
             file.flush()
-            bar.set_postfix(bad=sum(not line["good"] for line in done))
+            bar.set_postfix(bad=sum(not line["good"] for line in done), refresh=False)
             bar.update()
     bar.close()
     table = summarize(done, root)

@@ -79,7 +79,7 @@ BASES = {
         "train/train_dit.py",
         f"{DIT} --dataset cache --model SDT-S/2 --output_dir out --resume_from_checkpoint latest",
         needs=("cache", "vae"),
-        reads=("cache/*", "vae/*"),
+        reads=("cache/*.json", "cache/*.safetensors", "cache/*.safetensors", "vae/*"),
     ),
     "train_from_weights": Base(
         "train/train_dit.py",
@@ -93,7 +93,7 @@ BASES = {
         needs=("unfinished",),
         reads=(
             *("unfinished/checkpoint-4/*", "unfinished/checkpoint-4/*/*", "unfinished/training_config.yaml"),
-            *("unfinished/log.jsonl", "unfinished/ema_snapshots/*"),
+            "unfinished/log.jsonl",
         ),
         writes=("unfinished",),
     ),
@@ -166,9 +166,9 @@ BASES = {
     ),
     "fid_of_model": Base(
         "eval/fid.py",
-        f"{FROM_MODEL} --reference digits",
-        needs=("run",),
-        reads=PIPELINE,
+        f"{FROM_MODEL} --reference reference.npz",
+        needs=("run", "reference.npz"),
+        reads=(*PIPELINE, "reference.npz", "reference.npz"),
     ),
     "fid_of_kept_samples": Base(
         "eval/fid.py",
@@ -179,9 +179,9 @@ BASES = {
     ),
     "fid_of_images": Base(
         "eval/fid.py",
-        f"--samples flat --reference reference.npz {PIXELS} --metrics fid --output out/fid.json",
-        needs=("flat", "reference.npz"),
-        reads=("flat/*", "reference.npz", "reference.npz"),
+        f"--samples flat --reference digits --image_mode L {PIXELS} --metrics fid --output out/fid.json",
+        needs=("flat",),
+        reads=("flat/*",),
     ),
     "fid_of_npz": Base(
         "eval/fid.py",

@@ -16,27 +16,13 @@ from sdt_diffusion.utils.ranges import RANGE_KEY, _alternatives
 from .bases import Base, argument_types
 from .formats import ODD_YAML
 
-NUMBERS = (
-    "nan",
-    "inf",
-    "-inf",
-    "-1",
-    "0",
-    "1e30",
-    "1e8",
-    "0.5",
-    "",
-    "ten",
-    str(2**63),
-    "-0.0",
-    "1_0",
-    "0x10",
-    "1e-320",
-)
+FLOATS = ("nan", "inf", "-inf", "-1", "0", "2", "1e30", "1e8", "-1e-9", "1e-320", "-0.0", "1e400", "-1e30")
+INTEGERS = ("-1", "0", "1", "3", "100000000", "999999999", "1000000", str(2**31), str(2**63), f"1{'0' * 30}", "-1000")
+NO_NUMBERS = ("", "ten", "0x10", "1e3", "0.5", "nan", "1,000", "9" * 5000)
 #: More than this is much work where a number counts something.
 MUCH = 100_000
 TEXTS = (
-    *("", " ", "nowhere", "images", "config.yaml", "config.yaml/below", "pipe", "loop", "../..", "/", "/dev/zero"),
+    *("", " ", "nowhere", "images", "config.yaml", "config.yaml/below", "pipe", "loop", "../..", "/proc", "/dev/zero"),
     *("x" * 300, "a\nb", "\N{PILE OF POO}", "-", "--", "%s%n", "*", "[", "~nobody/x", "$HOME", "None", "\udce9", "."),
     *("locked/out", "/proc/self/mem", "a:b", "nan", "0", "no.json", "no.png", "no.npz", "no.safetensors"),
 )
@@ -105,7 +91,8 @@ def hostile_value(name: str, field: dataclasses.Field, kinds: tuple[Any, ...], r
         value = rng.choice(["wrong", "", "None", str(choices[0]).upper() + " "])
         return value, True, False
     if int in kinds or float in kinds:
-        value = rng.choice(NUMBERS)
+        right = FLOATS if float in kinds else INTEGERS
+        value = rng.choice(right if rng.random() < 0.85 else NO_NUMBERS)
         try:
             number = int(value) if float not in kinds else float(value)
         except ValueError:
@@ -122,7 +109,7 @@ def draw_command(base: Base, rng: random.Random) -> Draw:
     argv, changes, must_fail, may_run_on = base.argv, [], False, False
     fields = fields_of(base.script)
     for _ in range(rng.choice([1, 1, 1, 2, 3])):
-        kind = rng.choice(["value"] * 12 + ["unknown", "no value", "twice", "dropped", "word", "hyphens"])
+        kind = rng.choice(["value"] * 20 + ["unknown", "no value", "twice", "dropped", "word", "hyphens"])
         name = rng.choice(sorted(fields))
         if kind == "value":
             value, fails, much = hostile_value(name, *fields[name], rng)
@@ -150,7 +137,7 @@ def draw_command(base: Base, rng: random.Random) -> Draw:
         changes.append(" ".join(new))
     # A later flag of the same name replaces an earlier one, and with it what had to fail.
     names = [word.partition("=")[0] for change in changes for word in change.split()[:1]]
-    sure = must_fail and len(set(names)) == len(names)
+    sure = must_fail and len(set(names)) == len(names) and not {"twice:", "dropped:"} & set(names)
     return Draw(argv, " | ".join(changes), sure, may_run_on)
 
 

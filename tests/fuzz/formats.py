@@ -14,6 +14,8 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+#: Ends the description of a value that no one can mean.
+NONSENSE = "(nonsense)"
 #: Stands for text that no JSON writer would write.
 RAW = "@@raw@@"
 WRONG_VALUES = (
@@ -28,19 +30,19 @@ def wrong_value(path, rng):
     is_yaml = path.suffix == ".yaml"
     lines = path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]
     number = rng.randrange(max(len(lines), 1))
-    tree = yaml.safe_load(lines[number]) if is_yaml else json.loads(lines[number])
+    tree, is_nonsense = yaml.safe_load(lines[number]) if is_yaml else json.loads(lines[number]), True
     value = copy.deepcopy(rng.choice(WRONG_VALUES))
     places = list(_places(tree))
     if not places or rng.random() < 0.05:
         tree, words = value, "all"
     else:
         parent, key = rng.choice(places)
-        words = f"{key}"
+        words, is_nonsense = f"{key}", value is not None and _kind(value) != _kind(parent[key])
         if rng.random() < 0.1:
             del parent[key]
-            value = "(no value)"
+            value, is_nonsense = "(no value)", False
         elif rng.random() < 0.07 and isinstance(parent, dict):
-            words = "a new key"
+            words, is_nonsense = "a new key", False
             parent["unknown"] = value
         else:
             parent[key] = value
@@ -49,7 +51,16 @@ def wrong_value(path, rng):
         dumped = dumped.replace(json.dumps(value), value.removeprefix(RAW))
     lines[number] = dumped
     path.write_text("\n".join(lines) + "\n")
-    return f"{words} = {ascii(value)[:60]}"
+    return f"{words} = {ascii(value)[:60]}{f' {NONSENSE}' if is_nonsense else ''}"
+
+
+def _kind(value):
+    """Return the kind of a value; numbers that no setting has are a kind of their own."""
+    if isinstance(value, str):
+        return "nonsense" if value.startswith(RAW) or len(value) > 1000 else "text"
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return "number" if abs(value) < 1e29 else "nonsense"
+    return type(value).__name__
 
 
 def _places(tree):

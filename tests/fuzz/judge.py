@@ -111,8 +111,10 @@ def results_of(folder: Path, writes: tuple[str, ...], out: str = "") -> dict[str
                 for key, value in _leaves(json.loads(path.read_text())):
                     if isinstance(value, (int, float)) and not UNSTABLE.search(key):
                         found[f"{name}: {key}"] = repr(value)
-            elif path.suffix in (".npy", ".npz") or (path.suffix == ".png" and path.parent.name == "images"):
+            elif path.suffix in (".npy", ".npz"):
                 found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+            elif path.suffix == ".png" and "curve" not in name:
+                found[name] = hashlib.sha256(Image.open(path).tobytes()).hexdigest()
     return found
 
 

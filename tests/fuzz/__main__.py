@@ -14,6 +14,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import traceback
 from collections import Counter
 from pathlib import Path
@@ -23,6 +24,7 @@ os.environ |= {"TOKENIZERS_PARALLELISM": "false", "TQDM_MININTERVAL": "1"}
 os.environ.pop("HF_TOKEN", None)
 
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 from .bases import SCRIPTS
@@ -32,12 +34,8 @@ from .subjects import build_template
 
 #: Modules that the scripts import late, and that each child would otherwise import again.
 LATE = (
-    "matplotlib.pyplot",
-    "sklearn.svm",
-    "sklearn.datasets",
-    "timm.data",
-    "timm.optim",
-    "diffusers.models.autoencoders",
+    *("matplotlib.pyplot", "matplotlib.backends.backend_agg", "sklearn.svm", "sklearn.datasets", "timm.data"),
+    *("timm.optim", "torch_fidelity", "diffusers.guiders", "diffusers.pipelines.pipeline_loading_utils"),
 )
 
 
@@ -81,9 +79,11 @@ def main() -> None:
 def import_all() -> None:
     """Import everything once, and start no thread: the children are forks of this process."""
     tqdm.monitor_interval = 0
+    tqdm.set_lock(threading.RLock())  # its own is shared with forks: one that is killed would keep it forever
     torch.set_num_threads(1)
     for module in (*SCRIPTS.values(), *LATE):
         importlib.import_module(module)
+    Image.init()
 
 
 def read_lines(path: Path) -> list[dict]:
@@ -125,6 +125,8 @@ def run_one(root: Path, seed: int, number: int, seconds: float) -> None:
     case = Case(root, seed, number, seconds)
     try:
         line = case.run()
+    except SystemExit:
+        os._exit(143)
     except Exception:  # a mistake of this harness, which must not end the others
         error = traceback.format_exc()
         line = {"case": number, "kind": case.kind, "base": case.name, "outcome": "harness error", "remark": error}

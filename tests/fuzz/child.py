@@ -89,7 +89,8 @@ def _prepare(folder: Path, pipes: list[tuple[int, int]], limits: Limits) -> None
         os.dup2(writing, number)
         os.close(reading)
         os.close(writing)
-    sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))  # noqa: SIM115
+    sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", buffering=1, closefd=False, errors="backslashreplace")  # noqa: SIM115
     enter(folder)
     os.environ.update(limits.environment)
     mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()

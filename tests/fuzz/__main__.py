@@ -21,6 +21,7 @@ from pathlib import Path
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "MPLBACKEND": "Agg", "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
 os.environ |= {"TOKENIZERS_PARALLELISM": "false", "TQDM_MININTERVAL": "1"}
+os.environ["JE_ARROW_MALLOC_CONF"] = "background_thread:false"  # pyarrow's thread, which no fork has
 os.environ.pop("HF_TOKEN", None)
 
 import torch
@@ -34,7 +35,7 @@ from .subjects import build_template
 
 #: Modules that the scripts import late, and that each child would otherwise import again.
 LATE = (
-    *("matplotlib.pyplot", "matplotlib.backends.backend_agg", "sklearn.svm", "sklearn.datasets", "timm.data"),
+    *("matplotlib.pyplot", "matplotlib.backends.backend_agg", "timm.data"),
     *("timm.optim", "torch_fidelity", "diffusers.guiders", "diffusers.pipelines.pipeline_loading_utils"),
 )
 
@@ -84,6 +85,8 @@ def import_all() -> None:
     for module in (*SCRIPTS.values(), *LATE):
         importlib.import_module(module)
     Image.init()
+    threads = list(Path("/proc/self/task").iterdir())
+    assert len(threads) == 1, "a fork has none of the other threads, but all of their locks"
 
 
 def read_lines(path: Path) -> list[dict]:

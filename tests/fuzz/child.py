@@ -82,6 +82,7 @@ def run_child(folder: Path, base: str, argv: list[str], limits: Limits) -> Ended
 
 def _prepare(folder: Path, pipes: list[tuple[int, int]], limits: Limits) -> None:
     os.setsid()
+    faulthandler.register(signal.SIGUSR1, file=2)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
@@ -144,9 +145,11 @@ def _watch(pid: int, pipes: list[int], start: float, limits: Limits) -> Ended:
             os.kill(pid, limits.signal)
             signaled = True
         if passed >= limits.seconds and not timed_out:
+            os.kill(pid, signal.SIGUSR1)  # it prints where it is
+            timed_out = True
+        if passed >= limits.seconds + 1:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(pid, signal.SIGKILL)
-            timed_out = True
         if not pipes:
             time.sleep(0.02)
         done, ended = os.waitpid(pid, os.WNOHANG)

@@ -145,13 +145,13 @@ def draw_yaml(base: Base, rng: random.Random, folder: Path) -> Draw:
     """Give arguments in a YAML file that holds odd values."""
     fields = fields_of(base.script)
     name = rng.choice(sorted(fields))
-    must_fail = False
+    must_fail = may_run_on = False
     kind = rng.choice(["value", "value", "odd", "structure"])
     if kind == "odd":
         words = rng.choice(sorted(ODD_YAML))
         text = ODD_YAML[words]
     elif kind == "value":
-        value, must_fail, _ = hostile_value(name, *fields[name], rng)
+        value, must_fail, may_run_on = hostile_value(name, *fields[name], rng)
         text = yaml.safe_dump({name: value})
         words = f"{name}: {value}"
     else:
@@ -165,9 +165,7 @@ def draw_yaml(base: Base, rng: random.Random, folder: Path) -> Draw:
     if f"--{name}" in argv:  # the command line wins
         at = argv.index(f"--{name}")
         argv = argv[:at] + argv[at + 2 :]
-    elif kind == "value" and name in ("config",):
-        must_fail = False
-    return Draw([*argv, "--config", "drawn.yaml"], f"YAML {words}", must_fail)
+    return Draw([*argv, "--config", "drawn.yaml"], f"YAML {words}", must_fail, may_run_on)
 
 
 def draw_secret(base: Base, rng: random.Random, folder: Path) -> Draw:

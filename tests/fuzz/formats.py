@@ -141,14 +141,15 @@ def wrong_array(path, rng):
     arrays = {"": np.load(path)} if single else dict(np.load(path))
     name = rng.choice(sorted(arrays))
     array = arrays[name]
+    numbers = array if array.dtype.kind in "biuf" else np.zeros(3)
     kinds = {
         "object": lambda: np.array([{"a": 1}, None], dtype=object),
         "text": lambda: array.astype(str),
-        "bool": lambda: array.astype(bool),
-        "float16": lambda: array.astype(np.float16),
-        "float64": lambda: array.astype(np.float64),
-        "complex64": lambda: array.astype(np.complex64),
-        "int64": lambda: array.astype(np.int64),
+        "bool": lambda: numbers.astype(bool),
+        "float16": lambda: numbers.astype(np.float16),
+        "float64": lambda: numbers.astype(np.float64),
+        "complex64": lambda: numbers.astype(np.complex64),
+        "int64": lambda: numbers.astype(np.int64),
         "nan": lambda: np.full(array.shape, np.nan, np.float32),
         "flat": lambda: array.reshape(-1),
         "more": lambda: np.stack([array, array]),

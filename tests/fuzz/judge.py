@@ -178,7 +178,8 @@ def judge(ended: Ended) -> tuple[str, str]:
     own = own_lines(ended.err)
     last = own[-1] if own else ""
     if ended.timed_out:
-        where = re.findall(r'File ".*?([\w/]+\.py)", line (\d+)', ended.err.partition("most recent call first")[2])
+        frames = ended.err.partition("most recent call first")[2]
+        where = re.findall(r'(?:site-packages/|/)((?:sdt_diffusion|torch|datasets|PIL)/\S+\.py)", line (\d+)', frames)
         return "hang", " < ".join(f"{name}:{line}" for name, line in where[:8])
     if ended.code < 0:
         return "crash", f"signal {-ended.code}"

@@ -14,6 +14,7 @@ import os
 import shutil
 import signal
 import sys
+import tempfile
 import threading
 import traceback
 from collections import Counter
@@ -55,8 +56,10 @@ def main() -> None:
     import_all()
     if not (root / "template").is_dir():
         build_template(root / "template")
+    # Loaders' workers make sockets below a case's folder, whose paths may have 107 characters.
+    work = Path(tempfile.mkdtemp(prefix="fuzz-"))
     if args.only is not None:
-        case = Case(root, args.seed, args.only, args.seconds)
+        case = Case(root, work, args.seed, args.only, args.seconds)
         print(json.dumps(case.run(), indent=2))
         print(f"--- stdout\n{case.ended.out}\n--- stderr\n{case.ended.err}\n--- {case.folder}")
         return
@@ -64,14 +67,17 @@ def main() -> None:
     done = read_lines(lines)
     todo = [number for number in range(args.start, args.cases) if number not in {line["case"] for line in done}]
     bar = tqdm(total=len(todo), unit="case", smoothing=0.05, mininterval=0.5 if sys.stderr.isatty() else 10)
-    with lines.open("a") as file:
-        for line in run_all(root, args.seed, todo, args.jobs, args.seconds):
-            done.append(line)
-            file.write(json.dumps(line) + "\n")
-            file.flush()
-            bar.set_postfix(bad=sum(not line["good"] for line in done), refresh=False)
-            bar.update()
-    bar.close()
+    try:
+        with lines.open("a") as file:
+            for line in run_all(root, work, args.seed, todo, args.jobs, args.seconds):
+                done.append(line)
+                file.write(json.dumps(line) + "\n")
+                file.flush()
+                bar.set_postfix(bad=sum(not line["good"] for line in done), refresh=False)
+                bar.update()
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+        bar.close()
     table = summarize(done, root)
     print(table)
     sys.exit(any(not line["good"] for line in done))
@@ -100,7 +106,7 @@ def read_lines(path: Path) -> list[dict]:
     return found
 
 
-def run_all(root: Path, seed: int, numbers: list[int], jobs: int, seconds: float):
+def run_all(root: Path, work: Path, seed: int, numbers: list[int], jobs: int, seconds: float):
     """Yield the lines of cases as they end; each case has a process of its own, `jobs` at a time."""
     running: dict[int, int] = {}
     numbers = list(reversed(numbers))
@@ -110,11 +116,11 @@ def run_all(root: Path, seed: int, numbers: list[int], jobs: int, seconds: float
                 number = numbers.pop()
                 pid = os.fork()
                 if pid == 0:
-                    run_one(root, seed, number, seconds)
+                    run_one(root, work, seed, number, seconds)
                 running[pid] = number
             pid, _ = os.wait()
             number = running.pop(pid)
-            path = root / "cases" / f"{number}.json"
+            path = work / f"{number}.json"
             yield json.loads(path.read_text())
             path.unlink()
     finally:
@@ -122,10 +128,10 @@ def run_all(root: Path, seed: int, numbers: list[int], jobs: int, seconds: float
             os.kill(pid, signal.SIGTERM)
 
 
-def run_one(root: Path, seed: int, number: int, seconds: float) -> None:
+def run_one(root: Path, work: Path, seed: int, number: int, seconds: float) -> None:
     """Run a case and end this process."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the case's own child is killed too
-    case = Case(root, seed, number, seconds)
+    case = Case(root, work, seed, number, seconds)
     try:
         line = case.run()
     except SystemExit:
@@ -136,8 +142,8 @@ def run_one(root: Path, seed: int, number: int, seconds: float) -> None:
         line |= {"script": case.base.script, "command": [], "damage": "", "good": False, "seconds": 0}
         line |= {"last_line": error.splitlines()[-1]}
     finally:
-        shutil.rmtree(root / "cases" / str(number), ignore_errors=True)
-    (root / "cases" / f"{number}.json").write_text(json.dumps(line))
+        shutil.rmtree(work / str(number), ignore_errors=True)
+    (work / f"{number}.json").write_text(json.dumps(line))
     os._exit(0)
 
 

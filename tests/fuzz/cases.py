@@ -26,10 +26,10 @@ PUSHING = ("train", "classify", "share")
 
 
 class Case:
-    """Case `number` of a seed, always the same one; `root` holds the good files, and a folder for each case."""
+    """Case `number` of a seed, always the same one; `root` has the good files, `work` a folder for each case."""
 
-    def __init__(self, root: Path, seed: int, number: int, seconds: float):
-        self.root, self.number, self.seconds = root, number, seconds
+    def __init__(self, root: Path, work: Path, seed: int, number: int, seconds: float):
+        self.root, self.work, self.number, self.seconds = root, work, number, seconds
         self.rng = random.Random(f"{seed}-{number}")
         self.kind = self.rng.choices(list(KINDS), list(KINDS.values()))[0]
         names = sorted(BASES)
@@ -45,7 +45,7 @@ class Case:
             names = [name for name in names if BASES[name].writes]
         self.name = self.rng.choice(names)
         self.base = BASES[self.name]
-        self.top = root / "cases" / str(number)
+        self.top = work / str(number)
         self.folder = self.top / "above" / "case"
         self.damaged = ""
         self.ended: Ended | None = None
@@ -178,7 +178,7 @@ class Case:
         """Return the results of the unchanged command, which the first case that asks for them makes."""
         path = self.root / "good" / f"{self.name}.json"
         if not path.is_file():
-            folder = self.root / "good" / f"{self.name}.{os.getpid()}" / "case"
+            folder = self.work / f"{self.name}.{os.getpid()}" / "case"
             make_folder(self.root, folder, self.base.needs)
             ended = run_child(folder, self.name, self.base.argv, Limits(self.seconds))
             assert ended.code == 0, f"{self.name} must complete:\n{ended.err[-2000:]}"

@@ -148,7 +148,7 @@ def _watch(pid: int, pipes: list[int], start: float, limits: Limits) -> Ended:
             os.kill(pid, limits.signal)
             signaled = True
         if passed >= limits.seconds and not timed_out:
-            os.kill(pid, signal.SIGUSR1)  # it prints where it is
+            os.killpg(pid, signal.SIGUSR1)  # it and its workers print where they are
             timed_out = True
         if passed >= limits.seconds + 1:
             with contextlib.suppress(ProcessLookupError):

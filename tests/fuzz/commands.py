@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import yaml
 
 from sdt_diffusion.utils.arguments import JSON_FIELD_ENDING, SECRET_KEY
-from sdt_diffusion.utils.ranges import RANGE_KEY, _alternatives
+from sdt_diffusion.utils.ranges import RANGE_KEY, alternatives
 
 from .bases import Base, argument_types
 from .formats import ODD_YAML
@@ -68,7 +68,7 @@ def fields_of(script: str) -> dict[str, tuple[dataclasses.Field, tuple[Any, ...]
     found = {}
     for each in argument_types(script):
         hints = get_type_hints(each)
-        found.update({f.name: (f, _alternatives(hints[f.name])) for f in dataclasses.fields(each) if f.init})
+        found.update({f.name: (f, alternatives(hints[f.name])) for f in dataclasses.fields(each) if f.init})
     return found
 
 

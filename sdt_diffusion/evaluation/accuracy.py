@@ -233,15 +233,15 @@ def _percent(fraction: float | None, digits: int = 1) -> str:
     return "-" if fraction is None else f"{fraction:.{digits}%}"
 
 
+@exit_on_error()
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the script; `argv` is the command line's by default."""
     argv = sys.argv[1:] if argv is None else argv
     (args,) = parse_arguments((AccuracyArguments,), argv, description=__doc__)
-    with exit_on_error():
-        PartialState(cpu=not torch.cuda.is_available())
-        table = evaluate_accuracy(args)
-        if table is not None:
-            print(f"\n{table}\n\nWritten to {args.output}.")
+    PartialState(cpu=not torch.cuda.is_available())
+    table = evaluate_accuracy(args)
+    if table is not None:
+        print(f"\n{table}\n\nWritten to {args.output}.")
 
 
 if __name__ == "__main__":

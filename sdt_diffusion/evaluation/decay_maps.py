@@ -380,13 +380,13 @@ def _format_distance(patches: float) -> str:
     return f"{patches:.1f}" if patches < 10 else f"{patches:.0f}"
 
 
+@exit_on_error()
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the script; `argv` is the command line's by default."""
     argv = sys.argv[1:] if argv is None else argv
     (args,) = parse_arguments((DecayArguments,), argv, description=__doc__)
-    with exit_on_error():
-        draw_decays(args, default_device())
-        print(f"Written to {args.output}.")
+    draw_decays(args, default_device())
+    print(f"Written to {args.output}.")
 
 
 if __name__ == "__main__":

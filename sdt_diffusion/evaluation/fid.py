@@ -356,18 +356,18 @@ def _check_dimensions(path: str, expected: dict[str, int], found: dict[str, int]
             )
 
 
+@exit_on_error()
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the script; `argv` is the command line's by default."""
     argv = sys.argv[1:] if argv is None else argv
     types = (FidArguments, FidSamplingArguments, ExtractorArguments, RawImageArguments)
     args, sampling_args, extractor_args, image_args = parse_arguments(types, argv, description=__doc__)
-    with exit_on_error():
-        state = PartialState(cpu=not torch.cuda.is_available())
-        with state.local_main_process_first():  # one process downloads the weights
-            extractor = extractor_args.build(state.device)
-        table = compare(args, sampling_args, extractor, image_args, extractor_args.dataloader_num_workers)
-        if table is not None:
-            print(f"\n{table}\n\nWritten to {args.output}.")
+    state = PartialState(cpu=not torch.cuda.is_available())
+    with state.local_main_process_first():  # one process downloads the weights
+        extractor = extractor_args.build(state.device)
+    table = compare(args, sampling_args, extractor, image_args, extractor_args.dataloader_num_workers)
+    if table is not None:
+        print(f"\n{table}\n\nWritten to {args.output}.")
 
 
 if __name__ == "__main__":

@@ -115,20 +115,20 @@ class LabelAccuracyArguments(CheckedArguments):
     )
 
 
+@exit_on_error()
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the script; `argv` is the command line's by default."""
     argv = sys.argv[1:] if argv is None else argv
     types = (LabelAccuracyArguments, SamplingArguments, DataArguments)
     args, sampling_args, data_args = parse_arguments(types, argv, description=__doc__)
-    with exit_on_error():
-        pipe = load_pipeline(sampling_args, default_device())
-        sample_size = pipe.transformer.config.sample_size
-        if not isinstance(sample_size, int):
-            raise ValueError(f"model: {sampling_args.model} does not make square images, but {sample_size}.")
-        images = load_images(data_args, sample_size * pipe.vae_scale_factor)
-        settings = sampling_args.settings(pipe)
-        results = label_accuracy(pipe, images, args.num_images, settings, sampling_args.batch_size)
-        print(json.dumps(results, allow_nan=False))
+    pipe = load_pipeline(sampling_args, default_device())
+    sample_size = pipe.transformer.config.sample_size
+    if not isinstance(sample_size, int):
+        raise ValueError(f"model: {sampling_args.model} does not make square images, but {sample_size}.")
+    images = load_images(data_args, sample_size * pipe.vae_scale_factor)
+    settings = sampling_args.settings(pipe)
+    results = label_accuracy(pipe, images, args.num_images, settings, sampling_args.batch_size)
+    print(json.dumps(results, allow_nan=False))
 
 
 if __name__ == "__main__":

@@ -35,31 +35,31 @@ class ReferenceArguments(CheckedArguments):
     )
 
 
+@exit_on_error()
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the script; `argv` is the command line's by default."""
     argv = sys.argv[1:] if argv is None else argv
     types = (ReferenceArguments, ExtractorArguments, RawImageArguments)
     args, extractor_args, image_args = parse_arguments(types, argv, description=__doc__)
-    with exit_on_error():
-        state = PartialState(cpu=not torch.cuda.is_available())
-        check_summary_path(args.output)
-        check_writable(args.output.parent)
-        images = open_images(args.images, image_args)
-        with state.local_main_process_first():  # one process downloads the weights
-            extractor = extractor_args.build(state.device)
-        num_values = min(args.num_features, len(images)) * measure_dims(extractor, images[0].shape)["pool"]
-        require_space(args.output.parent, 2 * 4 * num_values, "The features, while they are written,")
-        summary = summarize(
-            images,
-            extractor,
-            statistics=[kind for kind in STATISTICS_KEYS if kind in extractor.provides],
-            num_features=args.num_features,
-            feature_folder=args.output.parent,
-            num_workers=extractor_args.dataloader_num_workers,
-        )
-        if summary is not None:  # on the main process
-            save_summary(args.output, summary)
-            print(f"Statistics of {len(images)} images written to {args.output}.")
+    state = PartialState(cpu=not torch.cuda.is_available())
+    check_summary_path(args.output)
+    check_writable(args.output.parent)
+    images = open_images(args.images, image_args)
+    with state.local_main_process_first():  # one process downloads the weights
+        extractor = extractor_args.build(state.device)
+    num_values = min(args.num_features, len(images)) * measure_dims(extractor, images[0].shape)["pool"]
+    require_space(args.output.parent, 2 * 4 * num_values, "The features, while they are written,")
+    summary = summarize(
+        images,
+        extractor,
+        statistics=[kind for kind in STATISTICS_KEYS if kind in extractor.provides],
+        num_features=args.num_features,
+        feature_folder=args.output.parent,
+        num_workers=extractor_args.dataloader_num_workers,
+    )
+    if summary is not None:  # on the main process
+        save_summary(args.output, summary)
+        print(f"Statistics of {len(images)} images written to {args.output}.")
 
 
 if __name__ == "__main__":

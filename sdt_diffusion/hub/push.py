@@ -159,12 +159,12 @@ class FolderArguments(CheckedArguments):
     folder: str = field(metadata={"help": "Folder that train_dit.py, train_classifier.py or reconstruct_ema.py made."})
 
 
+@exit_on_error()
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the script; `argv` is the command line's by default."""
     argv = sys.argv[1:] if argv is None else argv
     args, hub_args = parse_arguments((FolderArguments, HubArguments), argv, description=__doc__)
-    with exit_on_error():
-        share_folder(hub_args, Path(args.folder))
+    share_folder(hub_args, Path(args.folder))
 
 
 if __name__ == "__main__":

@@ -161,14 +161,14 @@ def _save_pictures(folder, samples, labels, classes, names):
     image_grid([picture for _, picture, _ in shown], [name for *_, name in shown]).save(folder / "grid.png")
 
 
+@exit_on_error()
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the script; `argv` is the command line's by default."""
     argv = sys.argv[1:] if argv is None else argv
     args, sampling_args = parse_arguments((SampleArguments, SamplingArguments), argv, description=__doc__)
-    with exit_on_error():
-        sampler = sample(args, sampling_args)
-        if PartialState().is_main_process:
-            print(f"Saved {args.num_images} images and their grid.png to {args.output_dir} ({sampler}).")
+    sampler = sample(args, sampling_args)
+    if PartialState().is_main_process:
+        print(f"Saved {args.num_images} images and their grid.png to {args.output_dir} ({sampler}).")
 
 
 if __name__ == "__main__":

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from diffusers.schedulers import DDPMScheduler
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
-from ..utils.reading import WEIGHTS_ENDING, check_finite
+from ..utils.reading import WEIGHTS_ENDING, check_finite, read_json
 from .pipeline_sdt import SDTPipeline
 from .schedulers import check_scheduler_config
 from .transformer_sdt import SDTTransformer2DModel
@@ -32,6 +32,9 @@ def open_pipeline(name: str, dtype: torch.dtype = torch.float32) -> SDTPipeline:
     where = str(path) if path.is_dir() else name
 
     def load():
+        for file in (path / "model_index.json", path / "scheduler" / "scheduler_config.json"):
+            if path.is_dir() and file.exists():
+                read_json(file)  # names the file that is damaged
         kind = SDTPipeline.load_config(where).get("_class_name")
         if kind != SDTPipeline.__name__:
             raise ValueError(f"it holds a {kind}, not an {SDTPipeline.__name__}.")
@@ -69,11 +72,14 @@ def check_types(folder: Path) -> None:
     """
     # Opening a named pipe would wait for a writer.
     for path in sorted(path for path in folder.glob(f"*{WEIGHTS_ENDING}") if path.is_file()):
-        with safe_open(path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118  (it is not a dictionary)
-                kind = file.get_slice(name).get_dtype()
-                if kind not in FLOATING_TYPES:
-                    raise ValueError(f"{name} in {path} is of type {kind}, not of {', '.join(FLOATING_TYPES)}.")
+        try:
+            with safe_open(path, "pt") as file:
+                types = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118  (no dictionary)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged: {error}") from error
+        for name, kind in types.items():
+            if kind not in FLOATING_TYPES:
+                raise ValueError(f"{name} in {path} is of type {kind}, not of {', '.join(FLOATING_TYPES)}.")
 
 
 def _or_refuse(name: str, load: Callable[[], Any]) -> Any:

@@ -326,8 +326,8 @@ def check_same_run(
     found = differences(*refused)
     if found:
         raise ValueError(
-            f"{where} is of a run with another config: {shortened(found, 10)}. Give another output_dir, or name the "
-            "arguments in change_on_resume."
+            f"{where} is of a run with another config: {shortened(found, 10, '; ')}. Give another output_dir, or name "
+            "the arguments in change_on_resume."
         )
     return [
         {"argument": key, "before": saved.get(key), "after": config.get(key)}

@@ -192,40 +192,40 @@ class ReconstructionArguments(CheckedArguments):
     )
 
 
+@exit_on_error()
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the script; `argv` is the command line's by default."""
     argv = sys.argv[1:] if argv is None else argv
     (args,) = parse_arguments((ReconstructionArguments,), argv, description=__doc__)
-    with exit_on_error():
-        if args.output_dir.exists() and (not args.output_dir.is_dir() or any(args.output_dir.iterdir())):
-            raise ValueError(f"output_dir {args.output_dir} is not an empty folder: choose another.")
-        if not (args.run / "model_index.json").is_file():
-            raise ValueError(f"run {args.run} holds no pipeline: wait until the run has ended.")
-        parents = (args.output_dir.absolute(), *args.output_dir.absolute().parents)
-        check_writable(next(path for path in parents if path.exists()))  # without making the folder yet
-        pipe = open_pipeline(str(args.run))
-        size = sum(parameter.numel() * parameter.element_size() for parameter in pipe.transformer.parameters())
-        require_space(args.output_dir, size, "The pipeline")
-        average = reconstruct(args.run, args.sigma_rel, args.step, expected=pipe.transformer.state_dict())
-        pipe.transformer.load_state_dict(average.weights)
-        last_step = max(snapshot.step for snapshot in average.snapshots)
-        changes = {
-            "command": command_of("train/reconstruct_ema.py", given_arguments([ReconstructionArguments], argv)),
-            "steps": last_step,
-            "sigma_rel": args.sigma_rel,
-            "snapshots": len(average.snapshots),
-        }
-        networks = [network for network in (pipe.transformer, pipe.vae) if network is not None]
-        has_record = (args.run / RECORD_FILE).is_file()
-        record = derive_record(args.run, networks, changes) if has_record else None
-        check_writable(args.output_dir)
-        move_into(args.output_dir, pipe.save_pretrained)
-        if record is not None:
-            share_run(HubArguments(), args.output_dir, record)
-        print(
-            f"Saved the pipeline of sigma_rel {args.sigma_rel:g} at step {last_step} to {args.output_dir}, from "
-            f"{len(average.snapshots)} snapshots; their profiles differ from its own by {average.profile_error:.2%}."
-        )
+    if args.output_dir.exists() and (not args.output_dir.is_dir() or any(args.output_dir.iterdir())):
+        raise ValueError(f"output_dir {args.output_dir} is not an empty folder: choose another.")
+    if not (args.run / "model_index.json").is_file():
+        raise ValueError(f"run {args.run} holds no pipeline: wait until the run has ended.")
+    parents = (args.output_dir.absolute(), *args.output_dir.absolute().parents)
+    check_writable(next(path for path in parents if path.exists()))  # without making the folder yet
+    pipe = open_pipeline(str(args.run))
+    size = sum(parameter.numel() * parameter.element_size() for parameter in pipe.transformer.parameters())
+    require_space(args.output_dir, size, "The pipeline")
+    average = reconstruct(args.run, args.sigma_rel, args.step, expected=pipe.transformer.state_dict())
+    pipe.transformer.load_state_dict(average.weights)
+    last_step = max(snapshot.step for snapshot in average.snapshots)
+    changes = {
+        "command": command_of("train/reconstruct_ema.py", given_arguments([ReconstructionArguments], argv)),
+        "steps": last_step,
+        "sigma_rel": args.sigma_rel,
+        "snapshots": len(average.snapshots),
+    }
+    networks = [network for network in (pipe.transformer, pipe.vae) if network is not None]
+    has_record = (args.run / RECORD_FILE).is_file()
+    record = derive_record(args.run, networks, changes) if has_record else None
+    check_writable(args.output_dir)
+    move_into(args.output_dir, pipe.save_pretrained)
+    if record is not None:
+        share_run(HubArguments(), args.output_dir, record)
+    print(
+        f"Saved the pipeline of sigma_rel {args.sigma_rel:g} at step {last_step} to {args.output_dir}, from "
+        f"{len(average.snapshots)} snapshots; their profiles differ from its own by {average.profile_error:.2%}."
+    )
 
 
 if __name__ == "__main__":

@@ -96,6 +96,7 @@ ARGUMENT_TYPES = (
 )
 
 
+@exit_on_error()
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the script; `argv` is the command line's by default."""
     argv = sys.argv[1:] if argv is None else argv
@@ -109,65 +110,64 @@ def main(argv: Sequence[str] | None = None) -> None:
         parsed
     )
 
-    with exit_on_error():
-        recipe_args.check_batch_size(run_args.train_batch_size)
-        run_args = replace(run_args, mixed_precision=resolve_precision(run_args.mixed_precision))
-        data_args = replace(data_args, image_mode=data_args.image_mode or model_args.image_mode)
-        data_args = data_args.resolved(model_args.default_resolution)
-        images, train_images, test_images = load_splits(data_args, validation_args, model_args.default_resolution)
-        run_args, optimization_args = recipe_args.resolve_epochs(
-            run_args, optimization_args, len(train_images), process_state().num_processes
-        )
+    recipe_args.check_batch_size(run_args.train_batch_size)
+    run_args = replace(run_args, mixed_precision=resolve_precision(run_args.mixed_precision))
+    data_args = replace(data_args, image_mode=data_args.image_mode or model_args.image_mode)
+    data_args = data_args.resolved(model_args.default_resolution)
+    images, train_images, test_images = load_splits(data_args, validation_args, model_args.default_resolution)
+    run_args, optimization_args = recipe_args.resolve_epochs(
+        run_args, optimization_args, len(train_images), process_state().num_processes
+    )
 
-        seed_global_generators(Stream.INITIALIZATION, run_args.seed)
-        model = model_args.build(images.num_channels, images.class_names)
-        processor = build_processor(
-            images.num_channels,
-            data_args.resolution,
-            recipe_args.crop_pct,
-            model_args.kind != "backbone",
-            model_args.processor,
-        )
-        transform = train_transform(recipe_args, processor, data_args.random_flip)
-        training_set = TrainingSet(
-            train_images,
-            SeededTransform(transform, run_args.seed),
-            recipe_args.aug_repeats,
+    seed_global_generators(Stream.INITIALIZATION, run_args.seed)
+    model = model_args.build(images.num_channels, images.class_names)
+    processor = build_processor(
+        images.num_channels,
+        data_args.resolution,
+        recipe_args.crop_pct,
+        model_args.kind != "backbone",
+        model_args.processor,
+    )
+    transform = train_transform(recipe_args, processor, data_args.random_flip)
+    training_set = TrainingSet(
+        train_images,
+        SeededTransform(transform, run_args.seed),
+        recipe_args.aug_repeats,
+        data_args.dataloader_num_workers,
+    )
+    config = TrainingConfig(
+        run_args,
+        optimization_args,
+        ema_args,
+        evaluation_args.validation_steps,
+        validate_first=True,  # finds unreadable images before training starts
+        arguments=(
+            *(model_args, data_args, validation_args, recipe_args),
+            *(optimization_args, ema_args, run_args, evaluation_args),
+        ),
+    )
+    groups = layer_decay_groups(model, recipe_args, optimization_args.adam_weight_decay)
+
+    def test(run):
+        numbers = evaluate_classifier(
+            run.trained_model,
+            test_images,
+            processor,
+            run.accelerator,
+            run_args.train_batch_size,
             data_args.dataloader_num_workers,
         )
-        config = TrainingConfig(
-            run_args,
-            optimization_args,
-            ema_args,
-            evaluation_args.validation_steps,
-            validate_first=True,  # finds unreadable images before training starts
-            arguments=(
-                *(model_args, data_args, validation_args, recipe_args),
-                *(optimization_args, ema_args, run_args, evaluation_args),
-            ),
-        )
-        groups = layer_decay_groups(model, recipe_args, optimization_args.adam_weight_decay)
+        return to_log(numbers)
 
-        def test(run):
-            numbers = evaluate_classifier(
-                run.trained_model,
-                test_images,
-                processor,
-                run.accelerator,
-                run_args.train_batch_size,
-                data_args.dataloader_num_workers,
-            )
-            return to_log(numbers)
-
-        with TrainingRun(model, "classifier", training_set, config, groups) as run:
-            if run.accelerator.is_main_process:
-                create_hub_repo(hub_args, run.output_dir)  # so that errors show now rather than after training
-            train(run, ClassificationLoss(recipe_args, images.num_classes), test)
-            if run.accelerator.is_main_process:
-                save_classifier(run, processor, len(train_images))
-            run.finish()
-            given = given_arguments(ARGUMENT_TYPES, argv)
-            run.share(hub_args, "train/train_classifier.py", given, [run.trained_model])
+    with TrainingRun(model, "classifier", training_set, config, groups) as run:
+        if run.accelerator.is_main_process:
+            create_hub_repo(hub_args, run.output_dir)  # so that errors show now rather than after training
+        train(run, ClassificationLoss(recipe_args, images.num_classes), test)
+        if run.accelerator.is_main_process:
+            save_classifier(run, processor, len(train_images))
+        run.finish()
+        given = given_arguments(ARGUMENT_TYPES, argv)
+        run.share(hub_args, "train/train_classifier.py", given, [run.trained_model])
 
 
 def save_classifier(run: TrainingRun, processor: SDTHImageProcessor, num_train_images: int) -> None:

@@ -301,6 +301,7 @@ ARGUMENT_TYPES = (
 )
 
 
+@exit_on_error()
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the script; `argv` is the command line's by default."""
     argv = sys.argv[1:] if argv is None else argv
@@ -314,64 +315,63 @@ def main(argv: Sequence[str] | None = None) -> None:
         parsed
     )
 
-    with exit_on_error():
-        run_args = replace(run_args, mixed_precision=resolve_precision(run_args.mixed_precision))
-        sampler_args = sampler_args.with_defaults()
-        vae_name = model_args.pretrained_vae_model_name_or_path
-        data = open_training_data(data_args, vae_name, model_args.config()["sample_size"], run_args.seed)
-        data_args = data.arguments
-        model_args = replace(model_args, pretrained_vae_model_name_or_path=data.vae_name)
-        validation_args.check_label_accuracy(data)
-        train_images, held_out = hold_out(data.images, validation_args.held_out_images)
+    run_args = replace(run_args, mixed_precision=resolve_precision(run_args.mixed_precision))
+    sampler_args = sampler_args.with_defaults()
+    vae_name = model_args.pretrained_vae_model_name_or_path
+    data = open_training_data(data_args, vae_name, model_args.config()["sample_size"], run_args.seed)
+    data_args = data.arguments
+    model_args = replace(model_args, pretrained_vae_model_name_or_path=data.vae_name)
+    validation_args.check_label_accuracy(data)
+    train_images, held_out = hold_out(data.images, validation_args.held_out_images)
 
-        seed_global_generators(Stream.INITIALIZATION, run_args.seed)
-        channels, side, _ = data.sample_shape
-        model = model_args.build(sample_size=side, in_channels=channels, num_classes=data.images.num_classes)
-        set_attention_backend(model, sampler_args.attention_backend)
-        objective = build_objective(objective_args)
-        loss = DiffusionLoss(objective, model.config.class_dropout_prob, data.clean)
-        config = TrainingConfig(
-            run_args,
-            optimization_args,
-            ema_args,
-            validation_args.validation_steps,
-            arguments=(
-                *(model_args, data_args, objective_args, optimization_args, ema_args, run_args),
-                *(validation_args, sampler_args),
-            ),
-            flops_per_image=flops_of(model),
+    seed_global_generators(Stream.INITIALIZATION, run_args.seed)
+    channels, side, _ = data.sample_shape
+    model = model_args.build(sample_size=side, in_channels=channels, num_classes=data.images.num_classes)
+    set_attention_backend(model, sampler_args.attention_backend)
+    objective = build_objective(objective_args)
+    loss = DiffusionLoss(objective, model.config.class_dropout_prob, data.clean)
+    config = TrainingConfig(
+        run_args,
+        optimization_args,
+        ema_args,
+        validation_args.validation_steps,
+        arguments=(
+            *(model_args, data_args, objective_args, optimization_args, ema_args, run_args),
+            *(validation_args, sampler_args),
+        ),
+        flops_per_image=flops_of(model),
+    )
+    training_set = TrainingSet(
+        train_images,
+        data.augment,
+        num_workers=data_args.dataloader_num_workers,
+        identity=data.identity,
+        relocatable=data.relocatable_arguments,
+    )
+    with TrainingRun(model, "transformer", training_set, config) as run:
+        pipe = SDTPipeline(
+            run.trained_model,
+            objective.sampling_scheduler(pixels=data.vae is None),
+            data.vae,
+            id2label=dict(enumerate(data.images.class_names)),
+            guidance_scale=sampler_args.guidance_scale,
+            num_inference_steps=sampler_args.num_inference_steps,
         )
-        training_set = TrainingSet(
-            train_images,
-            data.augment,
-            num_workers=data_args.dataloader_num_workers,
-            identity=data.identity,
-            relocatable=data.relocatable_arguments,
-        )
-        with TrainingRun(model, "transformer", training_set, config) as run:
-            pipe = SDTPipeline(
-                run.trained_model,
-                objective.sampling_scheduler(pixels=data.vae is None),
-                data.vae,
-                id2label=dict(enumerate(data.images.class_names)),
-                guidance_scale=sampler_args.guidance_scale,
-                num_inference_steps=sampler_args.num_inference_steps,
-            )
-            sampler_args.apply_to(pipe)
-            sampling = {"seed": run_args.seed, **sampler_args.settings(pipe)}
-            check_sampler(pipe, sampling)
-            if run.accelerator.is_main_process:
-                create_hub_repo(hub_args, run.output_dir)  # so that errors show now rather than after training
-            if data.vae is not None:
-                data.vae.to(run.accelerator.device)
-            num_images = validation_args.num_validation_images
-            train(run, loss, DiffusionValidation(pipe, loss, data, held_out, num_images, sampling))
+        sampler_args.apply_to(pipe)
+        sampling = {"seed": run_args.seed, **sampler_args.settings(pipe)}
+        check_sampler(pipe, sampling)
+        if run.accelerator.is_main_process:
+            create_hub_repo(hub_args, run.output_dir)  # so that errors show now rather than after training
+        if data.vae is not None:
+            data.vae.to(run.accelerator.device)
+        num_images = validation_args.num_validation_images
+        train(run, loss, DiffusionValidation(pipe, loss, data, held_out, num_images, sampling))
 
-            if run.accelerator.is_main_process:
-                save_pipeline(run, pipe, data, validation_args.label_accuracy_samples, sampling)
-            run.finish()
-            networks = [network for network in (pipe.transformer, data.vae) if network is not None]
-            run.share(hub_args, "train/train_dit.py", given_arguments(ARGUMENT_TYPES, argv), networks)
+        if run.accelerator.is_main_process:
+            save_pipeline(run, pipe, data, validation_args.label_accuracy_samples, sampling)
+        run.finish()
+        networks = [network for network in (pipe.transformer, data.vae) if network is not None]
+        run.share(hub_args, "train/train_dit.py", given_arguments(ARGUMENT_TYPES, argv), networks)
 
 
 def save_pipeline(

@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -85,22 +85,30 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     """
     partial = path.with_name(f".{path.stem}.partial{path.suffix}")
     try:
-        # Make the file anew: what lies there may be a link that leads elsewhere.
-        partial.unlink(missing_ok=True)
-        partial.open("xb").close()
-        write(partial)
-        sync(partial)
-        partial.replace(path)
-    except OSError as error:
-        if error.filename is None:  # as with a full disk: say which file it was
-            raise OSError(error.errno, error.strerror or str(error), str(path)) from error
-        raise
-    except SafetensorError as error:  # raised for errors of the disk too, but not an OSError
-        number = re.search(r"os error (\d+)", str(error))
-        raise OSError(int(number[1]) if number else errno.EIO, str(error), str(path)) from error
+        with _naming(path):
+            # Make the file anew: what lies there may be a link that leads elsewhere.
+            partial.unlink(missing_ok=True)
+            partial.open("xb").close()
+            write(partial)
+            sync(partial)
+            partial.replace(path)
     finally:
         with contextlib.suppress(OSError):  # such as a folder of that name, which the error above names
             partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Name what was to be written in errors of the disk, which safetensors raises as errors of its own."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:  # as with a full disk
+            raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+        raise
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(number[1]) if number else errno.EIO, str(error), str(path)) from error
 
 
 def write_json(path: Path, values: Any, indent: int | None = 2) -> None:
@@ -144,12 +152,17 @@ def require_space(folder: Path, num_bytes: float, what: str) -> None:
 
 
 def move_into(folder: Path, save: Callable[[Path], Any]) -> None:
-    """Call `save` with a temporary folder, then move what it holds into `folder`, replacing what is there."""
+    """Call `save` with a temporary folder, then move what it holds into `folder`, replacing what is there.
+
+    Raises:
+        OSError: If it cannot be written; names the folder.
+    """
     partial = folder / ".partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        save(partial)
+        with _naming(folder):
+            save(partial)
         # Move folders before files, so that model_index.json never names components that are missing.
         for path in sorted(partial.iterdir(), key=lambda path: (path.is_file(), path.name)):
             if path.is_dir():

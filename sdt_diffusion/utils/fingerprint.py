@@ -66,10 +66,15 @@ def differences(there: Mapping[str, Any], now: Mapping[str, Any], unquoted: Coll
         A text for each key that differs.
     """
     return [
-        key if key in unquoted else f"{key}: {there.get(key)!r:.60} there, {now.get(key)!r:.60} now"
+        key if key in unquoted else f"{key}: {_quoted(there.get(key))} there, {_quoted(now.get(key))} now"
         for key in sorted(set(there) | set(now))
         if _meaning(there.get(key)) != _meaning(now.get(key))
     ]
+
+
+def _quoted(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]} ..."
 
 
 def _meaning(value: Any) -> Any:

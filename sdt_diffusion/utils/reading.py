@@ -179,11 +179,11 @@ def is_finite(tensor: torch.Tensor) -> bool:
     return bool(torch.isfinite(torch.stack(tensor.aminmax())).all())  # reads the tensor once, without a copy
 
 
-def shortened(names: Iterable[str], limit: int = 5) -> str:
+def shortened(names: Iterable[str], limit: int = 5, separator: str = ", ") -> str:
     """Return names in one line, with the number of those beyond the limit."""
     names = list(names)
     rest = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + rest
+    return separator.join(names[:limit]) + rest
 
 
 def walk_files(folder: Path | str, prefix: str = "") -> Iterator[tuple[str, os.DirEntry]]:

@@ -139,7 +139,7 @@ def test_models_of_transformers_and_parquet_files(tmp_path):
 def test_a_backbone_without_classifier_is_refused(tmp_path, folder):
     config = ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4)
     ViTModel(config).save_pretrained(tmp_path / "model")
-    with pytest.raises(ValueError, match=r"has no weights for .*classifier\.weight.*: is it trained"):
+    with pytest.raises(ValueError, match=r"has no weights that fit for .*classifier\.weight.*: is it trained"):
         evaluate_accuracy(arguments(tmp_path, folder))
     with pytest.raises(FileNotFoundError, match="cannot be loaded as an image classifier"):
         evaluate_accuracy(arguments(tmp_path, folder, model=str(folder)))
@@ -218,7 +218,10 @@ def test_numbers_that_make_no_sense_are_refused(tmp_path, name, value):
 
 def test_an_image_that_the_processor_would_enlarge_without_end_is_named(tmp_path, folder, saved):
     Image.new("L", (3000, 1)).save(folder / "gray" / "1.png")
-    with pytest.raises(CorruptImageError, match=r"Cannot use row 4 of .*: its sides differ too much: 3000x1 pixels"):
+    with pytest.raises(
+        CorruptImageError,
+        match=r"image of row 4 .* has 3000x1 pixels, and would have",
+    ):
         evaluate_accuracy(arguments(tmp_path, folder))
 
 

@@ -224,7 +224,7 @@ def test_bad_data_is_named_before_training(main, folders, tmp_path):
         (["--model_overrides", '{"num_labels": 3}'], "num_labels follow from the data set"),
         (["--validation_split", "test"], "name the images of digits that are trained on"),
         (["--scale", "0.5"], "scale takes the least and the largest value"),
-        (["--smoothing", "1.5"], "smoothing must lie between 0 and 1, not 1.5"),
+        (["--smoothing", "1.5"], "smoothing must be at least 0 and at most 1, not 1.5"),
     ],
 )
 def test_bad_flags_stop_before_anything_is_written(main, capsys, tmp_path, argv, message):

@@ -51,12 +51,8 @@ class TestClassifiers:
     def test_a_new_head_can_still_be_started(self, folder):
         change_tensors(folder, without("network.head."))
         assert SDTHForImageClassification.from_pretrained(folder).network.head.weight.std() > 0
-        assert (
-            load_network(
-                SDTHForImageClassification, str(folder), "a classifier", may_lack=HEAD
-            ).network.head.weight.std()
-            > 0
-        )
+        model = load_network(SDTHForImageClassification, str(folder), "a classifier", may_lack=HEAD)
+        assert model.network.head.weight.std() > 0
         other = {"num_labels": 7, "ignore_mismatched_sizes": True}
         with pytest.raises(ValueError, match=r"no weights that fit for network\.head\.bias, network\.head\.weight"):
             load_network(SDTHForImageClassification, str(folder), "a classifier", **other)
@@ -82,14 +78,17 @@ class TestClassifiers:
     def test_damaged_files_are_named(self, folder, name, content):
         (folder / CHECKSUMS_FILE).unlink()
         (folder / name).write_bytes(content)
-        with pytest.raises(ValueError, match=r"classifier cannot be loaded: ."):
+        with pytest.raises((ValueError, FileNotFoundError), match=r"cannot be loaded as a classifier \(.+\)"):
             load_network(AutoModelForImageClassification, str(folder), "a classifier")
 
     @pytest.mark.parametrize("changes", [{"depths": [0, 1, 1]}, {"num_channels": math.nan}, {"hidden_sizes": 3}])
     def test_configs_of_nonsense_are_refused(self, folder, changes):
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps({**config, **changes}))
-        with pytest.raises(ValueError, match=f"cannot be loaded: {next(iter(changes))} must be "):
+        with pytest.raises(
+            (ValueError, FileNotFoundError),
+            match=rf"cannot be loaded as a classifier \({next(iter(changes))} must be ",
+        ):
             load_network(AutoModelForImageClassification, str(folder), "a classifier")
 
     @pytest.mark.parametrize(

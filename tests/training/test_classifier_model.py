@@ -55,13 +55,13 @@ def test_no_other_weight_is_reinitialized(folder, reinitialise_head):
         build(folder, num_channels=1, reinitialise_head=reinitialise_head)
     stored = load_file(folder / "model.safetensors")
     name = "network.patch_embed.0.weight"
-    for weights, message in (
-        ({**stored, name: stored[name][:, :1].contiguous()}, r"is \(8, 1, 3, 3\), not \(8, 3, 3, 3\)"),
-        ({key: tensor for key, tensor in stored.items() if key != name}, "is missing"),
+    for weights in (
+        {**stored, name: stored[name][:, :1].contiguous()},  # of another shape
+        {key: tensor for key, tensor in stored.items() if key != name},
     ):
         save_file(weights, folder / "model.safetensors", {"format": "pt"})
         (folder / "checksums.json").unlink(missing_ok=True)
-        with pytest.raises(ValueError, match=rf"1 weight\(s\) do not fit .*: {name} {message}"):
+        with pytest.raises(ValueError, match=rf"has no weights that fit for {name}: is it trained"):
             build(folder, reinitialise_head=reinitialise_head)
 
 

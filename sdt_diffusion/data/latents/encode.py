@@ -288,27 +288,27 @@ def _check_unreadable(unreadable, limit):
         )
 
 
+@exit_on_error()
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the script; `argv` is the command line's by default."""
     argv = sys.argv[1:] if argv is None else argv
     args, image_args = parse_arguments((EncodingArguments, ImageArguments), argv, description=__doc__)
-    with exit_on_error():
-        if args.verify:
-            print(f"All {verify(args.output_dir)} shards of {args.output_dir} are as they were written.")
-            return
-        # At the end processes wait for the slowest, which may have a whole shard left.
-        state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))
-        assert args.pretrained_vae_model_name_or_path is not None  # checked by the arguments
-        vae = load_vae(args.pretrained_vae_model_name_or_path)
-        with state.local_main_process_first():  # `datasets` may have to copy the data set
-            rows = open_rows(image_args, args.streaming, DEFAULT_RESOLUTION)
-        manifest = encode_into(args.output_dir, rows, vae, args)
-        if state.is_main_process:
-            left_out = manifest["num_unreadable"]
-            print(
-                f"{manifest['num_images']} images of {len(manifest['class_names'])} classes are in {args.output_dir}"
-                + (f"; {left_out} could not be decoded, see manifest.json." if left_out else ".")
-            )
+    if args.verify:
+        print(f"All {verify(args.output_dir)} shards of {args.output_dir} are as they were written.")
+        return
+    # At the end processes wait for the slowest, which may have a whole shard left.
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))
+    assert args.pretrained_vae_model_name_or_path is not None  # checked by the arguments
+    vae = load_vae(args.pretrained_vae_model_name_or_path)
+    with state.local_main_process_first():  # `datasets` may have to copy the data set
+        rows = open_rows(image_args, args.streaming, DEFAULT_RESOLUTION)
+    manifest = encode_into(args.output_dir, rows, vae, args)
+    if state.is_main_process:
+        left_out = manifest["num_unreadable"]
+        print(
+            f"{manifest['num_images']} images of {len(manifest['class_names'])} classes are in {args.output_dir}"
+            + (f"; {left_out} could not be decoded, see manifest.json." if left_out else ".")
+        )
 
 
 if __name__ == "__main__":

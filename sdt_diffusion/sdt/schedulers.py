@@ -51,6 +51,7 @@ def check_scheduler_config(config: dict[str, Any]) -> None:
         for item in value if isinstance(value, list) else [value]:
             if isinstance(item, float) and not math.isfinite(item):
                 raise ValueError(f"The scheduler's {name} must be finite, not {item}.")
+    _check_kinds(config)
     check_value("The scheduler's num_train_timesteps", config.get("num_train_timesteps"), (int,), STEPS)
     for name in ("beta_start", "beta_end"):
         check_value(f"The scheduler's {name}", config.get(name, 0.01), (float,), BETAS)
@@ -60,6 +61,18 @@ def check_scheduler_config(config: dict[str, Any]) -> None:
             f"The scheduler's prediction_type must be one of {', '.join(PREDICTION_TYPES)}, not "
             f"{config['prediction_type']!r}."
         )
+
+
+def _check_kinds(config: dict[str, Any]) -> None:
+    """Refuse values of another kind than the default of the scheduler's class, such as a text for a bool."""
+    scheduler = getattr(diffusers, str(config.get("_class_name")), object)
+    for name, parameter in inspect.signature(scheduler.__init__).parameters.items():
+        value, default = config.get(name), parameter.default
+        for kind in (bool, (int, float), str):
+            if isinstance(default, kind) and value is not None and not isinstance(value, kind):
+                raise ValueError(f"The scheduler's {name} must be like {default!r}, its default, not {value!r:.60}.")
+            if isinstance(default, kind):
+                break  # a bool is an int too
 
 
 def learns_variance(scheduler: SchedulerMixin) -> bool:

@@ -126,12 +126,12 @@ def check_number(name: str, value: float, allowed: Range | None = None) -> None:
     Raises:
         ValueError: Names the argument, its value, and what is allowed.
     """
-    if not math.isfinite(value):
+    if not isinstance(value, numbers.Integral) and not math.isfinite(value):  # a whole number may be too large to ask
         raise ValueError(f"{name} must be a finite number, not {value}.")
     if allowed is not None and not allowed.has(value):
         if value > allowed.most >= LARGEST:
-            raise ValueError(f"{name} is too large: {value}.")
-        raise ValueError(f"{name} must be {allowed}, not {value}.")
+            raise ValueError(f"{name} is too large: {value!r:.40}.")
+        raise ValueError(f"{name} must be {allowed}, not {value!r:.40}.")
 
 
 def alternatives(hint: Any) -> tuple[Any, ...]:

@@ -111,6 +111,19 @@ def test_an_existing_file_is_not_written_again(tmp_path):
         check_new(tmp_path / "curve.gif", ".png", ".jpg")
 
 
+def test_a_full_disk_leaves_a_folder_as_it_was(tmp_path):
+    (tmp_path / "model").write_text("old")
+
+    def save(folder):
+        (folder / "model").write_text("new")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    with pytest.raises(OSError, match="No space left") as caught:
+        move_into(tmp_path, save)
+    assert (caught.value.errno, caught.value.filename) == (28, str(tmp_path))
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
+
+
 def test_moving_into_a_folder_replaces_only_what_is_new(tmp_path):
     (tmp_path / "transformer").mkdir()
     (tmp_path / "transformer" / "old").write_text("")

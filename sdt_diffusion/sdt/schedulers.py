@@ -47,11 +47,13 @@ def check_scheduler_config(config: dict[str, Any]) -> None:
     Raises:
         ValueError: Names the value.
     """
+    defaults = _defaults(config)
     for name, value in config.items():
         for item in value if isinstance(value, list) else [value]:
-            if isinstance(item, float) and not math.isfinite(item):
+            if isinstance(item, float) and not math.isfinite(item) and item != defaults.get(name):
                 raise ValueError(f"The scheduler's {name} must be finite, not {item}.")
-    _check_kinds(config)
+    for name, default in defaults.items():
+        _check_kind(name, config.get(name), default)
     check_value("The scheduler's num_train_timesteps", config.get("num_train_timesteps"), (int,), STEPS)
     for name in ("beta_start", "beta_end"):
         check_value(f"The scheduler's {name}", config.get(name, 0.01), (float,), BETAS)
@@ -63,16 +65,18 @@ def check_scheduler_config(config: dict[str, Any]) -> None:
         )
 
 
-def _check_kinds(config: dict[str, Any]) -> None:
-    """Refuse values of another kind than the default of the scheduler's class, such as a text for a bool."""
+def _defaults(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the defaults of the scheduler that a config is of, among them DPM-Solver's lambda_min_clipped of -inf."""
     scheduler = getattr(diffusers, str(config.get("_class_name")), object)
-    for name, parameter in inspect.signature(scheduler.__init__).parameters.items():
-        value, default = config.get(name), parameter.default
-        for kind in (bool, (int, float), str):
-            if isinstance(default, kind) and value is not None and not isinstance(value, kind):
-                raise ValueError(f"The scheduler's {name} must be like {default!r}, its default, not {value!r:.60}.")
-            if isinstance(default, kind):
-                break  # a bool is an int too
+    parameters = inspect.signature(scheduler.__init__).parameters.items()
+    return {name: each.default for name, each in parameters if each.default not in (None, inspect.Parameter.empty)}
+
+
+def _check_kind(name: str, value: Any, default: Any) -> None:
+    """Refuse a value of another kind than the default, such as a text for a bool."""
+    kind = next((kind for kind in (bool, (int, float), str) if isinstance(default, kind)), object)  # a bool is an int
+    if value is not None and not isinstance(value, kind):
+        raise ValueError(f"The scheduler's {name} must be like {default!r}, its default, not {value!r:.60}.")
 
 
 def learns_variance(scheduler: SchedulerMixin) -> bool:

@@ -65,12 +65,13 @@ def read_text(path: Path) -> str:
         raise ValueError(f"{path} is damaged: it is not a text in UTF-8.") from error
 
 
-def read_json(path: Path, kind: type = dict) -> Any:
+def read_json(path: Path, kind: type = dict, finite: bool = True) -> Any:
     """Read a JSON file.
 
     Args:
         path: The file.
         kind: Type of the value it must hold.
+        finite: Refuse NaN and Infinity, which are not JSON but which Python writes.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -79,7 +80,7 @@ def read_json(path: Path, kind: type = dict) -> Any:
     """
     text = read_text(path)
     try:
-        value = json.loads(text, parse_constant=_refuse_constant)
+        value = json.loads(text, parse_constant=_refuse_constant if finite else None)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: it is not valid JSON ({error}).") from error
     if not isinstance(value, kind):

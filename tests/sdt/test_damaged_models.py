@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from sdt_diffusion import SDTPipeline, SDTTransformer2DModel
 from sdt_diffusion.sdt.loading import open_pipeline, open_transformer
+from sdt_diffusion.sdt.schedulers import DIFFUSION_SCHEDULERS, FLOW_SCHEDULERS
 from sdt_diffusion.utils.reading import CHECKSUMS_FILE
 
 from ..conftest import TINY
@@ -204,6 +205,12 @@ class TestPipeline:
         rewrite(folder / "scheduler" / "scheduler_config.json", **{name: value})
         with pytest.raises(ValueError, match=f"cannot be loaded: The scheduler's {name} must be "):
             open_pipeline(str(folder))
+
+    @pytest.mark.parametrize("scheduler", [*DIFFUSION_SCHEDULERS, *FLOW_SCHEDULERS])
+    def test_every_scheduler_can_be_saved_and_opened(self, make_pipe, tmp_path, scheduler):
+        saved = getattr(diffusers, scheduler)()
+        make_pipe(saved).save_pretrained(tmp_path / "any")
+        assert open_pipeline(str(tmp_path / "any")).scheduler.config == saved.config
 
     @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"[" * 100_000, bytes(range(256)), b'"x"'])
     @pytest.mark.parametrize(

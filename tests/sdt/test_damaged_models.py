@@ -127,6 +127,10 @@ def rewrite(path, **changes):
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
+def config_of(scheduler):
+    return {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
+
+
 class TestPipeline:
     @pytest.fixture
     def folder(self, make_pipe, make_model, tiny_vae, tmp_path):
@@ -210,7 +214,9 @@ class TestPipeline:
     def test_every_scheduler_can_be_saved_and_opened(self, make_pipe, tmp_path, scheduler):
         saved = getattr(diffusers, scheduler)()
         make_pipe(saved).save_pretrained(tmp_path / "any")
-        assert open_pipeline(str(tmp_path / "any")).scheduler.config == saved.config
+        opened = open_pipeline(str(tmp_path / "any")).scheduler
+        assert type(opened) is type(saved)
+        assert config_of(opened) == config_of(saved)
 
     @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"[" * 100_000, bytes(range(256)), b'"x"'])
     @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from accelerate import PartialState
 
 from ..data.raw_images import RawImages
 from ..sdt import SDTPipeline
-from ..utils.files import FolderLock, require_space, write_atomically, write_json
+from ..utils.files import FolderLock, require_space, valid_json, write_atomically, write_json
 from ..utils.fingerprint import differences, fingerprint
 from ..utils.ranges import Range, check_value
 from ..utils.reading import checksums, read_json
@@ -113,7 +113,7 @@ def sample_into(
         "num_samples": len(labels),
         "class_labels": labels,
     }
-    manifest = json.loads(json.dumps(manifest))
+    manifest = valid_json(json.loads(json.dumps(manifest)))  # as it will be read again
     check_value("num_samples", len(labels), (int,), Range(1, MAX_SAMPLES))
     with lock:
         if state.is_main_process:
@@ -148,7 +148,7 @@ def sample_into(
 def is_sample_folder(folder: Path) -> bool:
     """Return whether `sample_into` made a folder, complete or not."""
     try:
-        return "num_samples" in read_json(folder / MANIFEST_FILE)
+        return "num_samples" in read_json(folder / MANIFEST_FILE, finite=False)
     except (OSError, ValueError):
         return False
 
@@ -207,7 +207,7 @@ def _batch_file(folder: Path, batch: int) -> Path:
 
 def _read_manifest(folder):
     path = folder / MANIFEST_FILE
-    manifest = read_json(path)
+    manifest = valid_json(read_json(path, finite=False))  # DPM-Solver's config, in older folders, holds -Infinity
     for key in ("num_samples", "batch_size"):
         check_value(f"{key} of {path}", manifest.get(key), (int,), Range(1, MAX_SAMPLES))
     labels = manifest.get("class_labels")

@@ -53,7 +53,6 @@ def test_training_leaves_a_pipeline_pictures_a_log_and_its_config(trained):
 @pytest.mark.parametrize(
     ("kill_at", "by"),
     [
-        ("checkpoint-6", signal.SIGKILL),
         ("checkpoint-*.partial", signal.SIGKILL),
         ("checkpoint-6", signal.SIGTERM),
     ],

@@ -153,9 +153,9 @@ def exported_logits(network, batch, path):
 
 
 @needs_onnx
-def test_onnx_of_tiny_gives_the_same_logits(tmp_path):
+def test_onnx_of_tinys_stages_gives_the_same_logits(tmp_path):
     torch.manual_seed(0)
-    network = SDTHNetwork(**preset_config("SDT-H-T"))
+    network = SDTHNetwork(**{**preset_config("SDT-H-T"), "depths": (1, 1, 2, 1)})  # all blocks would take a minute
     batch = images(num=5, size=(64, 96))
     for module in network.modules():
         if isinstance(module, ContextAwareGate):
@@ -165,7 +165,7 @@ def test_onnx_of_tiny_gives_the_same_logits(tmp_path):
     with torch.no_grad():
         network(batch)  # running statistics
         expected = network.eval()(batch)
-    assert (expected[0] - expected[1]).abs().max() > 0.1
+    assert (expected[0] - expected[1]).abs().max() > 0.05
     torch.testing.assert_close(exported_logits(network, batch, tmp_path / "tiny.onnx"), expected, rtol=1e-4, atol=1e-4)
 
 

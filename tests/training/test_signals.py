@@ -131,21 +131,19 @@ def test_a_run_under_accelerate_launch_ends_with_a_checkpoint(tmp_path, whole, n
     assert resumed_equals(tmp_path / "out", whole)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_two_processes_end_with_a_checkpoint_when_torchrun_is_told_to(tmp_path, number):
+def test_two_processes_end_with_a_checkpoint_when_torchrun_is_told_to(tmp_path):
     with started(tmp_path / "out", "train_batch_size=4", launcher=TORCHRUN) as process:
         wait_for_step(tmp_path / "out", process)
         everyone = descendants(process)
-        process.send_signal(number)
+        process.send_signal(signal.SIGTERM)
         out, err = process.communicate(timeout=60)
         wait_until(lambda: not running(everyone), seconds=10)
-    name = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}[number]
     last = max(steps(tmp_path / "out"))
-    assert f"Stopped by {name} after step {last}, which checkpoint-{last} holds" in out
+    assert f"Stopped by SIGTERM after step {last}, which checkpoint-{last} holds" in out
     assert 0 < last < NUM_STEPS
     assert "small_run.py" not in err  # no traceback of ours
 
 
 def test_kills_of_any_process_change_no_bit(tmp_path):
     """The short form of `python -m tests.fuzz.sigkill`."""
-    assert run_with_kills(tmp_path, kills=2, processes=1, workers=1, report=lambda line: None)
+    assert run_with_kills(tmp_path, kills=1, processes=1, workers=1, report=lambda line: None)

@@ -1,5 +1,6 @@
 """Summaries of sets of images for metrics: features, their Gaussians, and the record of how they were made."""
 
+import contextlib
 import json
 import os
 import tempfile
@@ -48,7 +49,8 @@ class FeatureFile:
 
     def __del__(self):
         if hasattr(self, "_file"):  # not if it could not be made
-            self._file.close()
+            with contextlib.suppress(OSError):  # what a full disk has not taken, which `append` has reported
+                self._file.close()
 
     def __len__(self) -> int:
         return self.shape[0]

@@ -1,11 +1,13 @@
 """Load pipelines and transformers for scripts, which trust neither the files nor the weights of a model."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers.schedulers import DDPMScheduler
+from diffusers.utils import logging
 from safetensors import SafetensorError, safe_open
 
 from ..utils.reading import WEIGHTS_ENDING, check_finite, read_json
@@ -64,6 +66,17 @@ def open_transformer(name: str, dtype: torch.dtype = torch.float32) -> SDTTransf
     return model
 
 
+@contextmanager
+def without_reports() -> Iterator[None]:
+    """Keep diffusers from printing lists of weights that are missing, which the errors of this package name."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
 def check_types(folder: Path) -> None:
     """Refuse weights that are not floating-point numbers, as a safetensors file of another program may hold.
 
@@ -84,7 +97,8 @@ def check_types(folder: Path) -> None:
 
 def _or_refuse(name: str, load: Callable[[], Any]) -> Any:
     try:
-        return load()
+        with without_reports():
+            return load()
     except Exception as error:  # diffusers and safetensors raise anything for files that are cut, changed or odd
         reason = " ".join(str(error).split())[:400] or type(error).__name__
         raise ValueError(f"{name} cannot be loaded: {reason}") from error

@@ -134,15 +134,14 @@ def parse_arguments(
     # argparse would look for missing required flags first, and not say which flag was mistyped. It has no public list
     # of its flags.
     parser.refuse_unknown("argument(s)", unknown, parser._option_string_actions)
-    for word in argv:
-        if word.startswith("--") and word.endswith("=--"):  # argparse takes such a value for a list
-            parser.error(f"{word.removesuffix('=--')} cannot be '--'")
+    parser.refuse_dashes(argv)
     first_look = _Parser(None, add_help=False, allow_abbrev=False)
     first_look.add_argument("--config")
     first_look.add_argument("--dataset", default="digits")
     given = first_look.parse_known_args(argv)[0]
     config_file = _find_config(parser, given.config) if given.config else (recipes or {}).get(given.dataset)
     flags = _flags_of(parser, dataclass_types, config_file) if config_file else []
+    parser.refuse_dashes(flags)
     try:
         *parsed, _, rest = parser.parse_args_into_dataclasses(
             [*flags, *argv],
@@ -197,6 +196,12 @@ class _Parser(HfArgumentParser):
             message = message.replace(secret, HIDDEN) if secret else message
         # By its own class, whose annotation says that it never returns; mypy does not see transformers' parser.
         argparse.ArgumentParser.exit(self, 2, f"{self.prog}: error: {at_most(message)}\n")
+
+    def refuse_dashes(self, words: Sequence[str]) -> None:
+        """End the program if a value is `--`, which argparse would take for an empty list."""
+        for word in words:
+            if word.startswith("--") and word.endswith("=--"):
+                self.error(f"{word.removesuffix('=--')} cannot be '--'")
 
     def shown(self, key: str, value: Any) -> Any:
         """Return the value of a field as messages may show it."""

@@ -341,10 +341,11 @@ def test_messages_are_short(capsys):
     assert len(capsys.readouterr().err) < 1000
 
 
-def test_a_value_that_argparse_takes_for_a_list_is_refused(capsys):
-    with pytest.raises(SystemExit):
-        parse("--dataset=--")
-    assert "--dataset cannot be '--'" in capsys.readouterr().err
+def test_a_value_that_argparse_takes_for_a_list_is_refused(config, capsys):
+    for argv in (["--dataset=--"], ["--config", str(config('dataset: "--"'))]):
+        with pytest.raises(SystemExit):
+            parse(*argv)
+        assert "--dataset cannot be '--'" in capsys.readouterr().err
 
 
 def test_a_file_beside_the_script_adds_no_flags(tmp_path, monkeypatch):

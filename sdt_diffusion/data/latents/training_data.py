@@ -8,6 +8,7 @@ import diffusers
 import torch
 from torch import nn
 
+from ...sdt.loading import without_reports
 from ...sdt.vae import (
     LatentNormalization,
     check_images_fit,
@@ -145,7 +146,8 @@ def load_vae(name: str) -> nn.Module:
         kind = getattr(diffusers, diffusers.AutoencoderKL.load_config(name).get("_class_name", ""), None)
         if kind is None or not hasattr(kind, "encode"):
             raise ValueError("its config.json names no autoencoder of diffusers")
-        vae, found = kind.from_pretrained(name, output_loading_info=True)
+        with without_reports():
+            vae, found = kind.from_pretrained(name, output_loading_info=True)
     except Exception as error:  # diffusers raises errors of many kinds for damaged files
         first_line = str(error).strip().partition("\n")[0]
         raise ValueError(f"Cannot load the VAE {name}: {first_line or type(error).__name__}") from error

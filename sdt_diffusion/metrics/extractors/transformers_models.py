@@ -126,6 +126,11 @@ def load_classifier(name: str, dtype: str, device: torch.device | str) -> tuple[
     if set(labels) != set(range(len(labels))) or not all(isinstance(label, str) for label in labels.values()):
         raise ValueError(f"{name}: id2label in its config.json must give a name to each label from 0 on.")
     processor = load_pretrained(AutoImageProcessor, name, "an image processor")
+    for key, value in processor.to_dict().items():
+        if key.startswith("do_") and value is not None and not isinstance(value, bool):
+            raise ValueError(
+                f"{name}: {key} in its preprocessor_config.json must be true or false, not {value!r:.60}."
+            )
     return model.to(device), processor
 
 

@@ -18,7 +18,7 @@ from transformers import (
 
 from sdt_diffusion.metrics.extraction import measure_dims
 from sdt_diffusion.metrics.extractors import build_extractor
-from sdt_diffusion.metrics.extractors.transformers_models import prepare_picture
+from sdt_diffusion.metrics.extractors.transformers_models import load_classifier, prepare_picture
 from sdt_diffusion.training.recipe import build_processor
 from sdt_diffusion.utils.reading import write_checksums
 from tests.sdt_h.small import small_model
@@ -210,3 +210,13 @@ def test_pictures_that_a_processor_would_enlarge_without_end_are_refused(vit):
     processor = ViTImageProcessor.from_pretrained(vit[0])
     with pytest.raises(ValueError, match="its sides differ too much: 65000x1 pixels"):
         prepare_picture(Image.new("RGB", (65000, 1)), processor, 3)
+
+
+def test_a_processor_with_settings_of_another_kind_is_refused(vit):
+    folder, _ = vit
+    path = folder / "preprocessor_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "do_normalize": []}))
+    with pytest.raises(
+        ValueError, match=r"do_normalize in its preprocessor_config\.json must be true or false, not \[\]"
+    ):
+        load_classifier(str(folder), "float32", "cpu")

@@ -230,9 +230,12 @@ def checksums(paths: Iterable[Path]) -> list[str]:
 
 
 def write_checksums(folder: Path) -> None:
-    """Write the SHA-256 of the weights in a folder beside them."""
+    """Write the size and the SHA-256 of the weights in a folder beside them."""
     files = sorted(path for path in folder.glob(f"*{WEIGHTS_ENDING}") if path.is_file())
-    values = dict(zip([file.name for file in files], checksums(files), strict=True))
+    values = {
+        file.name: {"size": file.stat().st_size, "sha256": digest}
+        for file, digest in zip(files, checksums(files), strict=True)
+    }
     (folder / CHECKSUMS_FILE).write_text(json.dumps(values, indent=2))
 
 
@@ -245,13 +248,17 @@ def verify_checksums(folder: Path) -> None:
     path = folder / CHECKSUMS_FILE
     if not path.is_file():
         return
-    expected = read_json(path)
+    expected = {name: value if isinstance(value, dict) else {} for name, value in read_json(path).items()}
     present = [name for name in expected if Path(name).name == name and (folder / name).is_file()]
     missing = sorted(set(expected) - set(present))
     if missing:
         raise ValueError(f"{folder} is not complete: {shortened(missing)} of {CHECKSUMS_FILE} is missing.")
-    for name, found in zip(present, checksums([folder / name for name in present]), strict=True):
-        if found != expected[name]:
+    sizes = [(folder / name).stat().st_size for name in present]
+    # Compare sizes first: reading a file that has become larger may take hours.
+    whole = [name for name, size in zip(present, sizes, strict=True) if expected[name].get("size") == size]
+    found = dict(zip(whole, checksums([folder / name for name in whole]), strict=True))
+    for name in present:
+        if name not in found or found[name] != expected[name].get("sha256"):
             raise ValueError(
                 f"{folder / name} is damaged: its SHA-256 is not the one in {CHECKSUMS_FILE}. If you changed the "
                 f"weights on purpose, delete {path}."

@@ -171,6 +171,23 @@ def test_any_flipped_bit_of_weights_is_noticed(tmp_path):
         verify_checksums(tmp_path)
 
 
+def test_a_file_that_has_become_huge_is_not_read(tmp_path, monkeypatch):
+    save_file({"a": torch.randn(64)}, tmp_path / "model.safetensors")
+    write_checksums(tmp_path)
+    os.truncate(tmp_path / "model.safetensors", 64 << 30)
+    monkeypatch.setattr(reading, "checksum", lambda path: pytest.fail("it is read"))
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged"):
+        verify_checksums(tmp_path)
+
+
+@pytest.mark.parametrize("values", [{"model.safetensors": "0"}, {"model.safetensors": {"size": "1"}}])
+def test_checksums_of_another_form_are_damaged(tmp_path, values):
+    save_file({"a": torch.randn(64)}, tmp_path / "model.safetensors")
+    (tmp_path / CHECKSUMS_FILE).write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged"):
+        verify_checksums(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/passwd"])
 def test_checksums_name_no_files_elsewhere(tmp_path, name):
     (tmp_path / CHECKSUMS_FILE).write_text(json.dumps({name: "0" * 64}))

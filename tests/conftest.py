@@ -3,9 +3,13 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may reach for the network
 os.environ.setdefault("MPLBACKEND", "Agg")
 
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported; it runs kernels on the CPU then
+
 import diffusers
 import pytest
-import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from hypothesis import settings
 

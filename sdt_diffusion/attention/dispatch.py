@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from .blockwise import blockwise_attention
 from .dense import dense_attention
 from .formula import Decay, check_variant, reference_attention
+from .fused import fused_attention
 
 #: attend(query, key, value, decay, scale): the tensors as in `spatial_decay_attention`, `None` for no decay.
 Backend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Decay | None, float], torch.Tensor]
@@ -20,6 +21,7 @@ BACKENDS: dict[str, NamedBackend] = {
     "reference": reference_attention,
     "dense": dense_attention,
     "blockwise": blockwise_attention,
+    "triton": fused_attention,
 }
 
 

@@ -1,0 +1,320 @@
+"""Triton kernels of spatial decay attention: the decay is computed in registers, from gates and coordinates.
+
+Tokens attend to those of their group: one group holds the whole grid, and rows or columns of a decomposed attention
+are a group each. Token number n of group g is g * group_stride + n * token_stride, or `order[n]` where pruning needs
+tiles of the grid. So no tensor is copied, whatever its strides (only the last dimension must be contiguous).
+
+Logits are in units of log 2, as `exp2` is faster than `exp`: s_ij = log2(e) (q_i . k_j * scale + (u_i + u_j) d_ij).
+
+A head of size D is split into D0 + D1 columns, powers of two, as Triton needs: 72 = 64 + 8 of a block of 16.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+#: The interpreter, which runs kernels on CPUs for tests, multiplies bf16 numbers as if they were integers.
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def _dot(a, b, acc, PRECISION: tl.constexpr):
+    if INTERPRETED:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def _load_rows(base, tokens, valid, stride, FIRST: tl.constexpr, COLUMNS: tl.constexpr, D: tl.constexpr):
+    """Load COLUMNS columns, from FIRST on, of some tokens; zeros beyond D and for tokens that are not valid."""
+    columns = FIRST + tl.arange(0, COLUMNS)
+    inside = valid[:, None] & (columns < D)[None, :]
+    return tl.load(base + tokens[:, None] * stride + columns[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def _store_rows(base, values, tokens, valid, stride, FIRST: tl.constexpr, COLUMNS: tl.constexpr, D: tl.constexpr):
+    columns = FIRST + tl.arange(0, COLUMNS)
+    inside = valid[:, None] & (columns < D)[None, :]
+    tl.store(base + tokens[:, None] * stride + columns[None, :], values.to(base.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _load_tokens(order, u, y, x, start, stride, first, count, ORDERED: tl.constexpr, SIZE: tl.constexpr):
+    """Load the numbers, decays and coordinates of a block of tokens."""
+    places = first + tl.arange(0, SIZE)
+    valid = places < count
+    if ORDERED:  # noqa: SIM108  (a condition of the kernel's compiler; loads are not pipelined through a table)
+        tokens = tl.load(order + places, mask=valid, other=0)
+    else:
+        tokens = start + places * stride
+    half_decay = tl.load(u + tokens, mask=valid, other=0.0) * LOG2_E
+    rows = tl.load(y + tokens, mask=valid, other=0.0)
+    columns = tl.load(x + tokens, mask=valid, other=0.0)
+    return tokens.to(tl.int64), valid, half_decay, rows, columns
+
+
+@triton.jit
+def _distance(y_i, x_i, y_j, x_j, CLAMP: tl.constexpr):
+    """Return the Manhattan distance of all pairs; at most 1 for the variant without distances."""
+    distance = tl.abs(y_i[:, None] - y_j[None, :]) + tl.abs(x_i[:, None] - x_j[None, :])
+    if CLAMP:
+        distance = tl.minimum(distance, 1.0)
+    return distance
+
+
+@triton.jit
+def forward_kernel(
+    query, key, value, output, lse, half_decay, y, x, order, kept, num_kept,
+    query_batch, query_head, query_token,
+    key_batch, key_head, key_token,
+    value_batch, value_head, value_token,
+    output_batch, output_head, output_token,
+    coordinate_batch, heads, groups, tokens, all_tokens, group_stride, token_stride, scale,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    CLAMP: tl.constexpr, PRUNED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Compute the output of one block of queries, and the logarithm of its softmax's denominator."""
+    block = tl.program_id(0)
+    group = tl.program_id(1) % groups
+    pair = tl.program_id(1) // groups
+    batch, head = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
+    query += batch * query_batch + head * query_head
+    key += batch * key_batch + head * key_head
+    value += batch * value_batch + head * value_head
+    output += batch * output_batch + head * output_head
+    half_decay += pair.to(tl.int64) * all_tokens
+    lse += pair.to(tl.int64) * all_tokens
+    y += batch * coordinate_batch
+    x += batch * coordinate_batch
+    start = group * group_stride
+
+    i, valid_i, u_i, y_i, x_i = _load_tokens(
+        order, half_decay, y, x, start, token_stride, block * BLOCK_M, tokens, PRUNED, BLOCK_M
+    )
+    q0 = _load_rows(query, i, valid_i, query_token, 0, D0, D)
+    maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc0 = tl.zeros([BLOCK_M, D0], tl.float32)
+    if D1 > 0:
+        q1 = _load_rows(query, i, valid_i, query_token, D0, D1, D)
+        acc1 = tl.zeros([BLOCK_M, D1], tl.float32)
+    blocks = tl.cdiv(tokens, BLOCK_N)
+    count = blocks
+    if PRUNED:
+        line = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + block
+        count = tl.load(num_kept + line)
+        kept += line * blocks
+    for number in range(count):
+        block_j = number
+        if PRUNED:
+            block_j = tl.load(kept + number)
+        j, valid_j, u_j, y_j, x_j = _load_tokens(
+            order, half_decay, y, x, start, token_stride, block_j * BLOCK_N, tokens, PRUNED, BLOCK_N
+        )
+        k0 = _load_rows(key, j, valid_j, key_token, 0, D0, D)
+        scores = _dot(q0, tl.trans(k0), None, PRECISION)
+        if D1 > 0:
+            k1 = _load_rows(key, j, valid_j, key_token, D0, D1, D)
+            scores = _dot(q1, tl.trans(k1), scores, PRECISION)
+        logits = scores * (scale * LOG2_E) + (u_i[:, None] + u_j[None, :]) * _distance(y_i, x_i, y_j, x_j, CLAMP)
+        logits = tl.where(valid_j[None, :], logits, float("-inf"))
+        new_maximum = tl.maximum(maximum, tl.max(logits, 1))
+        weights = tl.exp2(logits - new_maximum[:, None])
+        shrink = tl.exp2(maximum - new_maximum)
+        total = total * shrink + tl.sum(weights, 1)
+        v0 = _load_rows(value, j, valid_j, value_token, 0, D0, D)
+        acc0 = _dot(weights.to(v0.dtype), v0, acc0 * shrink[:, None], PRECISION)
+        if D1 > 0:
+            v1 = _load_rows(value, j, valid_j, value_token, D0, D1, D)
+            acc1 = _dot(weights.to(v1.dtype), v1, acc1 * shrink[:, None], PRECISION)
+        maximum = new_maximum
+    _store_rows(output, acc0 / total[:, None], i, valid_i, output_token, 0, D0, D)
+    if D1 > 0:
+        _store_rows(output, acc1 / total[:, None], i, valid_i, output_token, D0, D1, D)
+    tl.store(lse + i, maximum + tl.log2(total), mask=valid_i)
+
+
+@triton.jit
+def backward_query_kernel(
+    query, key, value, grad_output, delta, lse, half_decay, y, x, order, kept, num_kept,
+    grad_query, grad_half_decay,
+    query_batch, query_head, query_token,
+    key_batch, key_head, key_token,
+    value_batch, value_head, value_token,
+    output_batch, output_head, output_token,
+    coordinate_batch, heads, groups, tokens, all_tokens, group_stride, token_stride, scale,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    CLAMP: tl.constexpr, PRUNED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Compute dQ and the row sums of dS d of one block of queries; gradients are contiguous.
+
+    With dS = P (dP - delta), delta = sum_j P dP. Flash kernels take delta from the rounded output, near enough
+    for dQ; in the row sums its error would be multiplied by the distances. So they are taken apart,
+    sum_j dS d = sum_j P dP d - delta sum_j P d, and the exact delta is left for `backward_key_kernel`.
+    """
+    block = tl.program_id(0)
+    group = tl.program_id(1) % groups
+    pair = tl.program_id(1) // groups
+    batch, head = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
+    query += batch * query_batch + head * query_head
+    key += batch * key_batch + head * key_head
+    value += batch * value_batch + head * value_head
+    grad_output += batch * output_batch + head * output_head
+    first = pair.to(tl.int64) * all_tokens
+    half_decay += first
+    lse += first
+    delta += first
+    grad_half_decay += first
+    grad_query += first * D
+    y += batch * coordinate_batch
+    x += batch * coordinate_batch
+    start = group * group_stride
+
+    i, valid_i, u_i, y_i, x_i = _load_tokens(
+        order, half_decay, y, x, start, token_stride, block * BLOCK_M, tokens, PRUNED, BLOCK_M
+    )
+    q0 = _load_rows(query, i, valid_i, query_token, 0, D0, D)
+    do0 = _load_rows(grad_output, i, valid_i, output_token, 0, D0, D)
+    dq0 = tl.zeros([BLOCK_M, D0], tl.float32)
+    if D1 > 0:
+        q1 = _load_rows(query, i, valid_i, query_token, D0, D1, D)
+        do1 = _load_rows(grad_output, i, valid_i, output_token, D0, D1, D)
+        dq1 = tl.zeros([BLOCK_M, D1], tl.float32)
+    lse_i = tl.load(lse + i, mask=valid_i, other=float("inf"))
+    delta_i = tl.load(delta + i, mask=valid_i, other=0.0)
+    exact_delta = tl.zeros([BLOCK_M], tl.float32)
+    mean_distance = tl.zeros([BLOCK_M], tl.float32)
+    du_i = tl.zeros([BLOCK_M], tl.float32)
+    blocks = tl.cdiv(tokens, BLOCK_N)
+    count = blocks
+    if PRUNED:
+        line = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + block
+        count = tl.load(num_kept + line)
+        kept += line * blocks
+    for number in range(count):
+        block_j = number
+        if PRUNED:
+            block_j = tl.load(kept + number)
+        j, valid_j, u_j, y_j, x_j = _load_tokens(
+            order, half_decay, y, x, start, token_stride, block_j * BLOCK_N, tokens, PRUNED, BLOCK_N
+        )
+        k0 = _load_rows(key, j, valid_j, key_token, 0, D0, D)
+        v0 = _load_rows(value, j, valid_j, value_token, 0, D0, D)
+        scores = _dot(q0, tl.trans(k0), None, PRECISION)
+        grad_weights = _dot(do0, tl.trans(v0), None, PRECISION)
+        if D1 > 0:
+            k1 = _load_rows(key, j, valid_j, key_token, D0, D1, D)
+            v1 = _load_rows(value, j, valid_j, value_token, D0, D1, D)
+            scores = _dot(q1, tl.trans(k1), scores, PRECISION)
+            grad_weights = _dot(do1, tl.trans(v1), grad_weights, PRECISION)
+        distance = _distance(y_i, x_i, y_j, x_j, CLAMP)
+        logits = scores * (scale * LOG2_E) + (u_i[:, None] + u_j[None, :]) * distance
+        weights = tl.exp2(tl.where(valid_j[None, :], logits, float("-inf")) - lse_i[:, None])
+        exact_delta += tl.sum(weights * grad_weights, 1)
+        mean_distance += tl.sum(weights * distance, 1)
+        du_i += tl.sum(weights * grad_weights * distance, 1)
+        grad_scores = (weights * (grad_weights - delta_i[:, None])).to(k0.dtype)
+        dq0 = _dot(grad_scores, k0, dq0, PRECISION)
+        if D1 > 0:
+            dq1 = _dot(grad_scores, k1, dq1, PRECISION)
+    _store_rows(grad_query, dq0 * scale, i, valid_i, D, 0, D0, D)
+    if D1 > 0:
+        _store_rows(grad_query, dq1 * scale, i, valid_i, D, D0, D1, D)
+    tl.store(grad_half_decay + i, du_i - exact_delta * mean_distance, mask=valid_i)
+    tl.store(delta + i, exact_delta, mask=valid_i)
+
+
+@triton.jit
+def backward_key_kernel(
+    query, key, value, grad_output, delta, lse, half_decay, y, x, order, kept, num_kept,
+    grad_key, grad_value, grad_half_decay,
+    query_batch, query_head, query_token,
+    key_batch, key_head, key_token,
+    value_batch, value_head, value_token,
+    output_batch, output_head, output_token,
+    coordinate_batch, heads, groups, tokens, all_tokens, group_stride, token_stride, scale,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    CLAMP: tl.constexpr, PRUNED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Compute dK, dV and the column sums of dS d of one block of keys, transposed: keys are rows here.
+
+    It adds the row sums that `backward_query_kernel` has left in `grad_half_decay`.
+    """
+    block = tl.program_id(0)
+    group = tl.program_id(1) % groups
+    pair = tl.program_id(1) // groups
+    batch, head = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
+    query += batch * query_batch + head * query_head
+    key += batch * key_batch + head * key_head
+    value += batch * value_batch + head * value_head
+    grad_output += batch * output_batch + head * output_head
+    first = pair.to(tl.int64) * all_tokens
+    half_decay += first
+    lse += first
+    delta += first
+    grad_half_decay += first
+    grad_key += first * D
+    grad_value += first * D
+    y += batch * coordinate_batch
+    x += batch * coordinate_batch
+    start = group * group_stride
+
+    j, valid_j, u_j, y_j, x_j = _load_tokens(
+        order, half_decay, y, x, start, token_stride, block * BLOCK_N, tokens, PRUNED, BLOCK_N
+    )
+    k0 = _load_rows(key, j, valid_j, key_token, 0, D0, D)
+    v0 = _load_rows(value, j, valid_j, value_token, 0, D0, D)
+    dk0 = tl.zeros([BLOCK_N, D0], tl.float32)
+    dv0 = tl.zeros([BLOCK_N, D0], tl.float32)
+    if D1 > 0:
+        k1 = _load_rows(key, j, valid_j, key_token, D0, D1, D)
+        v1 = _load_rows(value, j, valid_j, value_token, D0, D1, D)
+        dk1 = tl.zeros([BLOCK_N, D1], tl.float32)
+        dv1 = tl.zeros([BLOCK_N, D1], tl.float32)
+    du_j = tl.zeros([BLOCK_N], tl.float32)
+    blocks = tl.cdiv(tokens, BLOCK_M)
+    count = blocks
+    if PRUNED:
+        line = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + block
+        count = tl.load(num_kept + line)
+        kept += line * blocks
+    for number in range(count):
+        block_i = number
+        if PRUNED:
+            block_i = tl.load(kept + number)
+        i, valid_i, u_i, y_i, x_i = _load_tokens(
+            order, half_decay, y, x, start, token_stride, block_i * BLOCK_M, tokens, PRUNED, BLOCK_M
+        )
+        q0 = _load_rows(query, i, valid_i, query_token, 0, D0, D)
+        do0 = _load_rows(grad_output, i, valid_i, output_token, 0, D0, D)
+        scores = _dot(k0, tl.trans(q0), None, PRECISION)
+        grad_weights = _dot(v0, tl.trans(do0), None, PRECISION)
+        if D1 > 0:
+            q1 = _load_rows(query, i, valid_i, query_token, D0, D1, D)
+            do1 = _load_rows(grad_output, i, valid_i, output_token, D0, D1, D)
+            scores = _dot(k1, tl.trans(q1), scores, PRECISION)
+            grad_weights = _dot(v1, tl.trans(do1), grad_weights, PRECISION)
+        lse_i = tl.load(lse + i, mask=valid_i, other=float("inf"))
+        delta_i = tl.load(delta + i, mask=valid_i, other=0.0)
+        distance = _distance(y_j, x_j, y_i, x_i, CLAMP)
+        logits = scores * (scale * LOG2_E) + (u_j[:, None] + u_i[None, :]) * distance
+        weights = tl.exp2(logits - lse_i[None, :])  # zero for queries that are not valid
+        dv0 = _dot(weights.to(do0.dtype), do0, dv0, PRECISION)
+        grad_logits = weights * (grad_weights - delta_i[None, :])
+        du_j += tl.sum(grad_logits * distance, 1)
+        grad_scores = grad_logits.to(q0.dtype)
+        dk0 = _dot(grad_scores, q0, dk0, PRECISION)
+        if D1 > 0:
+            dv1 = _dot(weights.to(do1.dtype), do1, dv1, PRECISION)
+            dk1 = _dot(grad_scores, q1, dk1, PRECISION)
+    _store_rows(grad_value, dv0, j, valid_j, D, 0, D0, D)
+    _store_rows(grad_key, dk0 * scale, j, valid_j, D, 0, D0, D)
+    if D1 > 0:
+        _store_rows(grad_value, dv1, j, valid_j, D, D0, D1, D)
+        _store_rows(grad_key, dk1 * scale, j, valid_j, D, D0, D1, D)
+    row_sums = tl.load(grad_half_decay + j, mask=valid_j, other=0.0)
+    tl.store(grad_half_decay + j, row_sums + du_j, mask=valid_j)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..utils.files import local_path
+from ..utils.files import check_temporary_folder, local_path
 from ..utils.ranges import CheckedArguments, between
 from ..utils.reading import shortened
 from .decoding import RESOLUTIONS, ImageDecoder, ImageMode, is_image, rename_classes, walk_folders
@@ -91,6 +91,10 @@ class DataArguments(ImageArguments):
     dataloader_num_workers: int = field(
         default=0, metadata={"help": "Processes that load images.", "resumable": True} | between(0, 1024)
     )
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_temporary_folder(self.dataloader_num_workers)
 
 
 class LabeledImages:

@@ -30,7 +30,15 @@ from ..metrics.extractors.base import refused_as
 from ..metrics.extractors.transformers_models import channels_of, image_mode_for, load_classifier
 from ..plots import plot_confusion
 from ..utils.arguments import exit_on_error, parse_arguments
-from ..utils.files import check_new, check_writable, local_path, shorten_path, write_atomically, write_json
+from ..utils.files import (
+    check_new,
+    check_temporary_folder,
+    check_writable,
+    local_path,
+    shorten_path,
+    write_atomically,
+    write_json,
+)
 from ..utils.fingerprint import fingerprint
 from ..utils.ranges import CheckedArguments, between, check_number
 from .cost import count_cost
@@ -64,6 +72,10 @@ class AccuracyArguments(CheckedArguments):
     dtype: Literal["float32", "bfloat16", "float16"] = field(
         default="float32", metadata={"help": "The model's arithmetic."}
     )
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_temporary_folder(self.dataloader_num_workers)
 
 
 def evaluate_accuracy(args: AccuracyArguments) -> str | None:

@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import diffusers
@@ -47,13 +48,13 @@ def check_scheduler_config(config: dict[str, Any]) -> None:
     Raises:
         ValueError: Names the value.
     """
-    defaults = _defaults(config)
+    parameters = _parameters(config)
     for name, value in config.items():
         for item in value if isinstance(value, list) else [value]:
-            if isinstance(item, float) and not math.isfinite(item) and item != defaults.get(name):
+            if isinstance(item, float) and not math.isfinite(item) and not _is_default(item, parameters.get(name)):
                 raise ValueError(f"The scheduler's {name} must be finite, not {item}.")
-    for name, default in defaults.items():
-        _check_kind(name, config.get(name), default)
+    for name, parameter in parameters.items():
+        _check_kind(name, config.get(name), parameter)
     check_value("The scheduler's num_train_timesteps", config.get("num_train_timesteps"), (int,), STEPS)
     for name in ("beta_start", "beta_end"):
         check_value(f"The scheduler's {name}", config.get(name, 0.01), (float,), BETAS)
@@ -65,17 +66,26 @@ def check_scheduler_config(config: dict[str, Any]) -> None:
         )
 
 
-def _defaults(config: dict[str, Any]) -> dict[str, Any]:
-    """Return the defaults of the scheduler that a config is of, among them DPM-Solver's lambda_min_clipped of -inf."""
-    scheduler = getattr(diffusers, str(config.get("_class_name")), object)
-    parameters = inspect.signature(scheduler.__init__).parameters.items()
-    return {name: each.default for name, each in parameters if each.default not in (None, inspect.Parameter.empty)}
+def _parameters(config: dict[str, Any]) -> Mapping[str, inspect.Parameter]:
+    """Return the parameters of the scheduler that a config is of."""
+    return inspect.signature(getattr(diffusers, str(config.get("_class_name")), object).__init__).parameters
 
 
-def _check_kind(name: str, value: Any, default: Any) -> None:
-    """Refuse a value of another kind than the default, such as a text for a bool."""
+def _is_default(value: Any, parameter: inspect.Parameter | None) -> bool:
+    """Return whether a value is the parameter's default, as DPM-Solver's lambda_min_clipped of -inf is."""
+    return parameter is not None and value == parameter.default
+
+
+def _check_kind(name: str, value: Any, parameter: inspect.Parameter) -> None:
+    """Refuse a value of another kind than the parameter's default or annotation, such as a text for a bool."""
+    default, annotation = parameter.default, str(parameter.annotation)
     kind = next((kind for kind in (bool, (int, float), str) if isinstance(default, kind)), object)  # a bool is an int
-    if value is not None and not isinstance(value, kind):
+    wrong = not isinstance(value, kind)
+    if default is None:
+        lists = any(word in annotation for word in ("list", "List", "ndarray"))
+        wrong = isinstance(value, dict) or (isinstance(value, list) and not lists)
+        wrong |= isinstance(value, str) and "str" not in annotation
+    if value is not None and wrong:
         raise ValueError(f"The scheduler's {name} must be like {default!r}, its default, not {value!r:.60}.")
 
 

@@ -130,6 +130,18 @@ def valid_json(values: Any) -> Any:
     return None if isinstance(values, float) and not math.isfinite(values) else values
 
 
+def check_temporary_folder(num_workers: int) -> None:
+    """Refuse to start loader workers where their sockets cannot be made: they would wait for each other forever.
+
+    Raises:
+        ValueError: Names the folder for temporary files.
+    """
+    folder = tempfile.gettempdir()
+    # A socket's path may have 107 characters; multiprocessing appends about 30.
+    if num_workers and len(os.fsencode(folder)) > 107 - 40:
+        raise ValueError(f"The folder for temporary files, {folder}, has too long a path for workers: set TMPDIR.")
+
+
 def require_space(folder: Path, num_bytes: float, what: str) -> None:
     """Refuse to begin work whose results the disk cannot hold.
 

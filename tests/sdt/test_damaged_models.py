@@ -202,6 +202,7 @@ class TestPipeline:
             *(("num_train_timesteps", value) for value in (0, -1, 10**12, "many", math.nan, None)),
             *(("shift", value) for value in (0, -1, math.nan, 1e30)),
             *(("stochastic_sampling", "yes"), ("use_dynamic_shifting", 1)),
+            *(("shift_terminal", ["a"]), ("shift_terminal", {}), ("shift_terminal", "a")),
             *(("prediction_type", "nonsense"), ("beta_end", math.nan), ("beta_start", -1)),
         ],
     )

@@ -14,6 +14,7 @@ from sdt_diffusion.utils import files
 from sdt_diffusion.utils.files import (
     FolderLock,
     check_new,
+    check_temporary_folder,
     check_writable,
     move_into,
     require_space,
@@ -59,6 +60,13 @@ def test_json_is_valid_everywhere(tmp_path):
     write_json(tmp_path / "result.json", {"a": math.nan, "b": [1.5, -math.inf, (2, "nan")], "c": True})
     values = json.loads((tmp_path / "result.json").read_text(), parse_constant=pytest.fail)
     assert values == {"a": None, "b": [1.5, None, [2, "nan"]], "c": True}
+
+
+def test_workers_need_a_short_path_for_their_sockets(tmp_path, monkeypatch):
+    monkeypatch.setattr(files.tempfile, "gettempdir", lambda: "/tmp/" + "a" * 70)
+    check_temporary_folder(0)
+    with pytest.raises(ValueError, match="has too long a path for workers: set TMPDIR"):
+        check_temporary_folder(1)
 
 
 def test_work_whose_results_do_not_fit_is_refused(tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from ...utils.files import check_temporary_folder
 from ...utils.ranges import CheckedArguments, between
 from .base import FeatureExtractor, Pixels
 from .inception import MODES, CleanFIDInception, TorchFidelityInception
@@ -37,6 +38,10 @@ class ExtractorArguments(CheckedArguments):
     dataloader_num_workers: int = field(
         default=0, metadata={"help": "Processes that read and resize images."} | between(0, 1024)
     )
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_temporary_folder(self.dataloader_num_workers)
 
     def build(self, device: torch.device | str) -> FeatureExtractor:
         """Build the extractor; see `build_extractor`."""

@@ -70,7 +70,7 @@ def test_models_that_cannot_be_loaded_are_named(make_pipe, tmp_path):
     make_pipe().save_pretrained(tmp_path)
     for arguments, message in [
         ({"scheduler": "DDIMScheduler"}, "'DDIMScheduler' is not a scheduler for this flow-matching model"),
-        ({"attention_backend": "fast"}, "attention_backend must be one of .*blockwise or of diffusers"),
+        ({"attention_backend": "fast"}, "attention_backend must be one of .*blockwise, triton or of diffusers"),
     ]:
         with pytest.raises(ValueError, match=message):
             load_pipeline(PipelineArguments(model=str(tmp_path), **arguments), "cpu")

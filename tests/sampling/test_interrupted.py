@@ -155,13 +155,6 @@ class TestFolder:
         path = folder / "batch-000001.npy"
         whole = path.read_bytes()
         damage(path)
-        if (
-            not with_checksums
-            and path.is_file()
-            and path.stat().st_size == len(whole)
-            and path.read_bytes()[:6] == whole[:6]
-        ):
-            pytest.skip("Only a checksum can notice a flipped bit.")
         if not with_checksums:
             for digest in folder.glob("*.sha256"):
                 digest.unlink()

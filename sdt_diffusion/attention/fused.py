@@ -124,7 +124,6 @@ def _forward(
     strides = [stride for tensor in (query, key, value, output) for stride in tensor.stride()[:3]]
     triton_kernels.forward_kernel[(_blocks(tokens, launch.block_m), batch * heads * groups)](
         *(query, key, value, output, log_sum, half_decay, y, x),
-        *(y, y, y),  # tables of pruning, which is off
         *strides,
         *(_batch_stride(y), heads, groups, tokens, all_tokens, group_stride, token_stride, scale),
         **_constants(launch, query, clamp),
@@ -164,7 +163,7 @@ def _backward(
         torch.empty(each.shape, dtype=each.dtype, device=each.device) for each in (query, key, value)
     )
     grad_half_decay = torch.empty_like(half_decay)
-    tensors = (query, key, value, grad_output, row_sum, log_sum, half_decay, y, x, y, y, y)
+    tensors = (query, key, value, grad_output, row_sum, log_sum, half_decay, y, x)
     strides = [stride for tensor in (query, key, value, grad_output) for stride in tensor.stride()[:3]]
     numbers = (_batch_stride(y), heads, groups, tokens, all_tokens, group_stride, token_stride, scale)
     pairs = batch * heads * groups
@@ -216,7 +215,6 @@ def _constants(launch: Launch, query: torch.Tensor, clamp: bool) -> dict[str, An
         "BLOCK_M": launch.block_m,
         "BLOCK_N": launch.block_n,
         "CLAMP": clamp,
-        "PRUNED": False,
         "PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",  # tf32 has no effect on half precision
         "num_warps": launch.num_warps,
         "num_stages": launch.num_stages,

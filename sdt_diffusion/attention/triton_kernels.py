@@ -1,8 +1,8 @@
 """Triton kernels of spatial decay attention: the decay is computed in registers, from gates and coordinates.
 
 Tokens attend to those of their group: one group holds the whole grid, and rows or columns of a decomposed attention
-are a group each. Token number n of group g is g * group_stride + n * token_stride, or `order[n]` where pruning needs
-tiles of the grid. So no tensor is copied, whatever its strides (only the last dimension must be contiguous).
+are a group each. Token number n of group g is g * group_stride + n * token_stride, so that no tensor is copied,
+whatever its strides (only the last dimension must be contiguous).
 
 Logits are in units of log 2, as `exp2` is faster than `exp`: s_ij = log2(e) (q_i . k_j * scale + (u_i + u_j) d_ij).
 
@@ -40,14 +40,11 @@ def _store_rows(base, values, tokens, valid, stride, FIRST: tl.constexpr, COLUMN
 
 
 @triton.jit
-def _load_tokens(order, u, y, x, start, stride, first, count, ORDERED: tl.constexpr, SIZE: tl.constexpr):
+def _load_tokens(u, y, x, start, stride, first, count, SIZE: tl.constexpr):
     """Load the numbers, decays and coordinates of a block of tokens."""
     places = first + tl.arange(0, SIZE)
     valid = places < count
-    if ORDERED:  # noqa: SIM108  (a condition of the kernel's compiler; loads are not pipelined through a table)
-        tokens = tl.load(order + places, mask=valid, other=0)
-    else:
-        tokens = start + places * stride
+    tokens = start + places * stride
     half_decay = tl.load(u + tokens, mask=valid, other=0.0) * LOG2_E
     rows = tl.load(y + tokens, mask=valid, other=0.0)
     columns = tl.load(x + tokens, mask=valid, other=0.0)
@@ -65,7 +62,7 @@ def _distance(y_i, x_i, y_j, x_j, CLAMP: tl.constexpr):
 
 @triton.jit
 def forward_kernel(
-    query, key, value, output, lse, half_decay, y, x, order, kept, num_kept,
+    query, key, value, output, lse, half_decay, y, x,
     query_batch, query_head, query_token,
     key_batch, key_head, key_token,
     value_batch, value_head, value_token,
@@ -73,7 +70,7 @@ def forward_kernel(
     coordinate_batch, heads, groups, tokens, all_tokens, group_stride, token_stride, scale,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    CLAMP: tl.constexpr, PRUNED: tl.constexpr, PRECISION: tl.constexpr,
+    CLAMP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Compute the output of one block of queries, and the logarithm of its softmax's denominator."""
     block = tl.program_id(0)
@@ -90,9 +87,7 @@ def forward_kernel(
     x += batch * coordinate_batch
     start = group * group_stride
 
-    i, valid_i, u_i, y_i, x_i = _load_tokens(
-        order, half_decay, y, x, start, token_stride, block * BLOCK_M, tokens, PRUNED, BLOCK_M
-    )
+    i, valid_i, u_i, y_i, x_i = _load_tokens(half_decay, y, x, start, token_stride, block * BLOCK_M, tokens, BLOCK_M)
     q0 = _load_rows(query, i, valid_i, query_token, 0, D0, D)
     maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -101,17 +96,9 @@ def forward_kernel(
         q1 = _load_rows(query, i, valid_i, query_token, D0, D1, D)
         acc1 = tl.zeros([BLOCK_M, D1], tl.float32)
     blocks = tl.cdiv(tokens, BLOCK_N)
-    count = blocks
-    if PRUNED:
-        line = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + block
-        count = tl.load(num_kept + line)
-        kept += line * blocks
-    for number in range(count):
-        block_j = number
-        if PRUNED:
-            block_j = tl.load(kept + number)
+    for block_j in range(blocks):
         j, valid_j, u_j, y_j, x_j = _load_tokens(
-            order, half_decay, y, x, start, token_stride, block_j * BLOCK_N, tokens, PRUNED, BLOCK_N
+            half_decay, y, x, start, token_stride, block_j * BLOCK_N, tokens, BLOCK_N
         )
         k0 = _load_rows(key, j, valid_j, key_token, 0, D0, D)
         scores = _dot(q0, tl.trans(k0), None, PRECISION)
@@ -138,7 +125,7 @@ def forward_kernel(
 
 @triton.jit
 def backward_query_kernel(
-    query, key, value, grad_output, delta, lse, half_decay, y, x, order, kept, num_kept,
+    query, key, value, grad_output, delta, lse, half_decay, y, x,
     grad_query, grad_half_decay,
     query_batch, query_head, query_token,
     key_batch, key_head, key_token,
@@ -147,7 +134,7 @@ def backward_query_kernel(
     coordinate_batch, heads, groups, tokens, all_tokens, group_stride, token_stride, scale,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    CLAMP: tl.constexpr, PRUNED: tl.constexpr, PRECISION: tl.constexpr,
+    CLAMP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Compute dQ and the row sums of dS d of one block of queries; gradients are contiguous.
 
@@ -173,9 +160,7 @@ def backward_query_kernel(
     x += batch * coordinate_batch
     start = group * group_stride
 
-    i, valid_i, u_i, y_i, x_i = _load_tokens(
-        order, half_decay, y, x, start, token_stride, block * BLOCK_M, tokens, PRUNED, BLOCK_M
-    )
+    i, valid_i, u_i, y_i, x_i = _load_tokens(half_decay, y, x, start, token_stride, block * BLOCK_M, tokens, BLOCK_M)
     q0 = _load_rows(query, i, valid_i, query_token, 0, D0, D)
     do0 = _load_rows(grad_output, i, valid_i, output_token, 0, D0, D)
     dq0 = tl.zeros([BLOCK_M, D0], tl.float32)
@@ -189,17 +174,9 @@ def backward_query_kernel(
     mean_distance = tl.zeros([BLOCK_M], tl.float32)
     du_i = tl.zeros([BLOCK_M], tl.float32)
     blocks = tl.cdiv(tokens, BLOCK_N)
-    count = blocks
-    if PRUNED:
-        line = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + block
-        count = tl.load(num_kept + line)
-        kept += line * blocks
-    for number in range(count):
-        block_j = number
-        if PRUNED:
-            block_j = tl.load(kept + number)
+    for block_j in range(blocks):
         j, valid_j, u_j, y_j, x_j = _load_tokens(
-            order, half_decay, y, x, start, token_stride, block_j * BLOCK_N, tokens, PRUNED, BLOCK_N
+            half_decay, y, x, start, token_stride, block_j * BLOCK_N, tokens, BLOCK_N
         )
         k0 = _load_rows(key, j, valid_j, key_token, 0, D0, D)
         v0 = _load_rows(value, j, valid_j, value_token, 0, D0, D)
@@ -229,7 +206,7 @@ def backward_query_kernel(
 
 @triton.jit
 def backward_key_kernel(
-    query, key, value, grad_output, delta, lse, half_decay, y, x, order, kept, num_kept,
+    query, key, value, grad_output, delta, lse, half_decay, y, x,
     grad_key, grad_value, grad_half_decay,
     query_batch, query_head, query_token,
     key_batch, key_head, key_token,
@@ -238,7 +215,7 @@ def backward_key_kernel(
     coordinate_batch, heads, groups, tokens, all_tokens, group_stride, token_stride, scale,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    CLAMP: tl.constexpr, PRUNED: tl.constexpr, PRECISION: tl.constexpr,
+    CLAMP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Compute dK, dV and the column sums of dS d of one block of keys, transposed: keys are rows here.
 
@@ -263,9 +240,7 @@ def backward_key_kernel(
     x += batch * coordinate_batch
     start = group * group_stride
 
-    j, valid_j, u_j, y_j, x_j = _load_tokens(
-        order, half_decay, y, x, start, token_stride, block * BLOCK_N, tokens, PRUNED, BLOCK_N
-    )
+    j, valid_j, u_j, y_j, x_j = _load_tokens(half_decay, y, x, start, token_stride, block * BLOCK_N, tokens, BLOCK_N)
     k0 = _load_rows(key, j, valid_j, key_token, 0, D0, D)
     v0 = _load_rows(value, j, valid_j, value_token, 0, D0, D)
     dk0 = tl.zeros([BLOCK_N, D0], tl.float32)
@@ -277,17 +252,9 @@ def backward_key_kernel(
         dv1 = tl.zeros([BLOCK_N, D1], tl.float32)
     du_j = tl.zeros([BLOCK_N], tl.float32)
     blocks = tl.cdiv(tokens, BLOCK_M)
-    count = blocks
-    if PRUNED:
-        line = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + block
-        count = tl.load(num_kept + line)
-        kept += line * blocks
-    for number in range(count):
-        block_i = number
-        if PRUNED:
-            block_i = tl.load(kept + number)
+    for block_i in range(blocks):
         i, valid_i, u_i, y_i, x_i = _load_tokens(
-            order, half_decay, y, x, start, token_stride, block_i * BLOCK_M, tokens, PRUNED, BLOCK_M
+            half_decay, y, x, start, token_stride, block_i * BLOCK_M, tokens, BLOCK_M
         )
         q0 = _load_rows(query, i, valid_i, query_token, 0, D0, D)
         do0 = _load_rows(grad_output, i, valid_i, output_token, 0, D0, D)

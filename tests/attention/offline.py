@@ -30,14 +30,13 @@ def resources(kernel: str, head_dim: int, architecture: int, dtype: str = "bf16"
     function = getattr(triton_kernels, f"{kernel}_kernel")
     launch = launch_for(kernel, head_dim, tokens)
     constants = {"D": head_dim, "D0": launch.d0, "D1": launch.d1, "BLOCK_M": launch.block_m, "BLOCK_N": launch.block_n}
-    constants |= {"CLAMP": False, "PRUNED": False, "PRECISION": "tf32"}
+    constants |= {"CLAMP": False, "PRECISION": "tf32"}
     names = function.arg_names
     types = {
         **dict.fromkeys(names, "i32"),
         **dict.fromkeys(constants, "constexpr"),
         **{name: f"*{dtype}" for name in names if name in IN_TYPE},
         **{name: "*fp32" for name in names if name in IN_FP32},
-        **{name: "*i32" for name in names if name in ("order", "kept", "num_kept")},
         "scale": "fp32",
     }
     aligned = [

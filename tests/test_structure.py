@@ -26,7 +26,7 @@ FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 MODEL_ROOMS = {"attention", "blocks", "sdt", "sdt_h", "probe", "classification"}
 
 MAX_LINES = 400
-MAX_FILES = 90
+MAX_FILES = 100
 
 
 def module_name(path):

@@ -91,12 +91,14 @@ class Decay(NamedTuple):
         alpha: Strength of the decay, > 0, shape (heads,).
         grid_size: Rows and columns of the patch grid; their product is the number of tokens.
         variant: One of `SPATIAL_DECAY_VARIANTS` except `none`.
+        prune_eps: Share of each query's softmax that a backend may skip, as `pruning` describes; 0 for none.
     """
 
     gate: torch.Tensor
     alpha: torch.Tensor
     grid_size: tuple[int, int]
     variant: str = "context"
+    prune_eps: float = 0.0
 
     def bias(self) -> torch.Tensor:
         """Return M, the additive mask of shape (batch, heads, tokens, tokens), for any variant."""

@@ -65,8 +65,8 @@ def needed_tiles(
     tiles = -(-tokens // TILE)
     at_once = max(1, SCRATCH // (tiles * TILE * (tiles + TILE)))
     tensors = [tensor.flatten(0, 1).split(at_once) for tensor in (query, key, half_decay)]
-    needed = [_needed(*some, coordinates, order, scale, eps, clamp) for some in zip(*tensors, strict=True)]
-    needed = torch.cat(needed).view(batch, heads, tiles, tiles)
+    parts = [_needed(*some, coordinates, order, scale, eps, clamp) for some in zip(*tensors, strict=True)]
+    needed = torch.cat(parts).view(batch, heads, tiles, tiles)
     for densities in _recorders.get():
         densities.append(needed.float().mean())
     return needed

@@ -64,8 +64,8 @@ def needed_tiles(
     batch, heads, tokens, _ = query.shape
     tiles = -(-tokens // TILE)
     at_once = max(1, SCRATCH // (tiles * TILE * (tiles + TILE)))
-    tensors = [tensor.flatten(0, 1).split(at_once) for tensor in (query, key, half_decay)]
-    parts = [_needed(*some, coordinates, order, scale, eps, clamp) for some in zip(*tensors, strict=True)]
+    in_parts = (tensor.flatten(0, 1).split(at_once) for tensor in (query, key, half_decay))
+    parts = [_needed(q, k, u, coordinates, order, scale, eps, clamp) for q, k, u in zip(*in_parts, strict=True)]
     needed = torch.cat(parts).view(batch, heads, tiles, tiles)
     for densities in _recorders.get():
         densities.append(needed.float().mean())

@@ -1,11 +1,36 @@
-"""Blockwise backend for CPUs: computes a few heads at a time, so that their logits stay in the cache."""
+"""Blockwise backend for CPUs: computes blocks of logits that fit into the cache, and keeps none of them.
+
+With P the attention and S its logits: dS = P * (dP - sum_j dP P), and du_i = sum_j (dS_ij + dS_ji) d_ij.
+"""
+
+from collections.abc import Iterator
 
 import torch
 
+from . import blockwise_pruned
+from .blocks_of_logits import LOG2_E, add_product, product, scratch, start_logits, weighted_mean
 from .formula import Decay
+from .pruning import coordinates_of, needed_tiles, tile_order
 
-#: Bytes of logits to compute at a time; exceeded where fewer heads than threads would fit.
-SCRATCH_BYTES = 2**21
+#: Bytes of logits that each thread computes at a time; more where `MIN_ROWS` tokens of one head already need more.
+BLOCK_BYTES = 2**20
+MIN_ROWS = 64
+#: Above this fraction of needed tiles, computing all tiles is as fast as collecting those.
+MAX_DENSITY = 0.7
+
+
+def blockwise_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, decay: Decay, scale: float
+) -> torch.Tensor:
+    """Compute spatial decay attention block by block, without keeping any logits."""
+    half_decay, grid_size, needed = decay.half_decay(), decay.grid_size, None
+    with torch.autocast(query.device.type, enabled=False):  # the operands already have the dtypes they need
+        if decay.prune_eps:
+            tensors = (x.detach() for x in (query, key, half_decay))
+            where = (coordinates_of(grid_size), tile_order(grid_size))
+            needed = needed_tiles(*tensors, *where, scale, decay.prune_eps, decay.clamp)
+        return _forward(query, key, value, half_decay, needed, *grid_size, decay.clamp, scale)[0]
+
 
 # Registered as custom operators because a compiler would unroll the loops.
 
@@ -16,15 +41,27 @@ def _forward(
     key: torch.Tensor,
     value: torch.Tensor,
     half_decay: torch.Tensor,
-    distance: torch.Tensor,
+    needed: torch.Tensor | None,
+    height: int,
+    width: int,
+    clamp: bool,
     scale: float,
-) -> torch.Tensor:
-    """Compute the same as the dense backend, one block of samples or heads at a time."""
-    output = torch.empty_like(value)
-    for block in _blocks(half_decay, distance):
-        attention = _attention(query[block], key[block], half_decay[block], distance, scale)  # (b, h', N, N)
-        output[block] = attention.to(value.dtype) @ value[block]  # (b, h', N, d)
-    return output
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the output, and log2 of the softmax's denominators, shape (batch, heads, tokens)."""
+    if needed is not None and needed.float().mean() <= MAX_DENSITY:
+        return blockwise_pruned.forward(query, key, value, half_decay, needed, (height, width), clamp, scale)
+    output, log_sum = torch.empty_like(value), torch.empty_like(half_decay)
+    for group in _groups(half_decay):
+        q, k, v = (_load(name, x[group]) for name, x in (("q", query), ("k", key), ("v", value)))  # (P, N, d)
+        u = half_decay[group].flatten(0, 1) * LOG2_E  # (P, N)
+        for rows in _rows(half_decay):
+            distance = distances(rows, height, width, clamp, u.dtype)  # (n, N)
+            logits = start_logits(u[:, rows, None], u[:, None, :], distance)  # (P, n, N)
+            add_product(logits, q[:, rows], k.transpose(1, 2), scale * LOG2_E)
+            result, sums = weighted_mean(logits, v)
+            _store(output[group][:, :, rows], result)
+            _store(log_sum[group][:, :, rows], sums)
+    return output, log_sum
 
 
 @torch.library.custom_op("sdt_diffusion::blockwise_attention_backward", mutates_args=())
@@ -34,74 +71,104 @@ def _backward(
     key: torch.Tensor,
     value: torch.Tensor,
     half_decay: torch.Tensor,
-    distance: torch.Tensor,
+    needed: torch.Tensor | None,
     output: torch.Tensor,
+    log_sum: torch.Tensor,
+    height: int,
+    width: int,
+    clamp: bool,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Compute the gradients from recomputed attention, which is cheaper than storing and loading it."""
+    """Compute the gradients from recomputed attention, transposed: keys are rows, queries columns."""
+    row_sum = (grad_output.to(half_decay.dtype) * output).sum(dim=-1)  # (B, h, N)
+    if needed is not None and needed.float().mean() <= MAX_DENSITY:
+        return blockwise_pruned.backward(
+            grad_output, query, key, value, half_decay, needed, log_sum, row_sum, (height, width), clamp, scale
+        )
     grad_query, grad_key, grad_value = (torch.empty_like(x) for x in (query, key, value))
     grad_half_decay = torch.empty_like(half_decay)
-    for block in _blocks(half_decay, distance):
-        attention = _attention(query[block], key[block], half_decay[block], distance, scale)
-        grad = grad_output[block]
-        grad_value[block] = attention.to(value.dtype).transpose(-1, -2) @ grad
-        row_sum = (grad.to(distance.dtype) * output[block]).sum(dim=-1, keepdim=True)  # (b, h', N, 1)
-        grad_logits = (grad @ value[block].transpose(-1, -2)).to(distance.dtype).sub_(row_sum).mul_(attention)
-        grad_scores = grad_logits.to(query.dtype)
-        grad_query[block] = (grad_scores @ key[block]).mul_(scale)
-        grad_key[block] = (grad_scores.transpose(-1, -2) @ query[block]).mul_(scale)
-        weighted = grad_logits.mul_(distance)
-        grad_half_decay[block] = weighted.sum(dim=-1) + weighted.sum(dim=-2)  # (b, h', N)
+    for group in _groups(half_decay):
+        tensors = (("q", query), ("k", key), ("v", value), ("g", grad_output))
+        q, k, v, g = (_load(name, x[group]) for name, x in tensors)  # (P, N, d)
+        u = half_decay[group].flatten(0, 1) * LOG2_E  # (P, N)
+        shift, delta = log_sum[group].flatten(0, 1)[:, None].neg(), row_sum[group].flatten(0, 1)[:, None]  # (P, 1, N)
+        grad_q = scratch.empty("grad_q", *q.shape, dtype=u.dtype).zero_()
+        grad_u = torch.zeros_like(u)
+        for rows in _rows(half_decay):
+            distance = distances(rows, height, width, clamp, u.dtype)  # (n, N)
+            logits = start_logits(u[:, rows, None], u[:, None, :], distance, shift)  # (P, n, N)
+            attention = add_product(logits, k[:, rows], q.transpose(1, 2), scale * LOG2_E).exp2_()
+            _store(grad_value[group][:, :, rows], product("result", attention, g, g.dtype))
+            grad_logits = product("grad_logits", v[:, rows], g.transpose(1, 2), u.dtype).sub_(delta).mul_(attention)
+            _store(grad_key[group][:, :, rows], product("result", grad_logits, q, q.dtype).mul_(scale))
+            add_product(grad_q, grad_logits.transpose(1, 2), k[:, rows], scale)
+            weighted = grad_logits.mul_(distance)
+            grad_u[:, rows] += weighted.sum(dim=-1)
+            grad_u += weighted.sum(dim=-2)
+        _store(grad_query[group], grad_q)
+        _store(grad_half_decay[group], grad_u)
     return grad_query, grad_key, grad_value, grad_half_decay
 
 
 @_forward.register_fake
-def _(query, key, value, half_decay, distance, scale):
-    return torch.empty_like(value)
+def _(query, key, value, half_decay, *rest):
+    return torch.empty_like(value), torch.empty_like(half_decay)
 
 
 @_backward.register_fake
-def _(grad_output, query, key, value, half_decay, distance, output, scale):
+def _(grad_output, query, key, value, half_decay, *rest):
     return tuple(torch.empty_like(x) for x in (query, key, value, half_decay))
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, ctx.scale = inputs
-    ctx.save_for_backward(*tensors, output)
+    *tensors, ctx.height, ctx.width, ctx.clamp, ctx.scale = inputs
+    ctx.save_for_backward(*tensors, *output)
 
 
-def _autograd(ctx, grad_output):
-    query, key, value, half_decay, distance, output = ctx.saved_tensors
-    grad_output = grad_output.to(value.dtype)
-    return *_backward(grad_output, query, key, value, half_decay, distance, output, ctx.scale), None, None
+def _autograd(ctx, grad_output, grad_log_sum):
+    grad_output = grad_output.to(ctx.saved_tensors[2].dtype)
+    return *_backward(grad_output, *ctx.saved_tensors, ctx.height, ctx.width, ctx.clamp, ctx.scale), *[None] * 5
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
 
 
-def _blocks(half_decay, distance):
-    """Yield slices of (batch, heads): several samples if their logits fit, otherwise some heads of one sample."""
-    batch, heads, _ = half_decay.shape
-    size = max(torch.get_num_threads(), SCRATCH_BYTES // (distance.numel() * distance.element_size()))
-    samples, heads_at_once = max(1, size // heads), min(size, heads)
+def _rows_of(half_decay):
+    tokens = half_decay.shape[-1]
+    return min(tokens, max(MIN_ROWS, BLOCK_BYTES // (tokens * half_decay.element_size())))
+
+
+def _rows(half_decay: torch.Tensor) -> Iterator[slice]:
+    """Yield the tokens whose logits with all tokens are computed at a time."""
+    tokens, count = half_decay.shape[-1], _rows_of(half_decay)
+    for first in range(0, tokens, count):
+        yield slice(first, min(first + count, tokens))
+
+
+def _groups(half_decay: torch.Tensor) -> Iterator[tuple[slice, slice]]:
+    """Yield samples and heads: several samples if their logits fit, otherwise some heads of one sample."""
+    batch, heads, tokens = half_decay.shape
+    block_bytes = tokens * _rows_of(half_decay) * half_decay.element_size()
+    pairs = torch.get_num_threads() * max(1, BLOCK_BYTES // block_bytes)
+    samples, heads_at_once = max(1, pairs // heads), min(pairs, heads)
     for first_sample in range(0, batch, samples):
         for first_head in range(0, heads, heads_at_once):
             yield slice(first_sample, first_sample + samples), slice(first_head, first_head + heads_at_once)
 
 
-def _attention(query, key, half_decay, distance, scale):
-    logits = (half_decay[..., :, None] + half_decay[..., None, :]).mul_(distance)  # (b, h', N, N)
-    if query.dtype == logits.dtype:
-        logits.flatten(0, 1).baddbmm_(query.flatten(0, 1), key.flatten(0, 1).transpose(1, 2), alpha=scale)
-    else:
-        logits.add_(query @ key.transpose(-1, -2), alpha=scale)
-    return torch.softmax(logits, dim=-1, out=logits)
+def _load(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    return scratch.copy(name, tensor).flatten(0, 1)
 
 
-def blockwise_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, decay: Decay, scale: float
-) -> torch.Tensor:
-    """Compute spatial decay attention block by block, without keeping any logits."""
-    half_decay, distance = decay.half_decay_and_distance()
-    with torch.autocast(query.device.type, enabled=False):  # the operands already have the dtypes they need
-        return _forward(query, key, value, half_decay, distance, scale)
+def _store(place: torch.Tensor, result: torch.Tensor) -> None:
+    place.copy_(result.view(place.shape))
+
+
+def distances(rows: slice, height: int, width: int, clamp: bool, dtype: torch.dtype) -> torch.Tensor:
+    """Return the distances of some tokens from all, shape (n, N); the sum of a row's and a column's is one pass."""
+    tokens = torch.arange(rows.start, rows.stop)
+    along_y = (tokens[:, None] // width - torch.arange(height)).abs().to(dtype)  # (n, H)
+    along_x = (tokens[:, None] % width - torch.arange(width)).abs().to(dtype)  # (n, W)
+    place = scratch.empty("distance", len(tokens), height, width, dtype=dtype)
+    distance = torch.add(along_y[:, :, None], along_x[:, None, :], out=place).flatten(1)
+    return distance.clamp_(max=1) if clamp else distance

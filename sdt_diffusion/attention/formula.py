@@ -104,24 +104,30 @@ class Decay(NamedTuple):
         """Return M, the additive mask of shape (batch, heads, tokens, tokens), for any variant."""
         return spatial_decay(self.gate, self.alpha, self.grid_size, self.variant)
 
-    def half_decay_and_distance(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Factor M_ij = (u_i + u_j) d_ij, which fast backends compute without writing M to memory.
+    @property
+    def clamp(self) -> bool:
+        """Whether distances are at most 1."""
+        return self.variant == "content"
 
-        Needs gate <= 0 and alpha > 0, which the gate's log sigmoid and exp guarantee: M is then negative without abs.
+    def half_decay(self) -> torch.Tensor:
+        """Return u = 1/2 alpha G, shape (batch, heads, tokens), of which M_ij = (u_i + u_j) d_ij.
 
-        Returns:
-            u = 1/2 alpha G of shape (batch, heads, tokens), and d of shape (tokens, tokens).
+        Fast backends compute M so, without writing it to memory. Needs gate <= 0 and alpha > 0, which the gate's log
+        sigmoid and exp guarantee: M is then negative without abs.
 
         Raises:
             ValueError: If the variant is `raster`, which is not a product with a distance.
         """
         if self.variant == "raster":
             raise ValueError("The variant 'raster' has no distance to factor out: use `bias()`.")
-        distance = manhattan_distance(self.grid_size, self.gate.device, self.gate.dtype)  # (N, N)
-        if self.variant == "content":
-            distance = distance.clamp(max=1)
         half_decay = self.gate * (self.alpha[:, None] / 2)  # (B, h, N)
-        return half_decay.contiguous(), distance  # otherwise the logits would inherit the gate's strides
+        return half_decay.contiguous()  # otherwise the logits would inherit the gate's strides
+
+    def half_decay_and_distance(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return u, and d of shape (tokens, tokens); see `half_decay`."""
+        half_decay = self.half_decay()
+        distance = manhattan_distance(self.grid_size, self.gate.device, self.gate.dtype)  # (N, N)
+        return half_decay, distance.clamp(max=1) if self.clamp else distance
 
 
 def reference_attention(

@@ -26,6 +26,12 @@ SCRATCH = 2**24
 SLACK = 1e-5
 
 
+def coordinates_of(grid_size: tuple[int, int], device: torch.device | None = None) -> torch.Tensor:
+    """Return row and column of each token in raster order, shape (tokens, 2)."""
+    tokens = torch.arange(grid_size[0] * grid_size[1], device=device)
+    return torch.stack([tokens // grid_size[1], tokens % grid_size[1]], dim=1)
+
+
 def tile_order(grid_size: tuple[int, int], device: torch.device | None = None) -> torch.Tensor:
     """Return the tokens tile by tile, shape (tokens,); the last tile may have fewer than `TILE`."""
     height, width = grid_size

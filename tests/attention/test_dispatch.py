@@ -155,9 +155,10 @@ def test_functions_as_backends_receive_the_decay_of_each_pass(variant):
     assert decays[-1] is None
 
 
-@pytest.mark.parametrize("scratch", [0, 1152, 2304])
-def test_blocks_of_heads_give_what_all_heads_give(monkeypatch, scratch):
-    monkeypatch.setattr(blockwise, "SCRATCH_BYTES", scratch)
+@pytest.mark.parametrize(("block_bytes", "rows"), [(0, 5), (1152, 12), (2304, 12), (2**20, 12)])
+def test_blocks_of_rows_and_heads_give_what_all_give(monkeypatch, block_bytes, rows):
+    monkeypatch.setattr(blockwise, "BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(blockwise, "MIN_ROWS", rows)
     test_backends_equal_the_reference_forward_and_backward(variant="context", decomposed=False, backend="blockwise")
 
 
@@ -179,8 +180,8 @@ def test_exports_hold_torchs_own_operators():
 
 def test_the_blockwise_operator_keeps_torchs_rules_for_operators():
     query, key, value, gate, alpha = inputs()
-    half_decay, distance = Decay(gate.detach(), alpha.detach(), GRID).half_decay_and_distance()
-    arguments = (query, key, value, half_decay.requires_grad_(), distance, 0.5)
+    half_decay = Decay(gate.detach(), alpha.detach(), GRID).half_decay()
+    arguments = (query, key, value, half_decay.requires_grad_(), None, *GRID, False, 0.5)
     torch.library.opcheck(torch.ops.sdt_diffusion.blockwise_attention.default, arguments)
 
 

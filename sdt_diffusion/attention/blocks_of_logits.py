@@ -3,8 +3,10 @@
 Logits are in units of log 2, since torch computes `exp2` several times as fast as `exp` and `softmax` on some CPUs.
 """
 
+import functools
 import math
 import threading
+from pathlib import Path
 
 import torch
 
@@ -32,33 +34,71 @@ class Scratch(threading.local):
 scratch = Scratch()
 
 
-def start_logits(
-    u_i: torch.Tensor, u_j: torch.Tensor, distance: torch.Tensor, shift: torch.Tensor | None = None
+@functools.cache
+def _prefers_onednn() -> bool:
+    """Return whether oneDNN multiplies fp32 matrices faster than MKL, which does not use AVX-512 on AMD's CPUs."""
+    cpu = Path("/proc/cpuinfo")
+    return (
+        torch.backends.mkl.is_available()
+        and torch.backends.mkldnn.is_available()
+        and torch.backends.cpu.get_cpu_capability() == "AVX512"
+        and cpu.is_file()
+        and "AuthenticAMD" in cpu.read_text()
+    )
+
+
+def product(
+    name: str, a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Return (u_i + u_j) d_ij + shift, to which the products of query and key are added; valid until the next call."""
-    shape = torch.broadcast_shapes(u_i.shape, u_j.shape)
-    pair = torch.add(u_i, u_j, out=scratch.empty("logits", *shape, dtype=u_i.dtype))
-    return pair.mul_(distance) if shift is None else torch.addcmul(shift, pair, distance, out=pair)
+    """Return a @ b + bias.
+
+    Args:
+        name: The result is valid until the next one of this name.
+        a: Shape (pairs, rows, inner).
+        b: Shape (pairs, inner, columns). The factors are multiplied in the lower of their precisions.
+        dtype: Data type of the result.
+        bias: Shape (pairs, 1, columns).
+    """
+    low = min(a.dtype, b.dtype, key=lambda dtype: dtype.itemsize)
+    if low != dtype:
+        result = (a.to(low) @ b.to(low)).to(dtype)
+        return result if bias is None else result.add_(bias)
+    a, b, place = a.to(low), b.to(low), scratch.empty(name, len(a), a.shape[1], b.shape[2], dtype=dtype)
+    if dtype == torch.float32 and _prefers_onednn():
+        for i in range(len(a)):
+            shift = None if bias is None else bias[i, 0]
+            place[i] = torch.ops.mkldnn._linear_pointwise(a[i], b[i].T, shift, "none", [], "")
+        return place
+    return torch.bmm(a, b, out=place) if bias is None else torch.baddbmm(bias, a, b, out=place)
 
 
-def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, factor: float) -> torch.Tensor:
-    """Add factor * a @ b in place; operands of lower precision than the sum are multiplied in theirs."""
-    low = _lower(a, b)
-    if low == total.dtype:
-        return total.baddbmm_(a, b, alpha=factor)
-    return total.add_(a.to(low) @ b.to(low), alpha=factor)
+def logits(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    scale: float,
+    u_i: torch.Tensor,
+    u_j: torch.Tensor,
+    distance: torch.Tensor,
+    shift: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return Q K^T scale + (u_i + u_j) d_ij + shift in units of log 2, shape (pairs, rows, columns).
 
-
-def product(name: str, a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return a @ b in `dtype`, multiplied in the lower of their precisions; valid until the next of this name."""
-    if a.dtype == b.dtype == dtype:
-        return torch.bmm(a, b, out=scratch.empty(name, len(a), a.shape[1], b.shape[2], dtype=dtype))
-    low = _lower(a, b)
-    return (a.to(low) @ b.to(low)).to(dtype)
-
-
-def _lower(a, b):
-    return min(a.dtype, b.dtype, key=lambda dtype: dtype.itemsize)
+    Args:
+        query: Shape (pairs, rows, head_dim).
+        key: Shape (pairs, columns, head_dim).
+        scale: Factor of Q K^T.
+        u_i: In units of log 2, shape (pairs, rows, 1).
+        u_j: Likewise, shape (pairs, 1, columns).
+        distance: Shape (rows, columns), or (pairs, rows, columns).
+        shift: In units of log 2, shape (pairs, 1, columns).
+    """
+    shape = (*u_i.shape[:2], u_j.shape[2])
+    sums = torch.add(u_i, u_j, out=scratch.empty("sums", *shape, dtype=u_i.dtype))
+    if query.dtype == sums.dtype:
+        result = product("logits", query * (scale * LOG2_E), key.transpose(1, 2), sums.dtype, shift)
+        return result.addcmul_(sums, distance)
+    result = sums.mul_(distance).add_(query @ key.transpose(1, 2), alpha=scale * LOG2_E)
+    return result if shift is None else result.add_(shift)
 
 
 def weighted_mean(logits: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

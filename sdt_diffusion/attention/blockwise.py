@@ -3,18 +3,21 @@
 With P the attention and S its logits: dS = P * (dP - sum_j dP P), and du_i = sum_j (dS_ij + dS_ji) d_ij.
 """
 
+import functools
 from collections.abc import Iterator
 
 import torch
 
 from . import blockwise_pruned
-from .blocks_of_logits import LOG2_E, add_product, product, scratch, start_logits, weighted_mean
-from .formula import Decay
+from .blocks_of_logits import LOG2_E, logits, product, scratch, weighted_mean
+from .formula import Decay, manhattan_distance
 from .pruning import coordinates_of, needed_tiles, tile_order
 
 #: Bytes of logits that each thread computes at a time; more where `MIN_ROWS` tokens of one head already need more.
 BLOCK_BYTES = 2**20
 MIN_ROWS = 64
+#: Tokens of the largest grid whose distances are kept in memory, 64 MiB in fp32.
+MAX_CACHED_TOKENS = 4096
 #: Above this fraction of needed tiles, computing all tiles is as fast as collecting those.
 MAX_DENSITY = 0.7
 
@@ -55,10 +58,9 @@ def _forward(
         q, k, v = (_load(name, x[group]) for name, x in (("q", query), ("k", key), ("v", value)))  # (P, N, d)
         u = half_decay[group].flatten(0, 1) * LOG2_E  # (P, N)
         for rows in _rows(half_decay):
-            distance = distances(rows, height, width, clamp, u.dtype)  # (n, N)
-            logits = start_logits(u[:, rows, None], u[:, None, :], distance)  # (P, n, N)
-            add_product(logits, q[:, rows], k.transpose(1, 2), scale * LOG2_E)
-            result, sums = weighted_mean(logits, v)
+            distance = _distances_from(rows, height, width, clamp, u.dtype)  # (n, N)
+            scores = logits(q[:, rows], k, scale, u[:, rows, None], u[:, None], distance)  # (P, n, N)
+            result, sums = weighted_mean(scores, v)
             _store(output[group][:, :, rows], result)
             _store(log_sum[group][:, :, rows], sums)
     return output, log_sum
@@ -91,21 +93,21 @@ def _backward(
         tensors = (("q", query), ("k", key), ("v", value), ("g", grad_output))
         q, k, v, g = (_load(name, x[group]) for name, x in tensors)  # (P, N, d)
         u = half_decay[group].flatten(0, 1) * LOG2_E  # (P, N)
-        shift, delta = log_sum[group].flatten(0, 1)[:, None].neg(), row_sum[group].flatten(0, 1)[:, None]  # (P, 1, N)
+        shift, minus_delta = (x[group].flatten(0, 1)[:, None].neg() for x in (log_sum, row_sum))  # (P, 1, N)
         grad_q = scratch.empty("grad_q", *q.shape, dtype=u.dtype).zero_()
         grad_u = torch.zeros_like(u)
         for rows in _rows(half_decay):
-            distance = distances(rows, height, width, clamp, u.dtype)  # (n, N)
-            logits = start_logits(u[:, rows, None], u[:, None, :], distance, shift)  # (P, n, N)
-            attention = add_product(logits, k[:, rows], q.transpose(1, 2), scale * LOG2_E).exp2_()
+            distance = _distances_from(rows, height, width, clamp, u.dtype)  # (n, N)
+            scores = logits(k[:, rows], q, scale, u[:, rows, None], u[:, None], distance, shift)  # (P, n, N)
+            attention = scores.exp2_()
             _store(grad_value[group][:, :, rows], product("result", attention, g, g.dtype))
-            grad_logits = product("grad_logits", v[:, rows], g.transpose(1, 2), u.dtype).sub_(delta).mul_(attention)
+            grad_logits = product("grad_logits", v[:, rows], g.transpose(1, 2), u.dtype, minus_delta).mul_(attention)
             _store(grad_key[group][:, :, rows], product("result", grad_logits, q, q.dtype).mul_(scale))
-            add_product(grad_q, grad_logits.transpose(1, 2), k[:, rows], scale)
+            grad_q += product("result", grad_logits.transpose(1, 2), k[:, rows], u.dtype)
             weighted = grad_logits.mul_(distance)
             grad_u[:, rows] += weighted.sum(dim=-1)
             grad_u += weighted.sum(dim=-2)
-        _store(grad_query[group], grad_q)
+        _store(grad_query[group], grad_q.mul_(scale))
         _store(grad_half_decay[group], grad_u)
     return grad_query, grad_key, grad_value, grad_half_decay
 
@@ -164,11 +166,19 @@ def _store(place: torch.Tensor, result: torch.Tensor) -> None:
     place.copy_(result.view(place.shape))
 
 
-def distances(rows: slice, height: int, width: int, clamp: bool, dtype: torch.dtype) -> torch.Tensor:
-    """Return the distances of some tokens from all, shape (n, N); the sum of a row's and a column's is one pass."""
+def _distances_from(rows: slice, height: int, width: int, clamp: bool, dtype: torch.dtype) -> torch.Tensor:
+    """Return the distances of some tokens from all, shape (n, N)."""
+    if height * width <= MAX_CACHED_TOKENS:
+        return _all_distances(height, width, clamp, dtype)[rows]
     tokens = torch.arange(rows.start, rows.stop)
     along_y = (tokens[:, None] // width - torch.arange(height)).abs().to(dtype)  # (n, H)
     along_x = (tokens[:, None] % width - torch.arange(width)).abs().to(dtype)  # (n, W)
     place = scratch.empty("distance", len(tokens), height, width, dtype=dtype)
     distance = torch.add(along_y[:, :, None], along_x[:, None, :], out=place).flatten(1)
+    return distance.clamp_(max=1) if clamp else distance
+
+
+@functools.lru_cache(maxsize=2)
+def _all_distances(height, width, clamp, dtype):
+    distance = manhattan_distance((height, width), dtype=dtype)  # (N, N)
     return distance.clamp_(max=1) if clamp else distance

@@ -11,11 +11,13 @@ from typing import NamedTuple
 
 import torch
 
-from .blocks_of_logits import LOG2_E, add_product, product, scratch, start_logits, weighted_mean
+from .blocks_of_logits import LOG2_E, logits, product, scratch, weighted_mean
 from .pruning import TILE, coordinates_of, tile_order
 
 #: Bytes of logits that each thread computes at a time.
 BLOCK_BYTES = 2**20
+#: Coordinate of keys that fill up tiles. It must not be that of a query, as -inf times no distance is not a number.
+FAR = -1.0
 
 
 def forward(
@@ -35,9 +37,9 @@ def forward(
     output, log_sum = torch.zeros_like(v), torch.zeros_like(u)
     for block in tiles.blocks(needed):
         rows = block.rows
-        logits = start_logits(u[rows][..., None], block.keys("u", u_of_keys)[:, None], block.distance)  # (p, S, m*S)
-        add_product(logits, q[rows], block.keys("k", k).transpose(1, 2), scale * LOG2_E)
-        output[rows], log_sum[rows] = weighted_mean(logits, block.keys("v", v))
+        u_j = block.keys("u", u_of_keys)[:, None]
+        scores = logits(q[rows], block.keys("k", k), scale, u[rows][..., None], u_j, block.distance)  # (p, S, m*S)
+        output[rows], log_sum[rows] = weighted_mean(scores, block.keys("v", v))
     return tiles.unpack(output, value), tiles.unpack(log_sum, half_decay)
 
 
@@ -62,9 +64,9 @@ def backward(
     grad_q, grad_k, grad_v, grad_u = (torch.zeros_like(x, dtype=u.dtype) for x in (q, k, v, u))
     for block in tiles.blocks(needed):
         rows, keys = block.rows, block.keys("k", k)  # (p, m*S, d)
-        columns = block.keys("u", u_of_keys)[:, None]
-        logits = start_logits(u[rows][..., None], columns, block.distance, shift[rows][..., None])  # (p, S, m*S)
-        attention = add_product(logits, q[rows], keys.transpose(1, 2), scale * LOG2_E).exp2_()
+        u_j = block.keys("u", u_of_keys)[:, None]
+        scores = logits(q[rows], keys, scale, u[rows][..., None], u_j, block.distance)  # (p, S, m*S)
+        attention = scores.add_(shift[rows][..., None]).exp2_()
         block.add_to_keys(grad_v, product("result", attention.transpose(1, 2), g[rows], u.dtype))
         grad_logits = product("grad_logits", g[rows], block.keys("v", v).transpose(1, 2), u.dtype)
         grad_logits.sub_(delta[rows][..., None]).mul_(attention)
@@ -108,8 +110,8 @@ class _Tiles:
         self.order, self.clamp = tile_order(grid_size), clamp
         self.count = -(-len(self.order) // TILE)
         y, x = coordinates_of(grid_size).to(dtype).T[:, None, None]  # (1, 1, N) each
-        self.y, self.x = self.pack(y)[0], self.pack(x)[0]  # (T+1, S)
-        self.empty = self.pack(torch.zeros_like(y), fill=1).bool()[0]  # (T+1, S)
+        self.queries = self.pack(y)[0], self.pack(x)[0]  # (T+1, S) each
+        self.keys = self.pack(y, fill=FAR)[0], self.pack(x, fill=FAR)[0]
 
     def pack(self, tensor: torch.Tensor, fill: float = 0.0) -> torch.Tensor:
         """Lay out (batch, heads, tokens, ...) as (P, T+1, S, ...), with a value where there is no token."""
@@ -129,7 +131,7 @@ class _Tiles:
         counts = needed.sum(dim=-1)  # (P, T)
         first_needed = needed.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)  # (P, T, T)
         lists = first_needed.masked_fill(torch.arange(self.count) >= counts[..., None], self.count)
-        block_tiles = max(1, torch.get_num_threads() * BLOCK_BYTES // (TILE * TILE * self.y.element_size()))
+        block_tiles = max(1, torch.get_num_threads() * BLOCK_BYTES // (TILE * TILE * self.keys[0].element_size()))
         for tile in range(self.count):
             distance = self._distances_from(tile)
             remaining = counts[:, tile].argsort(descending=True, stable=True)
@@ -145,8 +147,14 @@ class _Tiles:
                 yield _Block((pairs, tile), key_tiles, place.view(TILE, len(pairs), -1).transpose(0, 1))
 
     def _distances_from(self, tile: int) -> torch.Tensor:
-        """Return the distances of a tile's queries from all keys, shape (S, T+1, S); 1 from where no key is."""
-        distance = (self.y[tile][:, None, None] - self.y).abs_() + (self.x[tile][:, None, None] - self.x).abs_()
-        if self.clamp:
-            distance.clamp_(max=1)
-        return distance.masked_fill_(self.empty, 1)
+        """Return the distances of a tile's queries from all keys, shape (S, T+1, S)."""
+        along_y, along_x = (
+            torch.sub(
+                of_queries[tile][:, None, None],
+                of_keys,
+                out=scratch.empty(name, TILE, self.count + 1, TILE, dtype=of_keys.dtype),
+            ).abs_()
+            for name, of_queries, of_keys in zip(("along_y", "along_x"), self.queries, self.keys, strict=True)
+        )
+        distance = along_y.add_(along_x)
+        return distance.clamp_(max=1) if self.clamp else distance

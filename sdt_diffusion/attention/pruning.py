@@ -22,8 +22,8 @@ import torch
 TILE, SIDE = 64, 8
 #: Bounds to compute at a time, in numbers.
 SCRATCH = 2**24
-#: Rounding errors of logits in fp32, relative to the norms of query and key.
-SLACK = 1e-5
+#: Rounding errors of products, relative to the norms of query and key; those of TF32, which GPUs may be told to use.
+SLACK = 2e-3
 
 
 def coordinates_of(grid_size: tuple[int, int], device: torch.device | None = None) -> torch.Tensor:
@@ -91,13 +91,14 @@ def _needed(query, key, half_decay, coordinates, order, scale, eps, clamp):
     places = torch.arange(tiles * TILE, device=query.device)
     order = order[places.clamp(max=tokens - 1)]  # the last token again where a tile lacks some
     valid = (places < tokens).view(tiles, TILE)
-    q = (query[:, order].float() * scale).unflatten(1, (tiles, TILE))  # (P, T, S, D)
-    k = key[:, order].float().unflatten(1, (tiles, TILE))
-    u = half_decay[:, order].float().unflatten(1, (tiles, TILE))  # (P, T, S)
+    q = query.index_select(1, order).float().mul_(scale / math.log(2)).unflatten(1, (tiles, TILE))  # (P, T, S, D)
+    k = key.index_select(1, order).float().unflatten(1, (tiles, TILE))
+    u = half_decay.index_select(1, order).float().div_(math.log(2)).unflatten(1, (tiles, TILE))  # (P, T, S)
     where = coordinates[order].float().unflatten(0, (tiles, TILE))  # (T, S, 2)
 
     center = k.mean(dim=2)  # (P, T, D)
-    radius = (k - center[:, :, None]).norm(dim=-1).amax(dim=2) + SLACK * k.norm(dim=-1).amax(dim=2)  # (P, T)
+    rounding = SLACK * k.norm(dim=-1).amax(dim=2)  # (P, T), to be multiplied by the norm of the query
+    radius = (k - center[:, :, None]).norm(dim=-1).amax(dim=2) + rounding  # (P, T)
     low, high = where.amin(dim=1), where.amax(dim=1)  # (T, 2)
     points = where.flatten(0, 1)  # (T*S, 2)
     gap = ((low - points[:, None]).clamp(min=0) + (points[:, None] - high).clamp(min=0)).sum(dim=-1)  # (T*S, T)
@@ -105,13 +106,17 @@ def _needed(query, key, half_decay, coordinates, order, scale, eps, clamp):
     if clamp:
         gap, own_distance = gap.clamp(max=1), own_distance.clamp(max=1)
 
-    own = (u[..., :, None] + u[..., None, :]) * own_distance + q @ k.transpose(-1, -2)  # (P, T, S, S)
-    denominator = own.masked_fill(~valid[:, None, :], -math.inf).logsumexp(dim=-1).flatten(1, 2)  # (P, T*S)
+    # In units of log 2, as exp2 is much faster than exp on some CPUs.
+    own = (q @ k.transpose(-1, -2)).addcmul_(u[..., :, None] + u[..., None, :], own_distance)  # (P, T, S, S)
+    own.masked_fill_(~valid[:, None, :], -math.inf)
+    maximum = own.amax(dim=-1, keepdim=True)
+    denominator = (own - maximum).exp2_().sum(dim=-1).log2_() + maximum.squeeze(-1)  # (P, T, S)
+    denominator = (denominator - q.norm(dim=-1) * rounding[..., None]).flatten(1, 2)  # (P, T*S)
     q, u_i = q.flatten(1, 2), u.flatten(1, 2)
-    bound = (u_i[..., None] + u.amax(dim=2)[:, None]) * gap  # (P, T*S, T)
-    bound += q @ center.transpose(-1, -2) + q.norm(dim=-1)[..., None] * radius[:, None]
+    bound = (u_i[..., None] + u.amax(dim=2)[:, None]).mul_(gap)  # (P, T*S, T)
+    bound.baddbmm_(q, center.transpose(1, 2)).addcmul_(q.norm(dim=-1)[..., None], radius[:, None])
     bound -= denominator[..., None]
-    share = bound.unflatten(1, (tiles, TILE)).amax(dim=2).exp() * valid.sum(dim=-1)  # (P, T, T): at most, of any query
+    share = bound.unflatten(1, (tiles, TILE)).amax(dim=2).exp2_() * valid.sum(dim=-1)  # (P, T, T): at most, of a query
     own_tile = torch.eye(tiles, dtype=torch.bool, device=query.device)
     smallest, tile = share.masked_fill(own_tile, math.inf).sort(dim=-1)
     skipped = torch.zeros_like(share, dtype=torch.bool).scatter(-1, tile, smallest.cumsum(dim=-1) <= eps)

@@ -1,5 +1,6 @@
 """The Triton kernels, in Triton's interpreter on the CPU, and compiled for GPUs that are not there."""
 
+import functools
 import json
 import subprocess
 import sys
@@ -35,10 +36,10 @@ def results(attend, tensors, grid, variant="context", dtype=None):
     return [output, *torch.autograd.grad((output * weights).sum(), tensors, allow_unused=True)]
 
 
-def fused(*args):
+def fused(*args, **options):
     from sdt_diffusion.attention.fused import fused_attention
 
-    return fused_attention(*args)
+    return fused_attention(*args, **options)
 
 
 def error(found, expected):
@@ -122,25 +123,29 @@ def test_memory_beyond_the_tokens_is_not_read():
         assert torch.equal(mine, other)
 
 
-@pytest.mark.parametrize("along", ["rows", "columns"])
-def test_rows_and_columns_need_no_copies(along):
-    """A pass of the decomposed attention by strides is the pass over copies of its rows or columns."""
-    from sdt_diffusion.attention.fused import _backward, _forward
+@pytest.mark.parametrize("variant", ["context", "content"])
+def test_rows_and_columns_are_the_reference_on_each_of_them(variant):
+    """The passes by strides are those over copies of the rows and columns, with all gradients."""
+    grid, tensors = (5, 7), inputs((5, 7))
+    expected = results(decomposed_reference, tensors, grid, variant, torch.float64)
+    found = results(functools.partial(fused, decomposed=True), tensors, grid, variant)
+    for mine, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine.double(), wanted, rtol=1e-5, atol=1e-5)
 
-    height, width = 5, 6
-    query, key, value, gate, alpha = (x.detach() for x in inputs((height, width)))
-    half_decay = (gate * alpha[:, None] / 2).contiguous()
-    tokens = torch.arange(height * width)
-    y, x = (tokens // width).float()[None], (tokens % width).float()[None]
-    groups = (height, width, 1) if along == "rows" else (width, 1, width)
-    output, log_sum = _forward(query, key, value, half_decay, y, x, *groups, 0.25, False)
-    other = tokens // width if along == "rows" else tokens % width
-    bias = (half_decay[..., :, None] + half_decay[..., None, :]) * ((y.T - y).abs() + (x.T - x).abs())
-    logits = query @ key.transpose(-1, -2) * 0.25 + bias
-    weights = logits.masked_fill(other[:, None] != other, -torch.inf).softmax(-1)
-    torch.testing.assert_close(output, weights @ value, rtol=1e-5, atol=1e-6)
-    grads = _backward(output, query, key, value, half_decay, y, x, output, log_sum, *groups, 0.25, False)
-    torch.testing.assert_close(grads[2], weights.transpose(-1, -2) @ output, rtol=1e-5, atol=1e-6)
+
+def decomposed_reference(query, key, value, decay, scale):
+    return spatial_decay_attention(
+        query,
+        key,
+        value,
+        decay.gate,
+        decay.alpha,
+        decay.grid_size,
+        variant=decay.variant,
+        decomposed=True,
+        scale=scale,
+        backend="reference",
+    )
 
 
 def test_a_compiler_sees_one_operator_each_way():
@@ -161,9 +166,8 @@ def test_operators_are_registered_as_torch_wants_them():
     from sdt_diffusion.attention.fused import _forward
 
     query, key, value, gate, _ = (x.detach() for x in inputs((4, 4)))
-    y = x = torch.zeros(1, 16)
     tensors = [each.requires_grad_() for each in (query, key, value, gate.contiguous())]
-    torch.library.opcheck(_forward, (*tensors, y, x, 1, 0, 1, 0.25, False))
+    torch.library.opcheck(_forward, (*tensors, None, None, None, 4, [1, 0, 1], 0.25, False))
 
 
 @pytest.mark.parametrize(

@@ -132,12 +132,13 @@ def _forward(
     scale: float,
     clamp: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the output, and log2 of the softmax's denominators, shape (batch, heads, tokens)."""
+    """Return the output, and log2 of the softmax's denominators, shape (batch, heads, tokens), in the given order."""
     import triton
 
     if query.device.type == "cpu" and not triton.knobs.runtime.interpret:  # a compiler cannot look it up
         raise ValueError("The backend 'triton' needs a GPU; on CPUs it runs in Triton's interpreter only, for tests.")
 
+    half_decay = _ordered(half_decay, order)
     output = torch.empty(value.shape, dtype=value.dtype, device=value.device)
     log_sum = torch.empty_like(half_decay)
     lists = None if needed is None else _lists(needed)
@@ -170,7 +171,8 @@ def _backward(
     clamp: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the gradients of query, key, value and half_decay."""
-    delta = (grad_output.float() * output.float()).sum(dim=-1)  # (B, h, N)
+    half_decay = _ordered(half_decay, order)
+    delta = _ordered((grad_output.float() * output.float()).sum(dim=-1), order)  # (B, h, N)
     grad_query, grad_key, grad_value = (
         torch.empty(each.shape, dtype=each.dtype, device=each.device) for each in (query, key, value)
     )
@@ -195,7 +197,7 @@ def _backward(
         *numbers,
     )
     _run("backward_key", query, groups, clamp, needed is not None, *arguments)
-    return grad_query, grad_key, grad_value, grad_half_decay
+    return grad_query, grad_key, grad_value, _ordered(grad_half_decay, None if order is None else order.argsort())
 
 
 @_backward.register_fake
@@ -209,13 +211,17 @@ def _setup_context(ctx, inputs, output):
 
 
 def _autograd(ctx, grad_output, grad_log_sum):
-    grad_output = grad_output.to(ctx.saved_tensors[2].dtype)
+    tensors = ctx.saved_tensors  # once, as activation checkpointing demands
+    grad_output = grad_output.to(tensors[2].dtype)
     grad_output = grad_output if grad_output.stride(-1) == 1 else grad_output.contiguous()
-    numbers = (ctx.width, ctx.groups, ctx.scale, ctx.clamp)
-    return *_backward(grad_output, *ctx.saved_tensors, *numbers), *[None] * 7
+    return *_backward(grad_output, *tensors, ctx.width, ctx.groups, ctx.scale, ctx.clamp), *[None] * 7
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def _ordered(numbers: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
+    return numbers if order is None else numbers.index_select(-1, order)
 
 
 def _lists(needed: torch.Tensor) -> torch.Tensor:

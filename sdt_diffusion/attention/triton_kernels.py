@@ -4,8 +4,9 @@ Tokens attend to those of their group: one group holds the whole grid, and rows 
 are a group each. Token number n of group g is g * group_stride + n * token_stride, so that no tensor is copied,
 whatever its strides (only the last dimension must be contiguous).
 
-Pruned attention takes the tokens in another order: number n is order[n]. A block then visits the tiles of its list
-only: their count, and their numbers. Without pruning, `order` and `lists` are `None`, and nothing of this is compiled.
+Pruned attention takes the tokens in another order: number n is order[n], and vectors of one number a token are in that
+order already. A block then visits the tiles of its list only: their count, and their numbers. Without pruning, `order`
+and `lists` are `None`, and nothing of this is compiled.
 
 Logits are in units of log 2, as `exp2` is faster than `exp`: s_ij = log2(e) (q_i . k_j * scale + (u_i + u_j) d_ij).
 
@@ -83,7 +84,7 @@ def _first_place(lists, step, SIZE: tl.constexpr):
 def _load_tokens(
     half_decay, coordinates, order, width, start, stride, first, count, SIZE: tl.constexpr, OWN: tl.constexpr
 ):
-    """Load the numbers, decays and coordinates of a block of tokens, and which of them are valid.
+    """Load what a block of tokens is: where its rows and its numbers lie, which are valid, decays and coordinates.
 
     Beyond the last token, a program's own block repeats it, to store nothing of it. Blocks that it visits go on with
     tokens that are far away and decay without limit: their logits are -inf, without any other mask.
@@ -93,8 +94,9 @@ def _load_tokens(
     if OWN:
         places = tl.minimum(places, count - 1)
     inside = places < count
-    tokens = start + places * stride if order is None else tl.load(order + places, mask=inside, other=0)
-    u = tl.load(half_decay + tokens, mask=inside, other=float("-inf")) * LOG2_E
+    at = start + places * stride if order is None else places
+    tokens = at if order is None else tl.load(order + places, mask=inside, other=0)
+    u = tl.load(half_decay + at, mask=inside, other=float("-inf")) * LOG2_E
     if coordinates is None:
         y = tl.floor((tokens + 0.5) * (1.0 / width))  # exact below 2^22 tokens, and faster than dividing integers
         x = tokens - y * width
@@ -102,7 +104,7 @@ def _load_tokens(
     else:
         y = tl.load(coordinates + 2 * tokens, mask=inside, other=FAR)
         x = tl.load(coordinates + 2 * tokens + 1, mask=inside, other=0.0)
-    return tokens.to(tl.int64), valid, u, y, x
+    return tokens.to(tl.int64), at, valid, u, y, x
 
 
 @triton.jit
@@ -139,7 +141,7 @@ def forward_kernel(
         coordinates += batch * coordinate_batch
     start = group * group_stride
 
-    i, valid_i, u_i, y_i, x_i = _load_tokens(
+    i, at_i, valid_i, u_i, y_i, x_i = _load_tokens(
         half_decay, coordinates, order, width, start, token_stride, block * BLOCK_M, tokens, BLOCK_M, True
     )
     q0 = _load_rows(query, i, valid_i, query_token, 0, D0, D)
@@ -155,7 +157,7 @@ def forward_kernel(
         steps = tl.load(lists) * (TILE // BLOCK_N)
     for step in range(steps):
         first_j = _first_place(lists, step, BLOCK_N)
-        j, valid_j, u_j, y_j, x_j = _load_tokens(
+        j, _, valid_j, u_j, y_j, x_j = _load_tokens(
             half_decay, coordinates, order, width, start, token_stride, first_j, tokens, BLOCK_N, False
         )
         k0 = _load_rows(key, j, valid_j, key_token, 0, D0, D)
@@ -177,7 +179,7 @@ def forward_kernel(
     _store_rows(output, acc0 / total[:, None], i, valid_i, output_token, 0, D0, D)
     if D1 > 0:
         _store_rows(output, acc1 / total[:, None], i, valid_i, output_token, D0, D1, D)
-    tl.store(lse + i, maximum + tl.log2(total), mask=valid_i)
+    tl.store(lse + at_i, maximum + tl.log2(total), mask=valid_i)
 
 
 @triton.jit
@@ -216,7 +218,7 @@ def backward_query_kernel(
         coordinates += batch * coordinate_batch
     start = group * group_stride
 
-    i, valid_i, u_i, y_i, x_i = _load_tokens(
+    i, at_i, valid_i, u_i, y_i, x_i = _load_tokens(
         half_decay, coordinates, order, width, start, token_stride, block * BLOCK_M, tokens, BLOCK_M, True
     )
     q0 = _load_rows(query, i, valid_i, query_token, 0, D0, D)
@@ -226,8 +228,8 @@ def backward_query_kernel(
         q1 = _load_rows(query, i, valid_i, query_token, D0, D1, D)
         do1 = _load_rows(grad_output, i, valid_i, output_token, D0, D1, D)
         dq1 = tl.zeros([BLOCK_M, D1], tl.float32)
-    lse_i = tl.load(lse + i, mask=valid_i, other=float("inf"))
-    delta_i = tl.load(delta + i, mask=valid_i, other=0.0)
+    lse_i = tl.load(lse + at_i, mask=valid_i, other=float("inf"))
+    delta_i = tl.load(delta + at_i, mask=valid_i, other=0.0)
     sum_i = tl.zeros([BLOCK_M], tl.float32)
     mean_distance = tl.zeros([BLOCK_M], tl.float32)
     du_i = tl.zeros([BLOCK_M], tl.float32)
@@ -237,7 +239,7 @@ def backward_query_kernel(
         steps = tl.load(lists) * (TILE // BLOCK_N)
     for step in range(steps):
         first_j = _first_place(lists, step, BLOCK_N)
-        j, valid_j, u_j, y_j, x_j = _load_tokens(
+        j, _, valid_j, u_j, y_j, x_j = _load_tokens(
             half_decay, coordinates, order, width, start, token_stride, first_j, tokens, BLOCK_N, False
         )
         k0 = _load_rows(key, j, valid_j, key_token, 0, D0, D)
@@ -262,8 +264,8 @@ def backward_query_kernel(
     _store_rows(grad_query, dq0 * scale, i, valid_i, D, 0, D0, D)
     if D1 > 0:
         _store_rows(grad_query, dq1 * scale, i, valid_i, D, D0, D1, D)
-    tl.store(row_sums + i, du_i - sum_i * mean_distance, mask=valid_i)
-    tl.store(exact_delta + i, sum_i, mask=valid_i)
+    tl.store(row_sums + at_i, du_i - sum_i * mean_distance, mask=valid_i)
+    tl.store(exact_delta + at_i, sum_i, mask=valid_i)
 
 
 @triton.jit
@@ -301,7 +303,7 @@ def backward_key_kernel(
         coordinates += batch * coordinate_batch
     start = group * group_stride
 
-    j, valid_j, u_j, y_j, x_j = _load_tokens(
+    j, at_j, valid_j, u_j, y_j, x_j = _load_tokens(
         half_decay, coordinates, order, width, start, token_stride, block * BLOCK_N, tokens, BLOCK_N, True
     )
     k0 = _load_rows(key, j, valid_j, key_token, 0, D0, D)
@@ -320,35 +322,36 @@ def backward_key_kernel(
         steps = tl.load(lists) * (TILE // BLOCK_M)
     for step in range(steps):
         first_i = _first_place(lists, step, BLOCK_M)
-        i, valid_i, u_i, y_i, x_i = _load_tokens(
+        i, at_i, valid_i, u_i, y_i, x_i = _load_tokens(
             half_decay, coordinates, order, width, start, token_stride, first_i, tokens, BLOCK_M, False
         )
         q0 = _load_rows(query, i, valid_i, query_token, 0, D0, D)
         do0 = _load_rows(grad_output, i, valid_i, output_token, 0, D0, D)
         scores = _dot(k0, tl.trans(q0), None, PRECISION)
-        grad_weights = _dot(v0, tl.trans(do0), None, PRECISION)
         if D1 > 0:
             q1 = _load_rows(query, i, valid_i, query_token, D0, D1, D)
             do1 = _load_rows(grad_output, i, valid_i, output_token, D0, D1, D)
             scores = _dot(k1, tl.trans(q1), scores, PRECISION)
-            grad_weights = _dot(v1, tl.trans(do1), grad_weights, PRECISION)
-        lse_i = tl.load(lse + i, mask=valid_i, other=float("inf"))
-        delta_i = tl.load(delta + i, mask=valid_i, other=0.0)
+        lse_i = tl.load(lse + at_i, mask=valid_i, other=float("inf"))
+        delta_i = tl.load(delta + at_i, mask=valid_i, other=0.0)
         distance = _distance(y_j, x_j, y_i, x_i, CLAMP)
         logits = scores * (scale * LOG2_E) + (u_j[:, None] + u_i[None, :]) * distance
         weights = tl.exp2(logits - lse_i[None, :])  # zero for queries that are not valid
         dv0 = _dot(weights.to(do0.dtype), do0, dv0, PRECISION)
+        grad_weights = _dot(v0, tl.trans(do0), None, PRECISION)
+        if D1 > 0:
+            dv1 = _dot(weights.to(do1.dtype), do1, dv1, PRECISION)
+            grad_weights = _dot(v1, tl.trans(do1), grad_weights, PRECISION)
         grad_logits = weights * (grad_weights - delta_i[None, :])
         du_j += tl.sum(grad_logits * distance, 1)
         grad_scores = grad_logits.to(q0.dtype)
         dk0 = _dot(grad_scores, q0, dk0, PRECISION)
         if D1 > 0:
-            dv1 = _dot(weights.to(do1.dtype), do1, dv1, PRECISION)
             dk1 = _dot(grad_scores, q1, dk1, PRECISION)
     _store_rows(grad_value, dv0, j, valid_j, D, 0, D0, D)
     _store_rows(grad_key, dk0 * scale, j, valid_j, D, 0, D0, D)
     if D1 > 0:
         _store_rows(grad_value, dv1, j, valid_j, D, D0, D1, D)
         _store_rows(grad_key, dk1 * scale, j, valid_j, D, D0, D1, D)
-    du_j += tl.load(row_sums + j, mask=valid_j, other=0.0)
-    tl.store(grad_half_decay + j, du_j, mask=valid_j)
+    du_j += tl.load(row_sums + at_j, mask=valid_j, other=0.0)
+    tl.store(grad_half_decay + at_j, du_j, mask=valid_j)

@@ -1,13 +1,16 @@
 """Compile the Triton kernels for GPUs that are not there, and print what each needs as JSON.
 
     python -m tests.attention.offline
+    python -m tests.attention.offline --all
 
 Only the compiler and the tools that come with Triton are used.
 """
 
+import itertools
 import json
 import re
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -74,6 +77,8 @@ def resources(
 
 
 if __name__ == "__main__":
-    for kernel in KERNELS:
-        for architecture in ARCHITECTURES:
-            print(json.dumps(resources(kernel, 64, architecture)), flush=True)
+    everything = "--all" in sys.argv[1:]
+    for head_dim in (16, 24, 64, 72, 80, 96, 128) if everything else (64,):
+        for pruned, kernel, architecture in itertools.product((False, True), KERNELS, ARCHITECTURES):
+            if everything or not pruned or architecture == 80:  # which has the fewest registers to spare
+                print(json.dumps(resources(kernel, head_dim, architecture, pruned)), flush=True)

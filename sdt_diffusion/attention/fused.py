@@ -70,7 +70,7 @@ def check_support(query: torch.Tensor, value: torch.Tensor) -> None:
     head_dim = query.shape[-1]
     if importlib.util.find_spec("triton") is None:
         raise ValueError("The backend 'triton' needs the package triton, which comes with torch on Linux.")
-    if head_dim not in HEAD_SIZES or value.shape[-1] != head_dim:
+    if not HEAD_SIZES[0] <= head_dim <= HEAD_SIZES[-1] or value.shape[-1] != head_dim:  # `in` stops a compiler
         raise ValueError(
             f"The backend 'triton' needs heads of {HEAD_SIZES[0]} to {HEAD_SIZES[-1]} columns, the same for query and "
             f"value, not {head_dim} and {value.shape[-1]}."

@@ -8,7 +8,7 @@ from sdt_diffusion.attention import Decay
 
 def inputs(grid, batch=2, heads=2, head_dim=16, dtype=torch.float32, gate=None, seed=0):
     """Return query, key and value that are not contiguous, gate and alpha."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
     tokens = grid[0] * grid[1]
     shape = (batch, tokens, heads, head_dim)
     tensors = [torch.randn(shape, generator=generator).to(dtype).transpose(1, 2) for _ in range(3)]

@@ -5,8 +5,14 @@ import torch
 
 
 @pytest.fixture
-def nan_in_new_memory():
-    """Fill all new memory with NaN, and refuse operations whose results vary."""
-    torch.use_deterministic_algorithms(True)
+def strict_memory():
+    """Make new tensors where the kernels run, a GPU if there is one; what no one has written to them is NaN.
+
+    Operations whose results vary are refused; on a GPU they are warned of, as torch counts all its matrix products.
+    """
+    on_gpu = torch.cuda.is_available()
+    torch.use_deterministic_algorithms(True, warn_only=on_gpu)
+    torch.set_default_device("cuda" if on_gpu else "cpu")
     yield
+    torch.set_default_device(None)
     torch.use_deterministic_algorithms(False)

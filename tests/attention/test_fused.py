@@ -18,7 +18,10 @@ from tests.attention.cases import fused, inputs, pruned, results
 from tests.scripts.process import ROOT
 
 pytest.importorskip("triton", reason="triton comes with torch on Linux only")
-pytestmark = pytest.mark.usefixtures("nan_in_new_memory")
+pytestmark = [
+    pytest.mark.usefixtures("strict_memory"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),  # of the interpreter: infinities are meant
+]
 
 
 def error(found, expected):
@@ -34,7 +37,7 @@ def error(found, expected):
         ((7, 7), 64),
         ((12, 12), 16),
         ((5, 13), 72),
-        ((9, 2), 40),
+        ((9, 2), 80),
         ((3, 5), 96),
         ((6, 6), 128),
         ((11, 1), 17),
@@ -47,7 +50,7 @@ def test_it_is_the_reference_with_all_gradients_on_any_grid_and_head(grid, head_
         torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("gate", [-1e-6, -1e-3, -30.0, -80.0])
+@pytest.mark.parametrize("gate", [-1e-6, -1e-3, -30.0, -80.0, -1e38])
 def test_it_is_the_reference_for_gates_of_any_size(gate):
     tensors = inputs((6, 7), gate=gate)
     expected = results(reference_attention, tensors, (6, 7), dtype=torch.float64)
@@ -131,7 +134,7 @@ def decomposed_reference(query, key, value, decay, scale):
 def test_tokens_may_lie_anywhere(samples):
     """As after tokens were dropped: a few of a grid, others in each sample."""
     tensors = inputs((3, 7))
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(1)
     kept = torch.stack([torch.randperm(64, generator=generator)[:21] for _ in range(samples)])
     coordinates = torch.stack([kept // 8, kept % 8], dim=-1)
 
@@ -170,7 +173,7 @@ def test_autocast_and_checkpointing_change_no_bit(eps):
     grid, tensors = (4, 19), inputs((4, 19), batch=1, heads=1, gate=-80.0)
 
     def checkpointed(*args):
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(args[0].device.type, torch.bfloat16):
             return torch.utils.checkpoint.checkpoint(pruned(eps), *args, use_reentrant=False)
 
     for mine, plain in zip(results(checkpointed, tensors, grid), results(pruned(eps), tensors, grid), strict=True):
@@ -203,7 +206,7 @@ def test_operators_are_registered_as_torch_wants_them():
 
     tensors = [x.detach().contiguous().requires_grad_() for x in inputs((4, 4))[:4]]
     torch.library.opcheck(_forward, (*tensors, None, None, None, 4, [1, 0, 1], 0.25, False))
-    order, needed = tile_order((4, 4)).int(), torch.ones(2, 2, 1, 1, dtype=torch.bool)
+    order, needed = tile_order((4, 4), tensors[0].device).int(), torch.ones(2, 2, 1, 1, dtype=torch.bool)
     arguments = (*tensors, None, order, needed, 4, [1, 0, 1], 0.25, False)
     torch.library.opcheck(_forward, arguments, test_utils=("test_schema", "test_faketensor"))
 
@@ -246,6 +249,7 @@ def test_query_key_and_value_of_other_shapes_or_dtypes_are_refused():
             fused(query, *others, Decay(gate, alpha, (3, 3)), 0.2)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_is_refused_by_name(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueError, match="The backend 'triton' needs a GPU"):

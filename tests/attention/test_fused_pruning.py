@@ -12,12 +12,15 @@ from sdt_diffusion.attention.pruning import TILE, needed_tiles, tile_order
 from tests.attention.cases import fused, inputs, pruned, results
 
 pytest.importorskip("triton", reason="triton comes with torch on Linux only")
-pytestmark = pytest.mark.usefixtures("nan_in_new_memory")
+pytestmark = [
+    pytest.mark.usefixtures("strict_memory"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),  # of the interpreter: infinities are meant
+]
 
 
 def without_skipped_tiles(needed, query, key, value, decay, scale):
     """Compute the reference with logits of -inf in all tiles that are not needed."""
-    order = tile_order(decay.grid_size)
+    order = tile_order(decay.grid_size, query.device)
     tile = torch.empty_like(order)
     tile[order] = torch.arange(len(order)) // TILE
     logits = query @ key.transpose(-1, -2) * scale + decay.bias()
@@ -30,7 +33,9 @@ def tiles_of(tensors, grid, variant, eps):
     coordinates = torch.cartesian_prod(torch.arange(grid[0]), torch.arange(grid[1]))
     decays = gate * alpha[:, None] / 2
     scale = query.shape[-1] ** -0.5
-    return needed_tiles(query, key, decays, coordinates, tile_order(grid), scale, eps, variant == "content")
+    return needed_tiles(
+        query, key, decays, coordinates, tile_order(grid, query.device), scale, eps, variant == "content"
+    )
 
 
 @pytest.mark.parametrize(
@@ -104,7 +109,7 @@ def test_skipped_tiles_and_the_ends_of_lists_are_not_read(monkeypatch):
     original = fused_module._lists
     monkeypatch.setattr(fused_module, "_lists", lists)
     monkeypatch.setattr(fused_module, "needed_tiles", lambda *args: needed)
-    others, last = tile_order(grid).split([3 * TILE, 9])
+    others, last = tile_order(grid, needed.device).split([3 * TILE, 9])
     poisoned = [x.detach().index_fill(2, others, torch.nan) for x in tensors[:3]]
     found = results(pruned(1e-3), [*poisoned, *tensors[3:]], grid)
     for mine, wanted in zip(found[:5], expected[:5], strict=True):  # alpha's gradient is a sum over all tokens

@@ -112,6 +112,7 @@ def test_a_launch_that_the_gpu_refuses_is_never_chosen(monkeypatch):
     assert module._milliseconds(print, candidates("forward", 64, 300)[0]) == float("inf")
 
 
+@pytest.mark.usefixtures("strict_memory")
 def test_measuring_changes_no_result_beyond_rounding(measured):
     """Kernels can be started again: the gradients are those of one start."""
     pytest.importorskip("triton", reason="triton comes with torch on Linux only")

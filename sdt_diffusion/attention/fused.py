@@ -139,18 +139,18 @@ def _forward(
         raise ValueError("The backend 'triton' needs a GPU; on CPUs it runs in Triton's interpreter only, for tests.")
 
     half_decay = _ordered(half_decay, order)
-    output = torch.empty(value.shape, dtype=value.dtype, device=value.device)
+    output = _result_like(value)
     log_sum = torch.empty_like(half_decay)
     lists = None if needed is None else _lists(needed)
-    tensors = (query, key, value, output, log_sum, half_decay, coordinates, order, lists)
-    numbers = _numbers((query, key, value, output), coordinates, width, groups, scale)
-    _run("forward", query, groups, clamp, needed is not None, *tensors, *numbers)
+    arguments = (query, key, value, output, log_sum, half_decay, coordinates, order, lists)
+    numbers = _numbers((query, key, value), coordinates, width, groups, scale)
+    _run("forward", query, groups, clamp, needed is not None, *arguments, *numbers)
     return output, log_sum
 
 
 @_forward.register_fake
 def _(query, key, value, half_decay, coordinates, order, needed, width, groups, scale, clamp):
-    return value.new_empty(value.shape), torch.empty_like(half_decay)
+    return _result_like(value), torch.empty_like(half_decay)
 
 
 @torch.library.custom_op("sdt_diffusion::fused_attention_backward", mutates_args=())
@@ -172,37 +172,23 @@ def _backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the gradients of query, key, value and half_decay."""
     half_decay = _ordered(half_decay, order)
-    delta = _ordered((grad_output.float() * output.float()).sum(dim=-1), order)  # (B, h, N)
-    grad_query, grad_key, grad_value = (
-        torch.empty(each.shape, dtype=each.dtype, device=each.device) for each in (query, key, value)
-    )
+    grad_query, grad_key, grad_value = (_result_like(each) for each in (query, key, value))
     exact_delta, row_sums, grad_half_decay = (torch.empty_like(half_decay) for _ in range(3))
-    tensors = (query, key, value, grad_output)
-    numbers = _numbers(tensors, coordinates, width, groups, scale)
-    grid = (half_decay, coordinates, order)
+    numbers = _numbers((query, key, value, grad_output), coordinates, width, groups, scale)
+    pruned = needed is not None
     lists = None if needed is None else _lists(needed)
-    arguments = (*tensors, delta, log_sum, *grid, lists, grad_query, exact_delta, row_sums, *numbers)
-    _run("backward_query", query, groups, clamp, needed is not None, *arguments)
+    arguments = [query, key, value, output, grad_output, log_sum, half_decay, coordinates, order, lists]
+    _run("backward_query", query, groups, clamp, pruned, *arguments, grad_query, exact_delta, row_sums, *numbers)
     lists = None if needed is None else _lists(needed.transpose(-1, -2))
-    arguments = (
-        *tensors,
-        exact_delta,
-        log_sum,
-        *grid,
-        lists,
-        grad_key,
-        grad_value,
-        row_sums,
-        grad_half_decay,
-        *numbers,
-    )
-    _run("backward_key", query, groups, clamp, needed is not None, *arguments)
+    arguments = [query, key, value, grad_output, exact_delta, log_sum, half_decay, coordinates, order, lists]
+    arguments += [grad_key, grad_value, row_sums, grad_half_decay]
+    _run("backward_key", query, groups, clamp, pruned, *arguments, *numbers)
     return grad_query, grad_key, grad_value, _ordered(grad_half_decay, None if order is None else order.argsort())
 
 
 @_backward.register_fake
 def _(grad_output, query, key, value, half_decay, *rest):
-    return *(tensor.new_empty(tensor.shape) for tensor in (query, key, value)), torch.empty_like(half_decay)
+    return *(_result_like(each) for each in (query, key, value)), torch.empty_like(half_decay)
 
 
 def _setup_context(ctx, inputs, output):
@@ -220,6 +206,12 @@ def _autograd(ctx, grad_output, grad_log_sum):
 _forward.register_autograd(_autograd, setup_context=_setup_context)
 
 
+def _result_like(tensor: torch.Tensor) -> torch.Tensor:
+    """Return memory for a result: contiguous with the heads behind the tokens, as models join them."""
+    batch, heads, tokens, head_dim = tensor.shape
+    return tensor.new_empty((batch, tokens, heads, head_dim)).transpose(1, 2)
+
+
 def _ordered(numbers: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
     return numbers if order is None else numbers.index_select(-1, order)
 
@@ -231,7 +223,7 @@ def _lists(needed: torch.Tensor) -> torch.Tensor:
 
 
 def _numbers(tensors, coordinates, width, groups, scale):
-    """Return the kernels' numbers: strides of four tensors, and sizes."""
+    """Return the kernels' numbers: strides of the tensors, and sizes."""
     _, heads, tokens, _ = tensors[0].shape
     strides = [stride for tensor in tensors for stride in tensor.stride()[:3]]
     coordinate_batch = coordinates.stride(0) if coordinates is not None and len(coordinates) > 1 else 0

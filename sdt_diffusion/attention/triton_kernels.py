@@ -2,7 +2,8 @@
 
 Tokens attend to those of their group: one group holds the whole grid, and rows or columns of a decomposed attention
 are a group each. Token number n of group g is g * group_stride + n * token_stride, so that no tensor is copied,
-whatever its strides (only the last dimension must be contiguous).
+whatever its strides (only the last dimension must be contiguous). The output and the gradients are contiguous in the
+shape (batch, tokens, heads, D), so that models join the heads without copies too.
 
 Pruned attention takes the tokens in another order: number n is order[n], and vectors of one number a token are in that
 order already. A block then visits the tiles of its list only: their count, and their numbers. Without pruning, `order`
@@ -123,7 +124,6 @@ def forward_kernel(
     query_batch, query_head, query_token,
     key_batch, key_head, key_token,
     value_batch, value_head, value_token,
-    output_batch, output_head, output_token,
     coordinate_batch, width, heads, tokens, all_tokens, groups, group_stride, token_stride, scale,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -134,7 +134,7 @@ def forward_kernel(
     query += batch * query_batch + head * query_head
     key += batch * key_batch + head * key_head
     value += batch * value_batch + head * value_head
-    output += batch * output_batch + head * output_head
+    output += (batch * all_tokens * heads + head) * D
     half_decay += pair * all_tokens
     lse += pair * all_tokens
     if coordinates is not None:
@@ -176,27 +176,27 @@ def forward_kernel(
             v1 = _load_rows(value, j, valid_j, value_token, D0, D1, D)
             acc1 = _dot(weights.to(v1.dtype), v1, acc1 * shrink[:, None], PRECISION)
         maximum = new_maximum
-    _store_rows(output, acc0 / total[:, None], i, valid_i, output_token, 0, D0, D)
+    _store_rows(output, acc0 / total[:, None], i, valid_i, heads * D, 0, D0, D)
     if D1 > 0:
-        _store_rows(output, acc1 / total[:, None], i, valid_i, output_token, D0, D1, D)
+        _store_rows(output, acc1 / total[:, None], i, valid_i, heads * D, D0, D1, D)
     tl.store(lse + at_i, maximum + tl.log2(total), mask=valid_i)
 
 
 @triton.jit
 def backward_query_kernel(
-    query, key, value, grad_output, delta, lse,
+    query, key, value, output, grad_output, lse,
     half_decay, coordinates, order, lists,
     grad_query, exact_delta, row_sums,
     query_batch, query_head, query_token,
     key_batch, key_head, key_token,
     value_batch, value_head, value_token,
-    output_batch, output_head, output_token,
+    grad_output_batch, grad_output_head, grad_output_token,
     coordinate_batch, width, heads, tokens, all_tokens, groups, group_stride, token_stride, scale,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CLAMP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Compute dQ and the row sums of dS d of one block of queries; gradients are contiguous.
+    """Compute dQ and the row sums of dS d of one block of queries.
 
     With dS = P (dP - delta), delta = sum_j P dP. Flash kernels take delta from the rounded output, near enough
     for dQ; in the row sums its error would be multiplied by the distances. So they are taken apart,
@@ -206,14 +206,15 @@ def backward_query_kernel(
     query += batch * query_batch + head * query_head
     key += batch * key_batch + head * key_head
     value += batch * value_batch + head * value_head
-    grad_output += batch * output_batch + head * output_head
+    grad_output += batch * grad_output_batch + head * grad_output_head
     first = pair * all_tokens
     half_decay += first
     lse += first
-    delta += first
     row_sums += first
     exact_delta += first
-    grad_query += first * D
+    first_row = (batch * all_tokens * heads + head) * D
+    output += first_row
+    grad_query += first_row
     if coordinates is not None:
         coordinates += batch * coordinate_batch
     start = group * group_stride
@@ -222,14 +223,17 @@ def backward_query_kernel(
         half_decay, coordinates, order, width, start, token_stride, block * BLOCK_M, tokens, BLOCK_M, True
     )
     q0 = _load_rows(query, i, valid_i, query_token, 0, D0, D)
-    do0 = _load_rows(grad_output, i, valid_i, output_token, 0, D0, D)
+    do0 = _load_rows(grad_output, i, valid_i, grad_output_token, 0, D0, D)
+    o0 = _load_rows(output, i, valid_i, heads * D, 0, D0, D)
+    delta_i = tl.sum(do0.to(tl.float32) * o0.to(tl.float32), 1)
     dq0 = tl.zeros([BLOCK_M, D0], tl.float32)
     if D1 > 0:
         q1 = _load_rows(query, i, valid_i, query_token, D0, D1, D)
-        do1 = _load_rows(grad_output, i, valid_i, output_token, D0, D1, D)
+        do1 = _load_rows(grad_output, i, valid_i, grad_output_token, D0, D1, D)
+        o1 = _load_rows(output, i, valid_i, heads * D, D0, D1, D)
+        delta_i += tl.sum(do1.to(tl.float32) * o1.to(tl.float32), 1)
         dq1 = tl.zeros([BLOCK_M, D1], tl.float32)
     lse_i = tl.load(lse + at_i, mask=valid_i, other=float("inf"))
-    delta_i = tl.load(delta + at_i, mask=valid_i, other=0.0)
     sum_i = tl.zeros([BLOCK_M], tl.float32)
     mean_distance = tl.zeros([BLOCK_M], tl.float32)
     du_i = tl.zeros([BLOCK_M], tl.float32)
@@ -261,22 +265,22 @@ def backward_query_kernel(
         dq0 = _dot(grad_scores, k0, dq0, PRECISION)
         if D1 > 0:
             dq1 = _dot(grad_scores, k1, dq1, PRECISION)
-    _store_rows(grad_query, dq0 * scale, i, valid_i, D, 0, D0, D)
+    _store_rows(grad_query, dq0 * scale, i, valid_i, heads * D, 0, D0, D)
     if D1 > 0:
-        _store_rows(grad_query, dq1 * scale, i, valid_i, D, D0, D1, D)
+        _store_rows(grad_query, dq1 * scale, i, valid_i, heads * D, D0, D1, D)
     tl.store(row_sums + at_i, du_i - sum_i * mean_distance, mask=valid_i)
     tl.store(exact_delta + at_i, sum_i, mask=valid_i)
 
 
 @triton.jit
 def backward_key_kernel(
-    query, key, value, grad_output, delta, lse,
+    query, key, value, grad_output, exact_delta, lse,
     half_decay, coordinates, order, lists,
     grad_key, grad_value, row_sums, grad_half_decay,
     query_batch, query_head, query_token,
     key_batch, key_head, key_token,
     value_batch, value_head, value_token,
-    output_batch, output_head, output_token,
+    grad_output_batch, grad_output_head, grad_output_token,
     coordinate_batch, width, heads, tokens, all_tokens, groups, group_stride, token_stride, scale,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -290,15 +294,16 @@ def backward_key_kernel(
     query += batch * query_batch + head * query_head
     key += batch * key_batch + head * key_head
     value += batch * value_batch + head * value_head
-    grad_output += batch * output_batch + head * output_head
+    grad_output += batch * grad_output_batch + head * grad_output_head
     first = pair * all_tokens
     half_decay += first
     lse += first
-    delta += first
+    exact_delta += first
     row_sums += first
     grad_half_decay += first
-    grad_key += first * D
-    grad_value += first * D
+    first_row = (batch * all_tokens * heads + head) * D
+    grad_key += first_row
+    grad_value += first_row
     if coordinates is not None:
         coordinates += batch * coordinate_batch
     start = group * group_stride
@@ -326,14 +331,14 @@ def backward_key_kernel(
             half_decay, coordinates, order, width, start, token_stride, first_i, tokens, BLOCK_M, False
         )
         q0 = _load_rows(query, i, valid_i, query_token, 0, D0, D)
-        do0 = _load_rows(grad_output, i, valid_i, output_token, 0, D0, D)
+        do0 = _load_rows(grad_output, i, valid_i, grad_output_token, 0, D0, D)
         scores = _dot(k0, tl.trans(q0), None, PRECISION)
         if D1 > 0:
             q1 = _load_rows(query, i, valid_i, query_token, D0, D1, D)
-            do1 = _load_rows(grad_output, i, valid_i, output_token, D0, D1, D)
+            do1 = _load_rows(grad_output, i, valid_i, grad_output_token, D0, D1, D)
             scores = _dot(k1, tl.trans(q1), scores, PRECISION)
         lse_i = tl.load(lse + at_i, mask=valid_i, other=float("inf"))
-        delta_i = tl.load(delta + at_i, mask=valid_i, other=0.0)
+        delta_i = tl.load(exact_delta + at_i, mask=valid_i, other=0.0)
         distance = _distance(y_j, x_j, y_i, x_i, CLAMP)
         logits = scores * (scale * LOG2_E) + (u_j[:, None] + u_i[None, :]) * distance
         weights = tl.exp2(logits - lse_i[None, :])  # zero for queries that are not valid
@@ -348,10 +353,10 @@ def backward_key_kernel(
         dk0 = _dot(grad_scores, q0, dk0, PRECISION)
         if D1 > 0:
             dk1 = _dot(grad_scores, q1, dk1, PRECISION)
-    _store_rows(grad_value, dv0, j, valid_j, D, 0, D0, D)
-    _store_rows(grad_key, dk0 * scale, j, valid_j, D, 0, D0, D)
+    _store_rows(grad_value, dv0, j, valid_j, heads * D, 0, D0, D)
+    _store_rows(grad_key, dk0 * scale, j, valid_j, heads * D, 0, D0, D)
     if D1 > 0:
-        _store_rows(grad_value, dv1, j, valid_j, D, D0, D1, D)
-        _store_rows(grad_key, dk1 * scale, j, valid_j, D, D0, D1, D)
+        _store_rows(grad_value, dv1, j, valid_j, heads * D, D0, D1, D)
+        _store_rows(grad_key, dk1 * scale, j, valid_j, heads * D, D0, D1, D)
     du_j += tl.load(row_sums + at_j, mask=valid_j, other=0.0)
     tl.store(grad_half_decay + at_j, du_j, mask=valid_j)

@@ -27,7 +27,7 @@ from sdt_diffusion.attention.launch import Launch, candidates
 ARCHITECTURES = (80, 90, 100)
 KERNELS = ("forward", "backward_query", "backward_key")
 IN_TYPE = ("query", "key", "value", "output", "grad_output", "grad_query", "grad_key", "grad_value")
-IN_FP32 = ("lse", "half_decay", "delta", "exact_delta", "row_sums", "grad_half_decay")
+IN_FP32 = ("lse", "half_decay", "exact_delta", "row_sums", "grad_half_decay")
 
 
 def resources(

@@ -181,24 +181,32 @@ def test_autocast_and_checkpointing_change_no_bit(eps):
 
 
 @pytest.mark.parametrize("options", [{}, {"decomposed": True}])
-def test_a_compiler_sees_one_operator_each_way(options):
+def test_a_compiler_sees_one_operator_for_any_size(options):
     from torch._dynamo.testing import EagerAndRecordGraphs
 
-    grid, tensors = (4, 4), inputs((4, 4))
-    eps = 0 if options else 1e-3
+    grid, eps, tensors = (4, 4), 0 if options else 1e-3, inputs((4, 4))
     recorded = EagerAndRecordGraphs()
 
     def attend(query, key, value, gate, alpha):
         return fused(query, key, value, Decay(gate, alpha, grid, prune_eps=eps), 0.25, **options)
 
-    compiled = torch.compile(attend, backend=recorded, fullgraph=True)
+    compiled = torch.compile(attend, backend=recorded, fullgraph=True, dynamic=True)
     torch.testing.assert_close(compiled(*tensors), attend(*tensors))
     (graph,) = recorded.graphs
     names = [str(node.target) for node in graph.graph.nodes if "sdt_diffusion" in str(node.target)]
-    attention = "sdt_diffusion.fused_attention.default"
-    assert names == (["sdt_diffusion.needed_tiles.default"] if eps else []) + [attention] * (
-        1 + ("decomposed" in options)
-    )
+    bound = ["sdt_diffusion.needed_tiles.default"] if eps else []
+    assert names == bound + ["sdt_diffusion.fused_attention.default"] * (1 + ("decomposed" in options))
+
+
+def test_models_join_and_split_the_heads_without_copies():
+    """As they do with a projection of shape (batch, tokens, heads * head_dim)."""
+    grid, joined = (3, 3), torch.randn(2, 9, 3 * 32, requires_grad=True)
+    qkv = joined.unflatten(-1, (3, 2, 16)).movedim(2, 0).transpose(2, 3).unbind()
+    _, _, _, gate, alpha = inputs(grid)
+    output = fused(*qkv, Decay(gate, alpha, grid), 0.25)
+    assert output.transpose(1, 2).is_contiguous()
+    for gradient in torch.autograd.grad(output.sin().sum(), qkv):
+        assert gradient.transpose(1, 2).is_contiguous()
 
 
 def test_operators_are_registered_as_torch_wants_them():

@@ -57,6 +57,18 @@ def test_it_is_the_reference_without_the_skipped_tiles_in_both_passes(grid, head
         torch.testing.assert_close(mine.double(), wanted, rtol=1e-5, atol=1e-5)
 
 
+def test_each_head_skips_its_own_tiles_whichever_they_are(monkeypatch):
+    grid, tensors = (7, 21), inputs((7, 21), batch=2, gate=-0.1)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(0)
+    needed = torch.rand(2, 2, 3, 3, generator=generator) < 0.4
+    needed |= torch.eye(3, dtype=torch.bool)
+    assert not torch.equal(needed, needed.transpose(-1, -2))
+    monkeypatch.setattr(fused_module, "needed_tiles", lambda *args: needed)
+    expected = results(functools.partial(without_skipped_tiles, needed), tensors, grid, dtype=torch.float64)
+    for mine, wanted in zip(results(pruned(1e-3), tensors, grid), expected, strict=True):
+        torch.testing.assert_close(mine.double(), wanted, rtol=1e-5, atol=1e-5)
+
+
 def adversary(name, grid=(8, 24)):
     """Return inputs that a careless bound would prune wrongly."""
     query, key, value, gate, alpha = (x.detach() for x in inputs(grid, batch=1, heads=1, gate=-1.0))

@@ -1,43 +1,52 @@
 """Compile the Triton kernels for GPUs that are not there, and print what each needs as JSON.
 
     python -m tests.attention.offline
+    python -m tests.attention.offline --all
 
 Only the compiler and the tools that come with Triton are used.
 """
 
+import itertools
 import json
 import re
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
+import torch
 import triton
 from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from sdt_diffusion.attention import triton_kernels
-from sdt_diffusion.attention.fused import launch_for
+from sdt_diffusion.attention.fused import kernel_constants
+from sdt_diffusion.attention.launch import Launch, candidates
 
 ARCHITECTURES = (80, 90, 100)
 KERNELS = ("forward", "backward_query", "backward_key")
 IN_TYPE = ("query", "key", "value", "output", "grad_output", "grad_query", "grad_key", "grad_value")
-IN_FP32 = ("lse", "half_decay", "y", "x", "delta", "grad_half_decay")
+IN_FP32 = ("lse", "half_decay", "exact_delta", "row_sums", "grad_half_decay")
 
 
-def resources(kernel: str, head_dim: int, architecture: int, dtype: str = "bf16", tokens: int = 4096) -> dict:
-    """Compile a kernel and return its registers, its bytes of local memory (spills) and of shared memory."""
+def resources(
+    kernel: str, head_dim: int, architecture: int, pruned: bool = False, launch: Launch | None = None
+) -> dict:
+    """Compile a kernel for bf16; return its registers, its bytes of local memory (spills) and of shared memory."""
     function = getattr(triton_kernels, f"{kernel}_kernel")
-    launch = launch_for(kernel, head_dim, tokens)
-    constants = {"D": head_dim, "D0": launch.d0, "D1": launch.d1, "BLOCK_M": launch.block_m, "BLOCK_N": launch.block_n}
-    constants |= {"CLAMP": False, "PRECISION": "tf32"}
+    launch = launch or candidates(kernel, head_dim, 4096, pruned)[0]
+    constants = kernel_constants(head_dim, torch.bfloat16, False, launch)
+    options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
+    constants |= {"coordinates": None} | ({} if pruned else {"order": None, "lists": None})
     names = function.arg_names
     types = {
         **dict.fromkeys(names, "i32"),
-        **dict.fromkeys(constants, "constexpr"),
-        **{name: f"*{dtype}" for name in names if name in IN_TYPE},
+        **{name: "*bf16" for name in names if name in IN_TYPE},
         **{name: "*fp32" for name in names if name in IN_FP32},
+        **{name: "*i32" for name in names if name in ("order", "lists")},
         "scale": "fp32",
+        **dict.fromkeys(constants, "constexpr"),
     }
     aligned = [
         i for i, name in enumerate(names) if types[name][0] == "*" or name.endswith(("_batch", "_head", "_token"))
@@ -48,7 +57,6 @@ def resources(kernel: str, head_dim: int, architecture: int, dtype: str = "bf16"
         constexprs={(names.index(name),): value for name, value in constants.items()},
         attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
     )
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -60,6 +68,8 @@ def resources(kernel: str, head_dim: int, architecture: int, dtype: str = "bf16"
         "kernel": kernel,
         "head_dim": head_dim,
         "architecture": architecture,
+        "pruned": pruned,
+        "launch": launch,
         "registers": int(found[1]),
         "spilled_bytes": int(found[2]),
         "shared_bytes": compiled.metadata.shared,
@@ -67,6 +77,8 @@ def resources(kernel: str, head_dim: int, architecture: int, dtype: str = "bf16"
 
 
 if __name__ == "__main__":
-    for kernel in KERNELS:
-        for architecture in ARCHITECTURES:
-            print(json.dumps(resources(kernel, 64, architecture)), flush=True)
+    everything = "--all" in sys.argv[1:]
+    for head_dim in (16, 24, 64, 72, 80, 96, 128) if everything else (64,):
+        for pruned, kernel, architecture in itertools.product((False, True), KERNELS, ARCHITECTURES):
+            if everything or not pruned or architecture == 80:  # which has the fewest registers to spare
+                print(json.dumps(resources(kernel, head_dim, architecture, pruned)), flush=True)

@@ -138,10 +138,11 @@ class SamplerArguments(CheckedArguments):
             raise ValueError("guidance_interval_unit is the unit of guidance_interval, which is not given.")
         if self.guidance is None and self.guide_model is None and not options:
             return
-        if self.guidance is None:
-            guider = pipe.guider if isinstance(pipe.guider, SDTGuidance) else SDTGuidance()
-        else:
-            guider = SDTGuidance.from_kind(self.guidance)
+        guider = (pipe.guider or SDTGuidance()) if self.guidance is None else SDTGuidance.from_kind(self.guidance)
+        if not isinstance(guider, SDTGuidance):
+            raise ValueError(
+                f"guidance must be named: options cannot be added to the pipeline's {type(guider).__name__}."
+            )
         if self.decay_guidance_factor is not None and guider.config.decay_factor is None:
             raise ValueError(f"decay_guidance_factor is for guidance decay, not for {self.guidance or 'cfg'}.")
         if self.guide_model is not None and not guider.config.guide_model:

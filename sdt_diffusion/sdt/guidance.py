@@ -123,6 +123,22 @@ class SDTGuidance(BaseGuidance):
         """Number of predictions that this step needs: 2 where it is guided, else 1."""
         return 2 if self._enabled and self.guidance_scale > 1 and self.guides_at(self._timestep) else 1
 
+    def check_interval(self, scheduler: SchedulerMixin) -> None:
+        """Refuse an interval outside the noise levels of a scheduler.
+
+        Raises:
+            ValueError: Names the interval and the greatest noise level.
+        """
+        interval, unit = self.config.guidance_interval, self.config.interval_unit
+        steps = scheduler.config.num_train_timesteps
+        most = steps if unit == "timestep" else sigma_at(scheduler, steps)
+        # The greatest sigma of a diffusion schedule is not round: take what is a little more for it.
+        if interval is not None and interval[1] > 1.01 * most:
+            raise ValueError(
+                f"guidance_interval {tuple(interval)} lies outside the schedule: the {unit} of "
+                f"{type(scheduler).__name__} is {most:.4g} at most."
+            )
+
     def start_run(self, scheduler: SchedulerMixin, timesteps: Sequence[float]) -> None:
         """Get ready for a run of the scheduler.
 
@@ -131,21 +147,11 @@ class SDTGuidance(BaseGuidance):
             timesteps: All of the run.
 
         Raises:
-            ValueError: If the interval lies outside the scheduler's noise levels, or holds none of the run's.
+            ValueError: If the interval holds none of them.
         """
         self._scheduler, self._differences = scheduler, MomentumBuffer(self.config.momentum)
         interval, unit = self.config.guidance_interval, self.config.interval_unit
-        if interval is None:
-            return
-        steps = scheduler.config.num_train_timesteps
-        most = steps if unit == "timestep" else sigma_at(scheduler, steps)
-        # The largest sigma of a schedule is not round: take what is a little larger for it.
-        if interval[1] > 1.01 * most:
-            raise ValueError(
-                f"guidance_interval {tuple(interval)} lies outside the schedule: the {unit} of "
-                f"{type(scheduler).__name__} is {most:.4g} at most."
-            )
-        if not any(map(self.guides_at, timesteps)):
+        if interval is not None and not any(map(self.guides_at, timesteps)):
             levels = sorted(t if unit == "timestep" else sigma_at(scheduler, t) for t in timesteps)
             raise ValueError(
                 f"guidance_interval {tuple(interval)} holds none of the {len(levels)} steps, whose {unit} is between "

@@ -62,6 +62,8 @@ class SDTPipeline(DiffusionPipeline):
     ):
         super().__init__()
         _check_parts(transformer, scheduler, vae, id2label)
+        if transformer is not None and not (guider is guide_transformer is None):
+            check_guidance(guider or SDTGuidance(), transformer, guide_transformer)
         for name, value in (("guidance_scale", guidance_scale), ("num_inference_steps", num_inference_steps)):
             if value is not None:
                 check_sampling_setting(name, value)
@@ -72,8 +74,6 @@ class SDTPipeline(DiffusionPipeline):
         self.register_to_config(
             id2label=self.id2label, guidance_scale=guidance_scale, num_inference_steps=num_inference_steps
         )
-        if transformer is not None and (guider, guide_transformer) != (None, None):
-            check_guidance(guider or SDTGuidance(), transformer, guide_transformer)
         self._guider, self._current_timestep = copy.copy(guider or SDTGuidance()), None
         self._guidance_scale = self.own_guidance_scale
         self._labels_of_name = labels_of_names(self.id2label)
@@ -154,8 +154,10 @@ class SDTPipeline(DiffusionPipeline):
         }
         for name, value in settings.items():
             check_sampling_setting(name, value, self.scheduler)
-        networks = (self.transformer, self.guide_transformer)
-        check_guidance(self.guider or SDTGuidance(), *networks, settings["guidance_scale"])
+        guider, networks = self.guider or SDTGuidance(), (self.transformer, self.guide_transformer)
+        check_guidance(guider, *networks, settings["guidance_scale"])
+        if isinstance(guider, SDTGuidance):
+            guider.check_interval(self.scheduler)
         return settings
 
     @property

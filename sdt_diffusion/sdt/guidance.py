@@ -93,7 +93,6 @@ class SDTGuidance(BaseGuidance):
         finally:
             GUIDERS_LOGGER.setLevel(level)
         _check_config(self.config)
-        self.guidance_scale = guidance_scale
         self._scheduler: SchedulerMixin | None = None
         self._latents: torch.Tensor | None = None
         self._differences: MomentumBuffer | None = None
@@ -112,6 +111,16 @@ class SDTGuidance(BaseGuidance):
         if kind not in GUIDANCE_KINDS:
             raise ValueError(f"Unknown kind of guidance {kind!r}: choose one of {', '.join(GUIDANCE_KINDS)}.")
         return cls(**{**GUIDANCE_KINDS[kind], **options})
+
+    @property
+    def guidance_scale(self) -> float:
+        """The scale, which may be set; it is saved with the rest."""
+        return self.config.guidance_scale
+
+    @guidance_scale.setter
+    def guidance_scale(self, scale: float) -> None:
+        check_value("guidance_scale", scale, (float,), GUIDANCE)
+        self.register_to_config(guidance_scale=scale)
 
     @property
     def is_conditional(self) -> bool:

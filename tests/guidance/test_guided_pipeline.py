@@ -125,6 +125,9 @@ def test_a_call_leaves_no_trace_in_the_guider(guided_pipe):
     assert torch.equal(images(pipe), first)
     pipe.guider.guidance_scale = 9
     assert (images(pipe) - first).abs().max() > 1e-3
+    assert pipe.guider.new().guidance_scale == 9  # it is saved too
+    with pytest.raises(ValueError, match="guidance_scale must be at least 0"):
+        pipe.guider.guidance_scale = -1
 
 
 @pytest.mark.parametrize("kind", GUIDANCE_KINDS)

@@ -269,9 +269,16 @@ def sigma_at(scheduler: SchedulerMixin, timestep: float) -> float:
 
     The share of noise, 0 to 1, for flows; else the ratio of noise to image, between the steps of training interpolated
     as diffusers does.
+
+    Raises:
+        ValueError: If the scheduler is neither of a flow nor of a DDPM schedule.
     """
     if is_flow(scheduler):
         return timestep / scheduler.config.num_train_timesteps
+    if not hasattr(scheduler, "alphas_cumprod"):
+        raise ValueError(
+            f"The noise levels of {type(scheduler).__name__} are not known here: choose another scheduler."
+        )
     alpha_bar = scheduler.alphas_cumprod.double().cpu().numpy()
     return float(np.interp(timestep, np.arange(len(alpha_bar)), np.sqrt(1 / alpha_bar - 1)))
 

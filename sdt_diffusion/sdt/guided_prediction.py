@@ -92,6 +92,7 @@ def check_guidance(guider: Any, transformer: Any, guide_transformer: Any, scale:
         )
     options = guider.config if isinstance(guider, SDTGuidance) else {}
     guide_model, decay_factor = options.get("guide_model", False), options.get("decay_factor")
+    channels = transformer.config.in_channels
     if guide_transformer is not None and not guide_model:
         raise ValueError(
             "guide_transformer is for autoguidance, but the guider does not use it: set guider to "
@@ -108,9 +109,10 @@ def check_guidance(guider: Any, transformer: Any, guide_transformer: Any, scale:
             ours, theirs = transformer.config[key], guide_transformer.config.get(key)
             if _sides(ours) != _sides(theirs):
                 raise ValueError(f"guide_transformer has {key} {theirs}, but the transformer has {ours}.")
-        channels = transformer.config.in_channels
         if (guide_transformer.config.get("out_channels") or channels) < channels:
             raise ValueError("guide_transformer predicts fewer channels than the transformer takes.")
+    if (options.get("guided_channels") or 1) > channels:
+        raise ValueError(f"guided_channels {options['guided_channels']} is more than the model's {channels} channels.")
     if options.get("guidance_interval") and isinstance(getattr(transformer, "_cache_config", None), WHOLE_RUN_CACHES):
         raise ValueError(
             f"{type(transformer._cache_config).__name__} needs batches of one size, but steps outside the "

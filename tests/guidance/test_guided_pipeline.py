@@ -6,7 +6,14 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler, DiffusionPipeline, FasterCacheConfig, PyramidAttentionBroadcastConfig
+from diffusers import (
+    DDPMScheduler,
+    DiffusionPipeline,
+    FasterCacheConfig,
+    FirstBlockCacheConfig,
+    PyramidAttentionBroadcastConfig,
+    TaylorSeerCacheConfig,
+)
 from diffusers.guiders import AdaptiveProjectedGuidance, SkipLayerGuidance
 
 from sdt_diffusion import SDTGuidance, SDTPipeline
@@ -178,6 +185,8 @@ def test_guidance_that_the_model_cannot_give_is_refused(guided_pipe, make_pipe, 
     images(guided_pipe("decay", transformer=unconditional))
     with pytest.raises(ValueError, match="needs the null class"):
         images(guided_pipe("decay", transformer=unconditional, null_class=True))
+    with pytest.raises(ValueError, match="guided_channels 3 is more than the model's 1 channels"):
+        images(guided_pipe("cfg_3channels", transformer=make_model(in_channels=1)))
     with pytest.raises(ValueError, match=r"the model has none \(spatial_decay 'none'\)"):
         images(guided_pipe("decay", transformer=make_model(spatial_decay="none")))
 
@@ -212,6 +221,20 @@ def test_intervals_outside_the_schedule_are_refused(guided_pipe):
     with pytest.raises(ValueError, match=r"holds none of the 3 steps, whose sigma is between 0.001 and 1"):
         images(guided_pipe("cfg", guidance_interval=(0.6, 0.7)))
     images(guided_pipe("cfg", DDPMScheduler(), guidance_interval=(0.19, 5.0)))
+
+
+@pytest.mark.parametrize("kind", ["cfg", "decay"])
+def test_caches_keep_steps_with_and_without_guidance_apart(guided_pipe, kind):
+    for config in (
+        FirstBlockCacheConfig(threshold=1e6),
+        TaylorSeerCacheConfig(3, disable_cache_before_step=1, cache_identifiers=["transformer_blocks.*attn"]),
+    ):
+        pipe = guided_pipe(kind, guidance_interval=(0.3, 0.7))
+        exact = images(pipe, num_inference_steps=12)
+        pipe.transformer.enable_cache(config)
+        cached = images(pipe, num_inference_steps=12)
+        assert 1e-4 < (cached - exact).abs().max() < 0.5 * exact.abs().max()
+        assert torch.equal(images(pipe, num_inference_steps=12), cached)
 
 
 def test_caches_of_diffusers_follow_the_timesteps(guided_pipe, make_pipe, make_model):

@@ -139,10 +139,12 @@ class SDTGuidance(BaseGuidance):
             ValueError: Names the interval and the greatest noise level.
         """
         interval, unit = self.config.guidance_interval, self.config.interval_unit
+        if interval is None:
+            return
         steps = scheduler.config.num_train_timesteps
         most = steps if unit == "timestep" else sigma_at(scheduler, steps)
         # The greatest sigma of a diffusion schedule is not round: take what is a little more for it.
-        if interval is not None and interval[1] > 1.01 * most:
+        if interval[1] > 1.01 * most:
             raise ValueError(
                 f"guidance_interval {tuple(interval)} lies outside the schedule: the {unit} of "
                 f"{type(scheduler).__name__} is {most:.4g} at most."
@@ -280,7 +282,9 @@ def sigma_at(scheduler: SchedulerMixin, timestep: float) -> float:
             f"The noise levels of {type(scheduler).__name__} are not known here: choose another scheduler."
         )
     alpha_bar = scheduler.alphas_cumprod.double().cpu().numpy()
-    return float(np.interp(timestep, np.arange(len(alpha_bar)), np.sqrt(1 / alpha_bar - 1)))
+    with np.errstate(divide="ignore"):  # schedules that end at pure noise
+        sigmas = np.sqrt(1 / alpha_bar - 1)
+    return float(np.interp(timestep, np.arange(len(sigmas)), sigmas))
 
 
 def clean_image_of(scheduler: SchedulerMixin, timestep: float) -> tuple[float, float]:
@@ -292,10 +296,10 @@ def clean_image_of(scheduler: SchedulerMixin, timestep: float) -> tuple[float, f
     if is_flow(scheduler):
         return 1.0, -sigma  # flow = noise - x
     a = 1 / (1 + sigma**2) ** 0.5
-    s = a * sigma
-    return {"epsilon": (1 / a, -s / a), "v_prediction": (a, -s), "sample": (0.0, 1.0)}[
-        scheduler.config.prediction_type
-    ]
+    s = (1 - a**2) ** 0.5  # at pure noise, sigma is infinite
+    if scheduler.config.prediction_type == "epsilon":
+        return 1 / a, -s / a
+    return (a, -s) if scheduler.config.prediction_type == "v_prediction" else (0.0, 1.0)
 
 
 def _check_config(config: Any) -> None:

@@ -110,6 +110,19 @@ def test_clean_images_and_noise_levels_are_those_of_training():
             assert on_latents * (a * x + s * noise) + factor * prediction == pytest.approx(x.item(), rel=1e-5)
 
 
+def test_schedules_may_end_at_pure_noise():
+    scheduler = diffusers.DDIMScheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction")
+    assert sigma_at(scheduler, 999) == math.inf
+    assert clean_image_of(scheduler, 999) == (0, -1)
+    SDTGuidance(guidance_interval=(0.2, 5.0)).check_interval(scheduler)
+
+
+def test_only_an_interval_needs_known_noise_levels():
+    SDTGuidance().check_interval(diffusers.EDMEulerScheduler())
+    with pytest.raises(ValueError, match="The noise levels of EDMEulerScheduler are not known here"):
+        SDTGuidance(guidance_interval=(0.2, 0.8)).check_interval(diffusers.EDMEulerScheduler())
+
+
 def test_far_heads_are_the_half_that_decays_least(make_model):
     factors = lambda **config: (  # noqa: E731
         SDTGuidance.from_kind("decay", decay_factor=9, far_heads_only=True)

@@ -4,11 +4,11 @@ import diffusers
 import diffusers.pipelines
 
 from . import sdt
-from .sdt import SDTPipeline, SDTTransformer2DModel
+from .sdt import SDTGuidance, SDTPipeline, SDTTransformer2DModel
 from .sdt.schedulers import swap_scheduler
 
 __version__ = "0.1.0"
-__all__ = ["SDTPipeline", "SDTTransformer2DModel", "swap_scheduler"]
+__all__ = ["SDTGuidance", "SDTPipeline", "SDTTransformer2DModel", "swap_scheduler"]
 
 
 def _register_with_diffusers() -> None:

@@ -56,6 +56,7 @@ class SDTAttnProcessor:
         grid_size: tuple[int, int],
         conditioning: torch.Tensor | None = None,
         image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+        decay_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Attend as `SDTAttention.forward` describes."""
         if attn.fused_projections:
@@ -72,6 +73,8 @@ class SDTAttnProcessor:
         if image_rotary_emb is not None:
             query, key = (apply_rotary_emb(x, image_rotary_emb) for x in (query, key))
         gate, alpha = (None, None) if attn.gate is None else attn.gate(hidden_states, conditioning)  # (B, h, N), (h,)
+        if decay_scale is not None and gate is not None:
+            gate = gate * decay_scale[..., None]  # the decay is linear in the gate
         hidden_states = spatial_decay_attention(
             query,
             key,
@@ -224,9 +227,10 @@ class SDTAttention(nn.Module, AttentionModuleMixin):
         grid_size: tuple[int, int],
         conditioning: torch.Tensor | None = None,
         image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+        decay_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Map tokens (batch, tokens, dim) to the same shape; see `SDTBlock.forward`."""
-        return self.processor(self, hidden_states, grid_size, conditioning, image_rotary_emb)
+        return self.processor(self, hidden_states, grid_size, conditioning, image_rotary_emb, decay_scale)
 
 
 class AdaLayerNormZero(nn.Module):
@@ -352,6 +356,7 @@ class SDTBlock(nn.Module):
         grid_size: tuple[int, int],
         conditioning: torch.Tensor | None = None,
         image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+        decay_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Run the block.
 
@@ -361,6 +366,7 @@ class SDTBlock(nn.Module):
             conditioning: SiLU of the conditioning vector, shape (batch, conditioning_dim); required if
                 and only if the block was built with it.
             image_rotary_emb: Cosines and sines of the rotary embedding, each of shape (tokens, head_dim), or `None`.
+            decay_scale: Factor of the decay, shape (batch, heads) or (batch, 1), or `None` for 1.
 
         Returns:
             Tokens of the same shape.
@@ -377,13 +383,13 @@ class SDTBlock(nn.Module):
         if self.conditional_position is not None:
             hidden_states = hidden_states + self.conditional_position(hidden_states, grid_size)
         if not self.conditioned:
-            branch = self.attn(self.norm1(hidden_states), grid_size, None, image_rotary_emb)
+            branch = self.attn(self.norm1(hidden_states), grid_size, None, image_rotary_emb, decay_scale)
             hidden_states = hidden_states + self.drop_path(self.layer_scale1(branch))
             branch = self.ff(self.norm2(hidden_states), grid_size)
             return hidden_states + self.drop_path(self.layer_scale2(branch))
 
         attention_input, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.norm1(hidden_states, conditioning)
-        branch = gate_msa * self.attn(attention_input, grid_size, conditioning, image_rotary_emb)
+        branch = gate_msa * self.attn(attention_input, grid_size, conditioning, image_rotary_emb, decay_scale)
         hidden_states = hidden_states + self.drop_path(self.layer_scale1(branch))
         branch = gate_mlp * self.ff(modulate(self.norm2(hidden_states), shift_mlp, scale_mlp), grid_size)
         return hidden_states + self.drop_path(self.layer_scale2(branch))

@@ -154,11 +154,11 @@ class _RecordingProcessor(SDTAttnProcessor):
         self.block, self.records, self.attention = block, records, None
         self.backend = self._attend if with_attention else None
 
-    def __call__(self, attn, hidden_states, grid_size, conditioning=None, image_rotary_emb=None):
+    def __call__(self, attn, hidden_states, grid_size, conditioning=None, image_rotary_emb=None, decay_scale=None):
         if len(hidden_states) != 1:
             raise ValueError(f"Decays are recorded of one image at a time, not of {len(hidden_states)}.")
         self.passes, self.attn, self.tokens = 0, attn, hidden_states.shape[1]
-        output = super().__call__(attn, hidden_states, grid_size, conditioning, image_rotary_emb)
+        output = super().__call__(attn, hidden_states, grid_size, conditioning, image_rotary_emb, decay_scale)
         gate, alpha = (x.detach().float() for x in attn.gate(hidden_states, conditioning))
         gate = gate[0].expand(-1, self.tokens)
         record = BlockDecay(

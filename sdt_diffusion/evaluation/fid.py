@@ -342,7 +342,7 @@ def _choose(
 
 def _notes_on_sampling(pipe: SDTPipeline, args: FidSamplingArguments) -> list[str]:
     """Return a note if neither the pipeline nor the arguments set the guidance."""
-    if args.guidance_scale is not None or pipe.config.guidance_scale is not None:
+    if args.guidance_scale is not None or pipe.config.guidance_scale is not None or pipe.guider is not None:
         return []
     guidance = args.settings(pipe)["guidance_scale"]
     return [f"The pipeline has no guidance_scale saved: {guidance:g} was used; FIDs are best at about 1.5."]

@@ -107,6 +107,7 @@ def sample_into(
         "dtype": str(pipe.dtype).removeprefix("torch."),
         "scheduler": {"_class_name": type(pipe.scheduler).__name__, **json.loads(pipe.scheduler.to_json_string())},
         **sampling,
+        **guider_record(pipe),
         "sampler": describe_sampling(pipe, sampling),
         **({"attention_backend": attention_backend} if attention_backend else {}),
         "batch_size": batch_size,
@@ -155,7 +156,16 @@ def is_sample_folder(folder: Path) -> bool:
 
 def weights_of(pipe: SDTPipeline) -> str:
     """Return the fingerprint of the networks that make the samples."""
-    return fingerprint(*(module for module in (pipe.transformer, pipe.vae) if module is not None))
+    return fingerprint(
+        *(module for module in (pipe.transformer, pipe.vae, pipe.guide_transformer) if module is not None)
+    )
+
+
+def guider_record(pipe: SDTPipeline) -> dict[str, Any]:
+    """Return the class and the options of the pipeline's guider under `guider`; nothing if it has none."""
+    if pipe.guider is None:
+        return {}
+    return {"guider": {"_class_name": type(pipe.guider).__name__, **json.loads(pipe.guider.to_json_string())}}
 
 
 def bytes_per_sample(pipe: SDTPipeline) -> int:

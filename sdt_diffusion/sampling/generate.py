@@ -10,7 +10,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
-from ..sdt import SDTPipeline
+from ..sdt import SDTGuidance, SDTPipeline
 from ..utils.seeding import Stream, numpy_generator, torch_generator
 
 
@@ -44,12 +44,20 @@ def describe_sampling(pipe: SDTPipeline, sampling: dict[str, Any]) -> str:
     """
     settings = pipe.sampling_settings(sampling.get("guidance_scale"), sampling.get("num_inference_steps"))
     steps, guidance = settings["num_inference_steps"], settings["guidance_scale"]
-    scheduler = copy.deepcopy(pipe.scheduler)
+    scheduler, guider = copy.deepcopy(pipe.scheduler), copy.copy(pipe.guider or SDTGuidance())
     scheduler.set_timesteps(steps)
-    evaluations = len(scheduler.timesteps) * (2 if guidance > 1 else 1)
+    timesteps, words = scheduler.timesteps.tolist(), type(guider).__name__
+    guider.guidance_scale = guidance
+    if isinstance(guider, SDTGuidance):
+        guider.start_run(scheduler, timesteps)
+        words = guider.describe()
+    evaluations = 0
+    for step, timestep in enumerate(timesteps):
+        guider.set_state(step, len(timesteps), timestep)
+        evaluations += guider.num_conditions if guidance > 1 else 1
     return (
-        f"{type(pipe.scheduler).__name__}, {steps} steps, {evaluations} network evaluations, guidance {guidance:g}, "
-        f"seed {sampling.get('seed', 0)}"
+        f"{type(pipe.scheduler).__name__}, {steps} steps, {evaluations} network evaluations, "
+        f"guidance {guidance:g}{f' ({words})' if words else ''}, seed {sampling.get('seed', 0)}"
     )
 
 

@@ -6,15 +6,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from ..attention import BACKENDS
 from ..blocks import set_decay_backend
-from ..sdt import SDTPipeline, SDTTransformer2DModel
+from ..sdt import GUIDANCE_KINDS, SDTGuidance, SDTPipeline, SDTTransformer2DModel
+from ..sdt.guidance import DECAY_FACTORS, RESCALE, clean_image_of
 from ..sdt.loading import open_pipeline
 from ..sdt.pipeline_sdt import DEFAULT_GUIDANCE_SCALE, DEFAULT_NUM_INFERENCE_STEPS
 from ..sdt.schedulers import GUIDANCE, STEPS, swap_scheduler
-from ..utils.ranges import RANGE_KEY, CheckedArguments, a_seed, between
+from ..utils.ranges import RANGE_KEY, CheckedArguments, Range, a_seed, between
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -44,6 +46,54 @@ class SamplerArguments(CheckedArguments):
             RANGE_KEY: GUIDANCE,
         },
     )
+    guidance: Literal["cfg", "cfg_3channels", "apg", "autoguidance", "decay"] | None = field(
+        default=None,
+        metadata={
+            "help": "Kind of guidance: away from the null class (on all channels, on three as DiT, or projected), "
+            "from --guide_model, or from a stronger decay; by default that saved in the pipeline, else cfg.",
+            "resumable": True,
+        },
+    )
+    guidance_interval: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "Guide only between two noise levels, the lower first; elsewhere a step costs half.",
+            "resumable": True,
+            RANGE_KEY: Range(0, 1e6),
+        },
+    )
+    guidance_interval_unit: Literal["sigma", "timestep"] | None = field(
+        default=None,
+        metadata={
+            "help": "Unit of --guidance_interval: the scheduler's sigma (0 to 1 for flows, noise over image for "
+            "diffusion), which is the default, or timesteps from 0 to 1000.",
+            "resumable": True,
+        },
+    )
+    guidance_rescale: float | None = field(
+        default=None,
+        metadata={
+            "help": "Share to which guided predictions get back the unguided standard deviation.",
+            "resumable": True,
+            RANGE_KEY: RESCALE,
+        },
+    )
+    guide_model: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder or Hub name of the pipeline whose weaker model --guidance autoguidance guides away from.",
+            "resumable": True,
+        },
+    )
+    decay_guidance_factor: float | None = field(
+        default=None,
+        metadata={
+            "help": "Factor of the decay in the weaker prediction of --guidance decay; "
+            f"{GUIDANCE_KINDS['decay']['decay_factor']:g} by default.",
+            "resumable": True,
+            RANGE_KEY: DECAY_FACTORS,
+        },
+    )
     attention_backend: str | None = field(
         default=None,
         metadata={
@@ -63,14 +113,45 @@ class SamplerArguments(CheckedArguments):
         )
 
     def apply_to(self, pipe: SDTPipeline) -> None:
-        """Give a pipeline the scheduler and the attention backend that were asked for.
+        """Give a pipeline the scheduler, the guidance and the attention backend that were asked for.
 
         Raises:
             ValueError: If one of them is unknown or does not fit the model.
         """
         if self.scheduler is not None:
             pipe.scheduler = swap_scheduler(pipe.scheduler, self.scheduler)
+        self._apply_guidance_to(pipe)
         set_attention_backend(pipe.transformer, self.attention_backend)
+        if pipe.guide_transformer is not None:
+            set_attention_backend(pipe.guide_transformer, self.attention_backend)
+
+    def _apply_guidance_to(self, pipe: SDTPipeline) -> None:
+        options: dict[str, Any] = {
+            "guidance_rescale": self.guidance_rescale,
+            "decay_factor": self.decay_guidance_factor,
+        }
+        options = {name: value for name, value in options.items() if value is not None}
+        if self.guidance_interval is not None:
+            unit = self.guidance_interval_unit or "sigma"
+            options |= {"guidance_interval": self.guidance_interval, "interval_unit": unit}
+        elif self.guidance_interval_unit is not None:
+            raise ValueError("guidance_interval_unit is the unit of guidance_interval, which is not given.")
+        if self.guidance is None and self.guide_model is None and not options:
+            return
+        guider = (pipe.guider or SDTGuidance()) if self.guidance is None else SDTGuidance.from_kind(self.guidance)
+        if not isinstance(guider, SDTGuidance):
+            raise ValueError(
+                f"guidance must be named: options cannot be added to the pipeline's {type(guider).__name__}."
+            )
+        if self.decay_guidance_factor is not None and guider.config.decay_factor is None:
+            raise ValueError(f"decay_guidance_factor is for guidance decay, not for {self.guidance or 'cfg'}.")
+        if self.guide_model is not None and not guider.config.guide_model:
+            raise ValueError(f"guide_model is for guidance autoguidance, not for {self.guidance or 'cfg'}.")
+        weaker = pipe.guide_transformer if guider.config.guide_model else None
+        if self.guide_model is not None:
+            weaker = _open_guide(self.guide_model, pipe)
+        scale = pipe.own_guidance_scale if self.guidance_scale is None else self.guidance_scale
+        pipe.register_modules(guider=guider.new(guidance_scale=scale, **options), guide_transformer=weaker)
 
     def settings(self, pipe: SDTPipeline) -> dict[str, Any]:
         """Return the arguments of a call of the pipeline: what was asked for, else what the pipeline has saved."""
@@ -126,6 +207,25 @@ def load_pipeline(args: PipelineArguments, device: torch.device | str) -> SDTPip
         raise
     except (RuntimeError, AssertionError) as error:  # torch's, for an unknown or missing device
         raise ValueError(f"device {device} cannot be used: {error}") from error
+
+
+def _open_guide(name: str, pipe: SDTPipeline) -> SDTTransformer2DModel:
+    """Open the model of another pipeline that was trained to predict the same."""
+    try:
+        guide = open_pipeline(name, pipe.transformer.dtype)
+    except ValueError as error:
+        raise ValueError(f"guide_model: {error}") from error
+    ours, theirs = ([clean_image_of(each.scheduler, step) for step in (1, 500, 999)] for each in (pipe, guide))
+    if not np.allclose(ours, theirs):
+        raise ValueError(f"guide_model: {name} predicts something else, or at other noise levels, than the model.")
+    if [pipe.id2label, *_latent_scale(pipe)] != [guide.id2label, *_latent_scale(guide)]:
+        raise ValueError(f"guide_model: {name} has other classes or another VAE than the model.")
+    return guide.transformer.to(pipe.transformer.device)
+
+
+def _latent_scale(pipe: SDTPipeline) -> list[Any]:
+    names = ("_class_name", "scaling_factor", "shift_factor", "latent_channels")
+    return [None if pipe.vae is None else pipe.vae.config.get(name) for name in names]
 
 
 def set_attention_backend(model: SDTTransformer2DModel, name: str | None) -> None:

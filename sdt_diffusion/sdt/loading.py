@@ -17,6 +17,8 @@ from .transformer_sdt import SDTTransformer2DModel
 
 #: Types of weights, in safetensors' names. diffusers converts others without a word.
 FLOATING_TYPES = ("F64", "F32", "F16", "BF16")
+#: Parts of a pipeline that have weights.
+NETWORKS = ("transformer", "vae", "guide_transformer")
 
 
 def open_pipeline(name: str, dtype: torch.dtype = torch.float32) -> SDTPipeline:
@@ -34,23 +36,24 @@ def open_pipeline(name: str, dtype: torch.dtype = torch.float32) -> SDTPipeline:
     where = str(path) if path.is_dir() else name
 
     def load():
-        for file in (path / "model_index.json", path / "scheduler" / "scheduler_config.json"):
+        configs = ("model_index.json", "scheduler/scheduler_config.json", "guider/guider_config.json")
+        for file in (path / config for config in configs):
             if path.is_dir() and file.exists():
                 read_json(file, finite=False)  # names the file that is damaged; DPM-Solver's config holds -Infinity
         kind = SDTPipeline.load_config(where).get("_class_name")
         if kind != SDTPipeline.__name__:
             raise ValueError(f"it holds a {kind}, not an {SDTPipeline.__name__}.")
         check_scheduler_config(DDPMScheduler.load_config(where, subfolder="scheduler"))
-        for part in ("transformer", "vae"):
+        for part in NETWORKS:
             check_types(path / part)
         return SDTPipeline.from_pretrained(where, dtype=dtype)
 
     pipe = _or_refuse(name, load)
     if not isinstance(pipe.transformer, SDTTransformer2DModel) or pipe.scheduler is None:
         raise ValueError(f"{name} is not whole: its model_index.json names no SDTTransformer2DModel or no scheduler.")
-    for part, module in (("transformer", pipe.transformer), ("vae", pipe.vae)):
-        if module is not None:
-            check_finite(module.state_dict(), f"The {part} of {name}")
+    for part in NETWORKS:
+        if getattr(pipe, part) is not None:
+            check_finite(getattr(pipe, part).state_dict(), f"The {part} of {name}")
     return pipe
 
 

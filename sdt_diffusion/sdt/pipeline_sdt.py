@@ -1,11 +1,13 @@
 """Generate images from class labels, with any of diffusers' DDPM-family or flow-matching schedulers."""
 
+import copy
 import inspect
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.guiders import BaseGuidance
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.schedulers import DDPMScheduler, SchedulerMixin
@@ -13,6 +15,8 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from ..utils.ranges import Range, check_value
 from ..utils.reading import CHECKSUMS_FILE, verify_checksums, write_checksums
+from .guidance import SDTGuidance
+from .guided_prediction import check_guidance, predict
 from .schedulers import check_sampling_setting, learns_variance
 from .transformer_sdt import SDTTransformer2DModel
 from .vae import decode_latents, vae_spatial_scale
@@ -33,13 +37,16 @@ class SDTPipeline(DiffusionPipeline):
         id2label: Label to class name; a name may hold several words for the class, separated by commas.
         guidance_scale: Guidance that calls use unless they name another, saved with the pipeline; 4 if `None`.
         num_inference_steps: Steps that calls use unless they name others, saved with the pipeline; 50 if `None`.
+        guider: Guidance of another kind than plain classifier-free: `SDTGuidance`, or a guider of diffusers that
+            changes no model. Its scale takes the place of `guidance_scale`.
+        guide_transformer: The weaker model of autoguidance.
 
     Raises:
         ValueError: If a part is of another kind, or a setting is none.
     """
 
-    model_cpu_offload_seq = "transformer->vae"
-    _optional_components = ["vae"]  # noqa: RUF012 (diffusers' names and forms)
+    model_cpu_offload_seq = "transformer->guide_transformer->vae"
+    _optional_components = ["vae", "guider", "guide_transformer"]  # noqa: RUF012 (diffusers' names and forms)
     _callback_tensor_inputs = ["latents"]  # noqa: RUF012
 
     def __init__(
@@ -50,18 +57,25 @@ class SDTPipeline(DiffusionPipeline):
         id2label: dict[int, str] | dict[str, str] | None = None,
         guidance_scale: float | None = None,
         num_inference_steps: int | None = None,
+        guider: BaseGuidance | None = None,
+        guide_transformer: SDTTransformer2DModel | None = None,
     ):
         super().__init__()
         _check_parts(transformer, scheduler, vae, id2label)
+        if transformer is not None and not (guider is guide_transformer is None):
+            check_guidance(guider or SDTGuidance(), transformer, guide_transformer)
         for name, value in (("guidance_scale", guidance_scale), ("num_inference_steps", num_inference_steps)):
             if value is not None:
                 check_sampling_setting(name, value)
-        self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
+        self.register_modules(
+            transformer=transformer, scheduler=scheduler, vae=vae, guider=guider, guide_transformer=guide_transformer
+        )
         self.id2label = {int(label): name for label, name in (id2label or {}).items()}  # in JSON, keys are strings
         self.register_to_config(
             id2label=self.id2label, guidance_scale=guidance_scale, num_inference_steps=num_inference_steps
         )
-        self._guidance_scale = DEFAULT_GUIDANCE_SCALE if guidance_scale is None else guidance_scale
+        self._guider, self._current_timestep = copy.copy(guider or SDTGuidance()), None
+        self._guidance_scale = self.own_guidance_scale
         self._labels_of_name = labels_of_names(self.id2label)
         self.vae_scale_factor = vae_spatial_scale(vae)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
@@ -78,6 +92,8 @@ class SDTPipeline(DiffusionPipeline):
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """Save the pipeline as diffusers does, with the checksums of its weights."""
+        # diffusers forgets to name a part in model_index.json that was `None` when the pipeline was made.
+        self.register_modules(**{name: getattr(self, name) for name in self._optional_components})
         folder = Path(save_directory, "vae")
         (folder / CHECKSUMS_FILE).unlink(missing_ok=True)  # those of what is replaced
         super().save_pretrained(save_directory, *args, **kwargs)
@@ -105,6 +121,11 @@ class SDTPipeline(DiffusionPipeline):
         return self._guidance_scale > 1
 
     @property
+    def current_timestep(self) -> torch.Tensor | None:
+        """Timestep of the running call, for diffusers' caches; `None` between calls."""
+        return self._current_timestep
+
+    @property
     def num_timesteps(self) -> int:
         """Number of scheduler timesteps of the running call."""
         return self._num_timesteps
@@ -122,20 +143,28 @@ class SDTPipeline(DiffusionPipeline):
             `guidance_scale` and `num_inference_steps`.
 
         Raises:
-            ValueError: If one of them is out of range, or there are more steps than the model was trained with.
+            ValueError: If one of them is out of range, there are more steps than the model was trained with, or the
+                networks cannot give the guidance.
         """
-
-        def first(*values):
-            return next(value for value in values if value is not None)
-
-        saved = self.config
+        if num_inference_steps is None:
+            num_inference_steps = self.config.num_inference_steps
         settings = {
-            "guidance_scale": first(guidance_scale, saved.guidance_scale, DEFAULT_GUIDANCE_SCALE),
-            "num_inference_steps": first(num_inference_steps, saved.num_inference_steps, DEFAULT_NUM_INFERENCE_STEPS),
+            "guidance_scale": self.own_guidance_scale if guidance_scale is None else guidance_scale,
+            "num_inference_steps": DEFAULT_NUM_INFERENCE_STEPS if num_inference_steps is None else num_inference_steps,
         }
         for name, value in settings.items():
             check_sampling_setting(name, value, self.scheduler)
+        guider, networks = self.guider or SDTGuidance(), (self.transformer, self.guide_transformer)
+        check_guidance(guider, *networks, settings["guidance_scale"])
+        if isinstance(guider, SDTGuidance):
+            guider.check_interval(self.scheduler)
         return settings
+
+    @property
+    def own_guidance_scale(self) -> float:
+        """Guidance scale of calls that name none: the guider's, else that saved with the pipeline, else 4."""
+        scale = self.config.guidance_scale if self.guider is None else getattr(self.guider, "guidance_scale", None)
+        return DEFAULT_GUIDANCE_SCALE if scale is None else scale
 
     def get_label_ids(self, label: str | Sequence[str]) -> list[int]:
         """Return the label ids of class names.
@@ -157,7 +186,7 @@ class SDTPipeline(DiffusionPipeline):
         return [self._labels_of_name[name][0] for name in names]
 
     def prepare_class_labels(self, class_labels: Any) -> list[int]:
-        """Turn ids, names, or a sequence or tensor of them into a list of label ids.
+        """Turn ids, names, or a sequence or tensor of them, nested at most once, into a list of label ids.
 
         Raises:
             ValueError: If a label is out of range, of a wrong type, or an unknown name.
@@ -166,6 +195,9 @@ class SDTPipeline(DiffusionPipeline):
             class_labels = class_labels.tolist()
         if isinstance(class_labels, str) or not isinstance(class_labels, Sequence):
             class_labels = [class_labels]
+        class_labels = [
+            label for each in class_labels for label in (each if isinstance(each, (list, tuple)) else [each])
+        ]
         if not class_labels:
             raise ValueError("class_labels is empty.")
         num_classes = self.transformer.config.num_classes
@@ -205,25 +237,15 @@ class SDTPipeline(DiffusionPipeline):
         return latents.to(device, torch.float32) * getattr(self.scheduler, "init_noise_sigma", 1.0)
 
     def predict(self, latents: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor) -> torch.Tensor:
-        """Predict at a timestep with guidance on all channels: uncond + scale (cond - uncond).
+        """Predict at a timestep, with the guidance of the running call where one is due.
 
-        A learned variance, which is the second half of twice as many channels, comes from the conditional prediction.
+        A learned variance, which is the second half of twice as many channels, comes from the unguided prediction.
         """
-        channels = latents.shape[1]
-        if self.do_classifier_free_guidance:
-            null_class = torch.full_like(class_labels, self.transformer.config.num_classes)
-            latents, class_labels = torch.cat([latents, latents]), torch.cat([class_labels, null_class])  # (2B, ...)
-        # One timestep per sample: a scalar from the scheduler would make compiled models specialize on it.
-        timestep = timestep.to(latents.device).expand(latents.shape[0])
-        with self.transformer.cache_context("cond_uncond"):
-            inputs = (latents.to(self.transformer.dtype), timestep, class_labels)
-            prediction = self.transformer(*inputs, return_dict=False)[0].float()  # (2B, C or 2C, H, W)
-        if self.do_classifier_free_guidance:
-            cond, uncond = prediction.chunk(2)
-            guided = uncond[:, :channels] + self.guidance_scale * (cond - uncond)[:, :channels]
-            prediction = torch.cat([guided, cond[:, channels:]], dim=1)  # (B, C or 2C, H, W)
+        self._guider.guidance_scale = self._guidance_scale
+        networks = (self.transformer, self.guide_transformer)
+        prediction = predict(self._guider, *networks, latents, timestep, class_labels)  # (B, C or 2C, H, W)
         takes_variance = isinstance(self.scheduler, DDPMScheduler) and learns_variance(self.scheduler)
-        return prediction if takes_variance else prediction[:, :channels]
+        return prediction if takes_variance else prediction[:, : latents.shape[1]]
 
     @torch.no_grad()
     def __call__(
@@ -246,8 +268,8 @@ class SDTPipeline(DiffusionPipeline):
 
         Args:
             class_labels: A label id or class name, or a sequence of them: one image for each.
-            guidance_scale: Scale of classifier-free guidance; 1 or less samples without. By default what is saved with
-                the pipeline, else 4; FIDs are reported at about 1.5.
+            guidance_scale: Scale of the guidance, which is the `guider`'s, else classifier-free; 1 or less samples
+                without. By default what is saved with the pipeline, else 4; FIDs are reported at about 1.5.
             num_inference_steps: Steps of the scheduler; by default what is saved with the pipeline, else 50.
             num_images_per_prompt: Images for each label; the images of one label follow each other.
             height: Height of the images in pixels; the trained one by default.
@@ -266,7 +288,7 @@ class SDTPipeline(DiffusionPipeline):
             The images.
 
         Raises:
-            ValueError: If a label, number, size, output type, generator list or callback input does not fit.
+            ValueError: If a label, number, size, output type, generator list, callback input or guider does not fit.
         """
         label_ids = self.prepare_class_labels(class_labels)
         settings = self.sampling_settings(guidance_scale, num_inference_steps)
@@ -283,6 +305,9 @@ class SDTPipeline(DiffusionPipeline):
         self.scheduler.set_timesteps(num_steps, device=device)
         timesteps = self.scheduler.timesteps
         self._num_timesteps = len(timesteps)
+        self._guider = copy.copy(self.guider or SDTGuidance())  # whose state is that of this call
+        if isinstance(self._guider, SDTGuidance):
+            self._guider.start_run(self.scheduler, timesteps.tolist())
         latents = self.prepare_latents(len(class_labels), height, width, generator, latents)
         accepted = inspect.signature(self.scheduler.step).parameters
         step_kwargs = {k: v for k, v in {"eta": eta, "generator": generator}.items() if k in accepted}
@@ -291,6 +316,8 @@ class SDTPipeline(DiffusionPipeline):
             for i, t in enumerate(timesteps):
                 if self.interrupt:
                     continue
+                self._current_timestep = t
+                self._guider.set_state(i, len(timesteps), t)
                 model_input = latents
                 if hasattr(self.scheduler, "scale_model_input"):
                     model_input = self.scheduler.scale_model_input(latents, t)
@@ -302,6 +329,7 @@ class SDTPipeline(DiffusionPipeline):
                 if (i + 1) * num_steps // len(timesteps) > progress_bar.n:
                     progress_bar.update()  # second-order schedulers have two timesteps a step
 
+        self._current_timestep = None
         images = latents
         if output_type != "latent":
             pixels = latents if self.vae is None else decode_latents(self.vae, latents)

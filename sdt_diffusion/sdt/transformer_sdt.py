@@ -274,6 +274,7 @@ class SDTTransformer2DModel(
         timestep: torch.Tensor,
         class_labels: torch.Tensor,
         force_drop_ids: torch.Tensor | None = None,
+        decay_scale: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Run all blocks; same arguments and errors as `forward`.
 
@@ -283,17 +284,18 @@ class SDTTransformer2DModel(
         height, width = self._check_input(hidden_states, class_labels)
         grid_size = (height // self.config.patch_size, width // self.config.patch_size)
         timestep = timestep.expand(hidden_states.shape[0])  # (B,)
+        if decay_scale is not None:
+            decay_scale = self._check_decay_scale(decay_scale, hidden_states.shape[0])  # (B, h) or (B, 1)
 
         hidden_states = self.pos_embed(hidden_states)  # (B, N, D), N = H/p * W/p
         conditioning = self.time_class_embed(timestep, class_labels, hidden_states.dtype, force_drop_ids)  # (B, D)
         image_rotary_emb = self._rotary_embedding(grid_size, hidden_states.device) if self.config.rotary else None
+        inputs = (grid_size, conditioning, image_rotary_emb, decay_scale)
         for block in self.transformer_blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                hidden_states = self._gradient_checkpointing_func(
-                    block, hidden_states, grid_size, conditioning, image_rotary_emb
-                )
+                hidden_states = self._gradient_checkpointing_func(block, hidden_states, *inputs)
             else:
-                hidden_states = block(hidden_states, grid_size, conditioning, image_rotary_emb)  # (B, N, D)
+                hidden_states = block(hidden_states, *inputs)  # (B, N, D)
         return hidden_states, conditioning
 
     def forward(
@@ -303,6 +305,7 @@ class SDTTransformer2DModel(
         class_labels: torch.Tensor,
         return_dict: bool = True,
         force_drop_ids: torch.Tensor | None = None,
+        decay_scale: torch.Tensor | None = None,
     ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
         """Predict noise, velocity or flow from a noisy (latent) image.
 
@@ -313,15 +316,19 @@ class SDTTransformer2DModel(
             return_dict: Whether to return a `Transformer2DModelOutput` instead of a tuple.
             force_drop_ids: Which labels the null class replaces, shape (batch,), as in facebookresearch/DiT; by
                 default training draws them with probability `class_dropout_prob`.
+            decay_scale: Factor of the spatial decay, shape (batch,) or (batch, heads), for `SDTGuidance`; 1 by
+                default.
 
         Returns:
             The prediction, shape (batch, out_channels, height, width).
 
         Raises:
-            ValueError: If the channels, sides or labels do not fit the model.
+            ValueError: If the channels, sides, labels or factors of the decay do not fit the model.
         """
         height, width = hidden_states.shape[-2:]
-        hidden_states, conditioning = self.forward_features(hidden_states, timestep, class_labels, force_drop_ids)
+        hidden_states, conditioning = self.forward_features(
+            hidden_states, timestep, class_labels, force_drop_ids, decay_scale
+        )
         patch_size = self.config.patch_size
         grid_size = (height // patch_size, width // patch_size)
         shift, scale = self.proj_out_1(conditioning).unsqueeze(1).chunk(2, dim=-1)  # each (B, 1, D)
@@ -357,6 +364,15 @@ class SDTTransformer2DModel(
                     f"{int(class_labels.min())}..{int(class_labels.max())}."
                 )
         return height, width
+
+    def _check_decay_scale(self, decay_scale, batch_size):
+        shapes = ((batch_size,), (batch_size, self.config.num_attention_heads))
+        if self.config.spatial_decay == "none" or decay_scale.shape not in shapes:
+            raise ValueError(
+                f"decay_scale, of shape {tuple(decay_scale.shape)}, must have shape {shapes[0]} or {shapes[1]}, and "
+                f"the model a spatial decay; its spatial_decay is {self.config.spatial_decay!r}."
+            )
+        return decay_scale.reshape(batch_size, -1)
 
     def _rotary_embedding(self, grid_size, device):
         y, x = (torch.arange(size, device=device, dtype=torch.float32) for size in grid_size)

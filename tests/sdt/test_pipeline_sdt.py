@@ -36,11 +36,18 @@ def test_output_types_agree(make_pipe):
     assert isinstance(pipe([0], return_dict=False, **STEPS), tuple)
 
 
-@pytest.mark.parametrize("labels", [3, "dog", [3], ["dog"], torch.tensor([3]), np.array([3]), np.int64(3), (3,)])
+@pytest.mark.parametrize(
+    "labels", [3, "dog", [3], ["dog"], torch.tensor([3]), np.array([3]), np.int64(3), (3,), [[3]]]
+)
 def test_a_class_may_be_given_in_many_forms(make_pipe, labels):
     pipe = make_pipe()
     expected = pipe([3], generator=seeded(), output_type="pt", **STEPS).images
     assert torch.equal(pipe(labels, generator=seeded(), output_type="pt", **STEPS).images, expected)
+
+
+def test_labels_may_be_nested_once(make_pipe):
+    assert make_pipe().prepare_class_labels([[1], [2, "elk"]]) == [1, 2, 4]
+    assert make_pipe().prepare_class_labels(torch.tensor([[1], [2]])) == [1, 2]
 
 
 def test_every_word_of_a_class_name_is_known(make_pipe):
@@ -75,7 +82,8 @@ def test_guidance_extrapolates_all_channels_from_the_null_class(make_pipe):
 def test_guidance_of_one_asks_for_no_null_class(make_pipe):
     pipe = make_pipe()
     sizes = []
-    pipe.transformer.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    count = lambda module, args, kwargs: sizes.append(len(kwargs["hidden_states"]))  # noqa: E731
+    pipe.transformer.register_forward_pre_hook(count, with_kwargs=True)
     pipe([0, 1], guidance_scale=1.0, **STEPS)
     pipe([0, 1], guidance_scale=1.5, **STEPS)
     assert sizes == [2, 2, 2, 4, 4, 4]
@@ -244,7 +252,7 @@ class TestBadInput:
         ):
             make_pipe()(["ant", "wolf"])
 
-    @pytest.mark.parametrize("label", [1.0, True, None, [[1]]])
+    @pytest.mark.parametrize("label", [1.0, True, None, [[1.0]], [[[1]]]])
     def test_label_of_a_wrong_type(self, make_pipe, label):
         with pytest.raises(ValueError, match="must be an integer or a class name"):
             make_pipe()(label)

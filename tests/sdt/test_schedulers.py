@@ -21,8 +21,8 @@ class GaussianDenoiser(diffusers.ModelMixin, ConfigMixin, CacheMixin):
         self.weight = torch.nn.Parameter(torch.zeros(()))  # gives the model a device and a dtype
         self.log_alphas_cumprod = np.log(np.cumprod(1 - np.linspace(1e-4, 2e-2, 1000)))
 
-    def forward(self, sample, timestep, class_labels, return_dict=False):
-        t, x = timestep[0].double(), sample.double()
+    def forward(self, hidden_states, timestep, class_labels, return_dict=False):
+        t, x = timestep[0].double(), hidden_states.double()
         if self.config.kind == "flow":
             a, sigma = 1 - t / 1000, t / 1000
         else:

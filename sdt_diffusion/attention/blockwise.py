@@ -128,8 +128,9 @@ def _setup_context(ctx, inputs, output):
 
 
 def _autograd(ctx, grad_output, grad_log_sum):
-    grad_output = grad_output.to(ctx.saved_tensors[2].dtype)
-    return *_backward(grad_output, *ctx.saved_tensors, ctx.height, ctx.width, ctx.clamp, ctx.scale), *[None] * 5
+    tensors = ctx.saved_tensors  # checkpointing lets them be unpacked once
+    numbers = (ctx.height, ctx.width, ctx.clamp, ctx.scale)
+    return *_backward(grad_output.to(tensors[2].dtype), *tensors, *numbers), *[None] * 5
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)

@@ -14,7 +14,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from sdt_diffusion import SDTTransformer2DModel
-from sdt_diffusion.blocks import SDTAttnProcessor
+from sdt_diffusion.attention_processor import SDTAttnProcessor
 from sdt_diffusion.evaluation.cost import count_cost
 
 IMAGES = 1_281_167

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 
 from ..attention import BACKENDS
-from ..blocks import set_decay_backend
+from ..attention_processor import set_decay_backend
 from ..sdt import SDTPipeline, SDTTransformer2DModel
 from ..sdt.loading import open_pipeline
 from ..sdt.pipeline_sdt import DEFAULT_GUIDANCE_SCALE, DEFAULT_NUM_INFERENCE_STEPS

@@ -5,7 +5,7 @@ import torch
 from diffusers import FirstBlockCacheConfig
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry, attention_backend
 
-from sdt_diffusion.blocks import set_decay_backend
+from sdt_diffusion.attention_processor import set_decay_backend
 
 
 def batch(channels=3, size=(8, 8), n=2, seed=0):

@@ -6,7 +6,7 @@ from diffusers.models.attention import AttentionModuleMixin, FeedForward
 from torch import nn
 
 from .attention import build_gate, check_variant
-from .attention_processor import SDTAttnProcessor
+from .attention_processor import AttentionBackendMixin, SDTAttnProcessor
 from .utils.ranges import Range, check_number
 
 #: Activations that diffusers' `FeedForward` supports.
@@ -34,7 +34,7 @@ def _depthwise_conv(dim, **kernel_size):
     return DepthwiseConv(dim, size) if size else None
 
 
-class SDTAttention(nn.Module, AttentionModuleMixin):
+class SDTAttention(nn.Module, AttentionBackendMixin, AttentionModuleMixin):
     """Multi-head self-attention with spatial decay.
 
     Args:

@@ -11,14 +11,14 @@ from sdt_diffusion.attention import (
     SPATIAL_DECAY_VARIANTS,
     Decay,
     blockwise,
+    dispatch,
     spatial_decay,
     spatial_decay_attention,
 )
-from sdt_diffusion.attention.dispatch import default_backend
 
 GRID = (3, 4)
-#: Backends that compute fp64 and any head on CPUs; test_fused.py tests the other.
-ON_CPU = [name for name in BACKENDS if name != "triton"]
+#: Backends that compute fp64, any head and any variant on CPUs; the others have tests of their own.
+ON_CPU = ["reference", "dense", "blockwise"]
 decaying = pytest.mark.parametrize("variant", [v for v in SPATIAL_DECAY_VARIANTS if v != "none"])
 all_variants = pytest.mark.parametrize("variant", list(SPATIAL_DECAY_VARIANTS))
 both_forms = pytest.mark.parametrize("decomposed", [False, True])
@@ -161,9 +161,92 @@ def test_blocks_of_heads_give_what_all_heads_give(monkeypatch, scratch):
     test_backends_equal_the_reference_forward_and_backward(variant="context", decomposed=False, backend="blockwise")
 
 
-def test_the_backend_fits_the_device():
-    assert default_backend(torch.zeros(1)) == "blockwise"
-    assert default_backend(torch.zeros(1, device="meta")) == "dense"
+def test_the_table_chooses_by_device_dtype_head_tokens_and_gradients(monkeypatch):
+    def choose(device, head_dim=64, dtype=torch.bfloat16, tokens=256, value_dim=None):
+        query = torch.empty(1, 1, tokens, head_dim, dtype=dtype, device="meta")
+        return dispatch.choose_backend(query, query[..., :value_dim], device)
+
+    assert choose("cpu") == "blockwise"
+    assert choose("meta") == choose("mps") == "dense"
+    pytest.importorskip("triton")
+    assert choose("cuda") == choose("cuda", dtype=torch.float32) == choose("cuda", head_dim=72) == "triton"
+    assert choose("cuda", dtype=torch.float64) == choose("cuda", head_dim=8) == choose("cuda", head_dim=256) == "dense"
+    assert choose("cuda", value_dim=32) == "dense"
+    rows = (
+        dispatch.Choice(("factored",), device="cuda", min_tokens=1024, training=False),
+        dispatch.Choice(("dense",), device="cuda", training=True),
+        dispatch.Choice(("triton",), device="cuda"),
+    )
+    monkeypatch.setattr(dispatch, "CHOICES", rows)
+    assert choose("cuda", tokens=1024) == "dense"
+    with torch.no_grad():
+        assert (choose("cuda", tokens=1024), choose("cuda", tokens=1023)) == ("factored", "triton")
+        assert choose("cpu") == choose("cuda", head_dim=8) == "reference"  # which computes anything
+
+
+def called_backend(monkeypatch, **options):
+    """Return which backend attends."""
+    called = []
+
+    def spy(name, attend):
+        return lambda *args, **kwargs: called.append(name) or attend(*args, **kwargs)
+
+    monkeypatch.setattr(dispatch, "BACKENDS", {name: spy(name, attend) for name, attend in BACKENDS.items()})
+    spatial_decay_attention(*inputs(), GRID, **options)
+    return called[0]
+
+
+def test_the_environment_names_a_backend_where_no_argument_does(monkeypatch):
+    monkeypatch.setenv("SDT_ATTENTION_BACKEND", "factored")
+    assert called_backend(monkeypatch) == "factored"
+    assert called_backend(monkeypatch, backend="dense") == "dense"
+    monkeypatch.setenv("SDT_ATTENTION_BACKEND", "")
+    assert called_backend(monkeypatch) == "blockwise"
+    monkeypatch.setenv("SDT_ATTENTION_BACKEND", "cuda")
+    with pytest.raises(ValueError, match=r"SDT_ATTENTION_BACKEND must be one of reference, dense.*, not 'cuda'"):
+        spatial_decay_attention(*inputs(), GRID)
+
+
+def test_a_backend_that_cannot_serve_falls_back_by_default_and_raises_by_name(monkeypatch):
+    monkeypatch.setattr(dispatch, "CHOICES", (dispatch.Choice(("triton", "dense")),))
+    assert called_backend(monkeypatch) == "dense"
+    with pytest.raises(ValueError, match="'triton' needs"):
+        spatial_decay_attention(*inputs(), GRID, backend="triton")
+    monkeypatch.setenv("SDT_ATTENTION_BACKEND", "triton")
+    with pytest.raises(ValueError, match="'triton' needs"):
+        spatial_decay_attention(*inputs(), GRID)
+
+
+def test_only_backends_that_prune_are_asked_to(monkeypatch):
+    decays = []
+
+    def attend(query, key, value, decay, scale):
+        decays.append(decay.prune_eps)
+        return value
+
+    monkeypatch.setitem(BACKENDS, "blockwise", attend)
+    tensors = inputs()
+    for options in ({"backend": "blockwise"}, {}, {"backend": attend}, {"backend": "blockwise", "decomposed": True}):
+        spatial_decay_attention(*tensors, GRID, prune_eps=1e-3, **options)
+    assert decays == [1e-3, 1e-3, 1e-3, 0, 0]  # rows and columns are never pruned
+    with pytest.raises(ValueError, match=r"'dense' skips no tokens: choose one of blockwise, triton"):
+        spatial_decay_attention(*tensors, GRID, prune_eps=1e-3, backend="dense")
+    monkeypatch.setattr(dispatch, "CHOICES", (dispatch.Choice(("dense",)),))
+    spatial_decay_attention(*tensors, GRID, prune_eps=1e-3)
+    for eps in (-1e-9, 0.51, math.nan):
+        with pytest.raises(ValueError, match=r"prune_eps must be from 0 to 0\.5"):
+            spatial_decay_attention(*tensors, GRID, prune_eps=eps)
+
+
+def test_backends_that_decompose_get_the_grid_and_no_copies(monkeypatch):
+    def attend(query, key, value, decay, scale, decomposed=False):
+        assert (decomposed, decay.grid_size, value.shape) == (True, GRID, (2, 2, 12, 4))
+        return value
+
+    monkeypatch.setitem(BACKENDS, "lines", attend)
+    monkeypatch.setattr(dispatch, "DECOMPOSES", ("lines",))
+    spatial_decay_attention(*inputs(), GRID, backend="lines", decomposed=True)
+    test_none_is_plain_attention_in_one_and_in_two_passes("lines")
 
 
 def test_exports_hold_torchs_own_operators():

@@ -8,7 +8,7 @@ that exactly one of the two is beyond. With b_t(i) = 1 if token i is beyond line
 
 so M is an inner product of 4 n columns. Any attention without a mask computes the formula with them, and by autograd
 its gradients, in memory that grows with the tokens only. All terms have one sign, so nothing cancels: in low precision
-only u is rounded.
+only u is rounded. The columns come first, because weak decays would be lost bit by bit if added to the sum of Q K^T.
 
 With signs s = 1 - 2b, d_ij = n/2 - 1/2 s_i . s_j, and x = [1, -s/2], y = [n/2, s] make 2 (n + 1) columns. There
 terms cancel. In half precision that leaves the output as good, as products are exact and summed in fp32, but not the
@@ -87,8 +87,8 @@ def add_decay_columns(
     weighted = (half_decay[..., None] * left).to(query.dtype)  # (B, h, N, n)
     right = right.to(query.dtype).expand_as(weighted)
     rest = query.new_zeros(()).expand(*query.shape[:-1], width - query.shape[-1] - 2 * left.shape[-1])
-    query = torch.cat([query, weighted, right, rest], dim=-1)  # (B, h, N, width)
-    key = torch.cat([key, right, weighted, rest], dim=-1)
+    query = torch.cat([weighted, right, query, rest], dim=-1)  # (B, h, N, width)
+    key = torch.cat([right, weighted, key, rest], dim=-1)
     return query, key, F.pad(value, (0, width - value.shape[-1]))
 
 

@@ -112,10 +112,16 @@ def errors(dtype, grid, gate):
     return with_decay, plain
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("gate", [-0.001, -0.03, -0.7])
-@pytest.mark.parametrize("grid", [(8, 8), (16, 16)])
-def test_half_precision_errs_at_most_twice_as_much_as_attention_without_decay(dtype, gate, grid):
+CASES = [
+    (dtype, grid, gate)
+    for dtype in (torch.bfloat16, torch.float16)
+    for grid in ((8, 8), (16, 16))
+    for gate in (-0.001, -0.03, -0.7)
+]
+
+
+@pytest.mark.parametrize(("dtype", "grid", "gate"), [*CASES, (torch.float32, (32, 32), -0.001)])
+def test_it_errs_at_most_twice_as_much_as_attention_without_decay(dtype, grid, gate):
     (output, *tokens, gates), (plain, *plain_gradients) = errors(dtype, grid, gate)
     assert output < 2 * plain
     for found, expected in zip(tokens, plain_gradients, strict=True):

@@ -16,7 +16,7 @@ from .attention import BACKENDS, check_backend, spatial_decay_attention
 from .attention.dispatch import MAX_PRUNE_EPS, Backend, check_pruning, choose_backend, named_backend
 from .attention.factored import add_decay_columns
 from .attention.memory_efficient import load_xformers
-from .utils.ranges import Range, check_number
+from .utils.ranges import Range, check_value
 
 #: diffusers' backends that add a mask of any values.
 MASK_BACKENDS = ("native", "_native_math", "_native_efficient", "_native_cudnn", "flex", "xformers")
@@ -63,7 +63,7 @@ class SDTAttnProcessor:
 
     def __init__(self, backend: str | None = None, prune_eps: float = 0.0):
         self.backend: str | Backend | None = check_backend(backend)
-        check_number("prune_eps", prune_eps, Range(0, MAX_PRUNE_EPS))
+        check_value("prune_eps", prune_eps, (float,), Range(0, MAX_PRUNE_EPS))
         check_pruning(prune_eps, backend)
         self.prune_eps = prune_eps
 
@@ -151,10 +151,16 @@ class AttentionBackendMixin:
         """Choose the backend by a name of ours, or else of diffusers.
 
         Raises:
-            ValueError: If the name is unknown.
+            ValueError: If the name is unknown (the message lists the known ones).
         """
+        theirs = [name.value for name in AttentionBackendName]
         if backend in BACKENDS:
             set_decay_backend(self, backend)
+        elif backend not in theirs:
+            raise ValueError(
+                f"Unknown attention backend {backend!r}: choose one of {', '.join(BACKENDS)}, or of diffusers' "
+                f"{', '.join(theirs)}."
+            )
         else:
             super().set_attention_backend(backend)  # type: ignore[misc]  # of the class that follows
 
@@ -211,6 +217,8 @@ def describe_backend(model: nn.Module, device: torch.device, dtype: torch.dtype,
 
 def _describe(attn, device, dtype, tokens):
     processor = attn.processor
+    if not isinstance(processor, SDTAttnProcessor):
+        return type(processor).__name__
     if (name := processor.diffusers_backend()) is not None:
         factored = attn.spatial_decay != "none" and name in FACTORED_BACKENDS
         return f"diffusers' {name} of factors" if factored else f"diffusers' {name}"

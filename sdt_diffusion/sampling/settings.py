@@ -165,8 +165,7 @@ def set_attention_backend(model: SDTTransformer2DModel, name: str | None, prune_
         try:
             model.set_attention_backend(name)
         except (ImportError, RuntimeError, ValueError) as error:
-            known = ", ".join(BACKENDS)
-            raise ValueError(f"attention_backend must be one of {known} or of diffusers: {error}") from error
+            raise ValueError(f"attention_backend {name!r} cannot be used. {error}") from error
 
 
 def parse_classes(pipe: SDTPipeline, words: Sequence[str]) -> list[int]:

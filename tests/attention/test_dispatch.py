@@ -3,8 +3,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.checkpoint import checkpoint
 
 from sdt_diffusion.attention import (
     BACKENDS,
@@ -18,7 +19,9 @@ from sdt_diffusion.attention import (
 
 GRID = (3, 4)
 #: Backends that compute fp64, any head and any variant on CPUs; the others have tests of their own.
-ON_CPU = ["reference", "dense", "blockwise"]
+ON_CPU = [name for name in BACKENDS if name not in ("triton", "factored", "flex", "xformers")]
+#: Those of which every variant but `content` and `raster` must be as good.
+FAST_ON_CPU = [*(name for name in ON_CPU if name != "reference"), "factored"]
 decaying = pytest.mark.parametrize("variant", [v for v in SPATIAL_DECAY_VARIANTS if v != "none"])
 all_variants = pytest.mark.parametrize("variant", list(SPATIAL_DECAY_VARIANTS))
 both_forms = pytest.mark.parametrize("decomposed", [False, True])
@@ -106,6 +109,49 @@ def test_backends_equal_the_reference_forward_and_backward(backend, decomposed, 
         results.append([output, *(x.grad for x in tensors)])
     for expected, result in zip(*results, strict=True):
         torch.testing.assert_close(result, expected)
+
+
+def gradients(tensors, grid, **options):
+    """Return the output and all gradients, of a loss that weighs every number differently."""
+    tensors = [x.detach().requires_grad_() for x in tensors]
+    output = spatial_decay_attention(*tensors, grid, **options)
+    weights = torch.sin(torch.arange(output.numel())).view_as(output).to(output.dtype)
+    return [output.detach(), *torch.autograd.grad((output * weights).sum(), tensors)]
+
+
+@pytest.mark.parametrize("backend", FAST_ON_CPU)
+@given(st.tuples(st.integers(1, 7), st.integers(1, 7)), st.sampled_from([1e-6, 1, 80]), st.booleans(), st.booleans())
+@settings(max_examples=30)
+def test_backends_equal_the_reference_on_any_grid_with_gates_of_any_size(
+    backend, grid, strength, decomposed, one_gate
+):
+    *qkv, gate, alpha = inputs(grid, batch=2)
+    qkv = [x.mT.contiguous().mT for x in qkv]  # of other strides
+    tensors = [*qkv, strength * (gate[:1, :, :1] if one_gate else gate.mT.contiguous().mT), alpha]
+    expected = gradients(tensors, grid, decomposed=decomposed, backend="reference")
+    for found, wanted in zip(gradients(tensors, grid, decomposed=decomposed, backend=backend), expected, strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("backend", FAST_ON_CPU)
+def test_backends_compile_to_one_graph_under_autocast_and_checkpointing(backend):
+    def attend(*tensors):
+        def block(*tensors):
+            projected = [F.linear(x, torch.eye(4)) for x in tensors[:3]]  # in autocast's dtype
+            return spatial_decay_attention(*projected, *tensors[3:], GRID, backend=backend)
+
+        with torch.autocast("cpu", torch.bfloat16):
+            return checkpoint(block, *tensors, use_reentrant=False)
+
+    tensors = inputs(dtype=torch.float32)
+    torch.compiler.reset()
+    results = []
+    for function in (attend, torch.compile(attend, fullgraph=True, backend="aot_eager")):
+        output = function(*tensors)
+        assert output.dtype == torch.bfloat16
+        results.append([output, *torch.autograd.grad(output.float().square().sum(), tensors)])
+    for expected, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected)
 
 
 def masked_attention(query, key, value, decay, scale):

@@ -5,7 +5,6 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils.checkpoint import checkpoint
 
 from sdt_diffusion.attention import Decay, spatial_decay_attention
 from sdt_diffusion.attention.factored import add_decay_columns
@@ -161,21 +160,3 @@ def test_what_has_no_factors_or_is_too_wide_is_refused():
         widths(torch.float32, 47, gate)
     with pytest.raises(ValueError, match="takes 31"):
         widths(torch.bfloat16, 31, gate)
-
-
-def test_it_compiles_to_one_graph_under_autocast_and_checkpointing():
-    query, key, value, gate, alpha = (x.float() for x in inputs((5, 7)))
-
-    def attend(*tensors):
-        with torch.autocast("cpu", torch.bfloat16):
-            half = [x.bfloat16() for x in tensors[:3]]
-            return checkpoint(attention("factored", (5, 7)), *half, *tensors[3:], use_reentrant=False)
-
-    tensors = [query, key, value, gate, alpha]
-    expected = results(attend, tensors)
-    assert expected[0].dtype == torch.bfloat16
-    torch.compiler.reset()
-    for found, wanted in zip(
-        results(torch.compile(attend, fullgraph=True, backend="aot_eager"), tensors), expected, strict=True
-    ):
-        torch.testing.assert_close(found, wanted)

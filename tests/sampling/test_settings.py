@@ -78,7 +78,10 @@ def test_models_that_cannot_be_loaded_are_named(make_pipe, tmp_path):
     make_pipe().save_pretrained(tmp_path)
     for arguments, message in [
         ({"scheduler": "DDIMScheduler"}, "'DDIMScheduler' is not a scheduler for this flow-matching model"),
-        ({"attention_backend": "fast"}, "attention_backend must be one of .*blockwise, triton.* or of diffusers"),
+        (
+            {"attention_backend": "fast"},
+            "attention_backend 'fast' cannot be used. Unknown .*blockwise, triton.*, or of diffusers' .*native",
+        ),
         ({"attention_backend": "native", "attention_prune_eps": 0.1}, "must be 0 with the attention_backend native"),
         (
             {"attention_backend": "dense", "attention_prune_eps": 0.1},

@@ -153,7 +153,9 @@ class TestOurBackendsByDiffusersMethods:
             torch.testing.assert_close(model(*batch()).sample, expected, rtol=1e-4, atol=1e-4)
         model.reset_attention_backend()
         assert backend_of(model) == "blockwise"
-        with pytest.raises(ValueError, match="must be one of"):
+        with pytest.raises(
+            ValueError, match=r"Unknown attention backend 'fast'.*reference, dense.*diffusers' .*native"
+        ):
             model.set_attention_backend("fast")
 
     def test_xformers_is_chosen_where_its_kernels_run_and_refused_with_the_reason_elsewhere(
@@ -195,6 +197,8 @@ def test_what_computes_attention_can_be_asked_for(make_model, monkeypatch):
             assert backend_of(model) == text
     model.transformer_blocks[0].attn.processor.backend = lambda *_: None
     assert backend_of(model) == "a function, factored"
+    model.transformer_blocks[1].attn.processor = len
+    assert backend_of(model) == "a function, builtin_function_or_method"
     assert backend_of(make_model(spatial_decay="raster")) == "reference"
     assert backend_of(make_model(spatial_decay="none")) == "scaled_dot_product_attention"
     with pytest.raises(ValueError, match="Linear has no spatial decay attention"):
@@ -217,7 +221,7 @@ def test_pruning_reaches_attention_and_is_refused_where_nothing_prunes(make_mode
         model(*batch())
     with pytest.raises(ValueError, match="'dense' skips no tokens: choose one of blockwise, triton"):
         set_decay_backend(model, "dense", prune_eps=1e-3)
-    for eps in (-1.0, 0.6, float("nan")):
+    for eps in (-1.0, 0.6, float("nan"), "1e-3", True):
         with pytest.raises(ValueError, match="prune_eps must be"):
             set_decay_backend(model, None, prune_eps=eps)
 

@@ -350,6 +350,18 @@ def test_bf16_is_close_to_fp32_forward_and_backward(backend, decomposed):
         assert error < 0.02
 
 
+@pytest.mark.parametrize("backend", ["reference", "dense", "factored"])
+def test_bf16_gradients_of_near_sighted_tokens_are_not_noise(backend):
+    """At -3 a token sees little but itself, and the gradients of query and key are small differences."""
+    errors = []
+    *qkv, gate, alpha = inputs((8, 8), head_dim=32, dtype=torch.float32)
+    exact = [x.detach().bfloat16() for x in qkv]
+    expected = gradients([x.double() for x in (*exact, gate * 3, alpha)], (8, 8), backend="reference")
+    for found, wanted in zip(gradients([*exact, gate * 3, alpha], (8, 8), backend=backend), expected, strict=True):
+        errors.append(float((found.double() - wanted).norm() / wanted.norm()))
+    assert max(errors) < 0.006
+
+
 def test_one_gate_for_all_tokens_broadcasts():
     query, key, value, gate, alpha = inputs()
     per_head = gate[:1, :, :1]

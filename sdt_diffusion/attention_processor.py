@@ -156,7 +156,7 @@ class AttentionBackendMixin:
         theirs = [name.value for name in AttentionBackendName]
         if backend in BACKENDS:
             set_decay_backend(self, backend)
-        elif backend not in theirs:
+        elif str(backend).lower() not in theirs:  # diffusers takes capitals too
             raise ValueError(
                 f"Unknown attention backend {backend!r}: choose one of {', '.join(BACKENDS)}, or of diffusers' "
                 f"{', '.join(theirs)}."

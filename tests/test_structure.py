@@ -12,6 +12,7 @@ PACKAGE = ROOT / "sdt_diffusion"
 #: `sdt_diffusion` is the package's own `__init__.py`, which registers the pipeline with diffusers.
 FLOORS = [
     ["attention", "plots", "utils"],
+    ["attention_processor"],
     ["blocks"],
     ["sdt", "sdt_h"],
     ["sdt_diffusion"],
@@ -23,7 +24,7 @@ FLOORS = [
     ["training"],
 ]
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-MODEL_ROOMS = {"attention", "blocks", "sdt", "sdt_h", "probe", "classification"}
+MODEL_ROOMS = {"attention", "attention_processor", "blocks", "sdt", "sdt_h", "probe", "classification"}
 
 MAX_LINES = 400
 MAX_FILES = 100

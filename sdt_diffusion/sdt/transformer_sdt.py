@@ -18,6 +18,7 @@ from torch import nn
 
 from ..attention import ContextAwareGate
 from ..attention.gate import MAX_EXPONENT
+from ..attention_processor import AttentionBackendMixin
 from ..blocks import SDTBlock, modulate
 from ..utils.ranges import Range, check_number, check_value
 from ..utils.reading import CHECKSUMS_FILE, read_json, shortened, verify_checksums, write_checksums
@@ -75,7 +76,13 @@ MAX_PARAMETERS = 1e11
 
 
 class SDTTransformer2DModel(
-    ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, FromOriginalModelMixin, CacheMixin
+    AttentionBackendMixin,
+    ModelMixin,
+    AttentionMixin,
+    ConfigMixin,
+    PeftAdapterMixin,
+    FromOriginalModelMixin,
+    CacheMixin,
 ):
     """A diffusion transformer (DiT) whose attention decays with distance on the patch grid (SDT).
 

@@ -327,7 +327,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     seed_global_generators(Stream.INITIALIZATION, run_args.seed)
     channels, side, _ = data.sample_shape
     model = model_args.build(sample_size=side, in_channels=channels, num_classes=data.images.num_classes)
-    set_attention_backend(model, sampler_args.attention_backend)
+    set_attention_backend(model, sampler_args.attention_backend, sampler_args.attention_prune_eps)
     objective = build_objective(objective_args)
     loss = DiffusionLoss(objective, model.config.class_dropout_prob, data.clean)
     config = TrainingConfig(

@@ -107,14 +107,16 @@ def compile_model(model: nn.Module, mode: str) -> None:
         mode: "none", "regional" for its blocks, which share one graph, or "full".
 
     Raises:
-        ValueError: If the mode is regional, and the model does not say which blocks it repeats.
+        ValueError: If the mode is regional and the model has no blocks that can share a graph.
     """
     if mode == "regional":
         if not hasattr(model, "compile_repeated_blocks"):
-            raise ValueError(f"compile regional is for the models of diffusers, not {type(model).__name__}: use full.")
+            raise ValueError(
+                f"compile regional needs blocks that are all alike, unlike {type(model).__name__}'s: use full."
+            )
         model.compile_repeated_blocks(fullgraph=True)
     elif mode == "full":
-        model.compile(fullgraph=True)
+        model.compile()
 
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:

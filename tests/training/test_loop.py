@@ -180,19 +180,17 @@ def test_a_step_asks_the_device_for_no_value(tmp_path, late, monkeypatch):
     class Asked(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             if function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
-                asked.append((run.step, function))
+                asked.add(run.step)
             return function(*args, **(kwargs or {}))
 
-    asked = []
+    asked = set()
     # Labels are checked on CPUs only.
     monkeypatch.setattr(SDTTransformer2DModel, "_check_input", lambda self, images, labels: images.shape[-2:])
     loss = DiffusionLoss(build_objective(ObjectiveArguments()), class_dropout_prob=0.5)
     run = build_run(tmp_path / "out", checkpointing_steps=0, logging_steps=100)
     with Asked():
-        assert torch.ones(1).item() == 1
         trained(run, loss)
-    assert {step for step, _ in asked} == {0, 6}  # the line above, and the checkpoint, which must be finite
-    assert len([step for step, _ in asked if step == 0]) == 1
+    assert asked == {0, 6}  # a seed of the loader; whether the checkpoint is finite
 
 
 @pytest.mark.parametrize("mode", ["regional", "full"])

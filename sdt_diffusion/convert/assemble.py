@@ -83,6 +83,8 @@ def build_pipeline(
     if spatial_decay == "fixed":
         raise ValueError("spatial_decay fixed changes the outputs from the start: choose context, or none.")
     config = {**source.config, "spatial_decay": spatial_decay}
+    if config["out_channels"] == config["in_channels"]:
+        config["out_channels"] = None  # the default, as presets have it
     if spatial_decay != "none":
         config["decay_start"] = "none"
     model = SDTTransformer2DModel(**config).eval()
@@ -109,7 +111,7 @@ def describe(source: Source, pipe: SDTPipeline) -> str:
     options = [f"{key} {config[key]}" for key in ("norm_type", "activation_fn", "qk_norm") if key in source.config]
     options += ["rotary"] if config.rotary else []
     width = config.num_attention_heads * config.attention_head_dim
-    learned = config.out_channels != config.in_channels
+    learned = pipe.transformer.out_channels != config.in_channels
     return ", ".join(
         [
             f"{source.name}: {config.num_layers} blocks of width {width}",

@@ -153,10 +153,8 @@ def read_state_dict(path: Path, keys: Sequence[str]) -> dict[str, torch.Tensor]:
         with torch.serialization.safe_globals([argparse.Namespace]):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling raises anything for a damaged file
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        if isinstance(error, pickle.UnpicklingError):  # torch's message advises to run the code in the file
-            reason = "it is damaged, or not a file of torch.save"
-        if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
+        reason = "it is damaged, or not a file of torch.save"  # torch's own message advises to run the code in it
+        if isinstance(error, pickle.UnpicklingError) and "Unsupported global" in str(error):
             reason = (
                 "it holds pickled code, which is not run. If you trust the file, save its weights alone, by "
                 "checkpoint = torch.load(path, weights_only=False) and torch.save(checkpoint[key], new_path), where "

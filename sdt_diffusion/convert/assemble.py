@@ -11,7 +11,7 @@ from torch import nn
 
 from ..sdt import SDTPipeline, SDTTransformer2DModel
 from ..utils.files import move_into, require_space, write_atomically
-from ..utils.reading import check_finite, check_tensors, read_json, read_state_dict, read_text
+from ..utils.reading import check_finite, check_tensors, read_json, read_state_dict, read_text, shortened
 from . import Source
 from .diffusers_dit import read_diffusers_dit
 from .facebook_dit import CHECKPOINT_KEYS, read_dit, write_dit
@@ -47,6 +47,9 @@ def read_source(
         if numerics != "facebook":
             raise ValueError(f"numerics {numerics} is for folders of diffusers, and {path} is none.")
         state_dict = read_state_dict(path, CHECKPOINT_KEYS)
+        whole = [name for name, tensor in state_dict.items() if not tensor.is_floating_point()]
+        if whole:
+            raise ValueError(f"{path}: {shortened(whole)} holds whole numbers, which are no weights.")
         if kind is None and is_lightning_dit(state_dict):
             kind = "lightningdit"
         if kind is None:

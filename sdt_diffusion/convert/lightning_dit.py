@@ -60,8 +60,8 @@ def read_lightning_dit(state_dict: Mapping[str, torch.Tensor], num_attention_hea
         extra["norm_type"] = "rms"
         for i in blocks:
             for norm, scale in (("norm1", 1), ("norm2", 4)):
-                _fold(tensors, f"blocks.{i}.{norm}.weight", f"blocks.{i}.adaLN_modulation.1", scale)
-        _fold(tensors, "final_layer.norm_final.weight", "final_layer.adaLN_modulation.1", 1)
+                _fold(tensors, f"blocks.{i}.{norm}.weight", f"blocks.{i}.adaLN_modulation.1", scale, width)
+        _fold(tensors, "final_layer.norm_final.weight", "final_layer.adaLN_modulation.1", 1, width)
 
     config, weights = read_network(tensors, num_attention_heads)
     if has_rotary:
@@ -90,14 +90,15 @@ def _add_shifts(tensors, module, width):
             tensors[f"{module}.{kind}"] = torch.cat([none, scale_msa, gate_msa, none, scale_mlp, gate_mlp])
 
 
-def _fold(tensors, norm, module, index):
+def _fold(tensors, norm, module, index, width):
     """Move the factors w of a norm into the scale s that follows: w x (1 + s) = x (1 + s'), s' = w - 1 + w s."""
-    shape_of(tensors, norm, 1)
     factor = tensors.pop(norm)
+    if factor.shape != (width,):
+        raise ValueError(f"{norm} has the shape {tuple(factor.shape)}, not {(width,)}.")
     for kind in ("weight", "bias"):
-        parts = list(tensors[f"{module}.{kind}"].split(len(factor)))
-        if len(parts) <= index or len(parts[index]) != len(factor):
-            raise ValueError(f"{norm} of shape {tuple(factor.shape)} does not fit {module}.{kind}.")
+        parts = list(tensors[f"{module}.{kind}"].split(width))
+        if len(parts) <= index or len(parts[index]) != width:
+            raise ValueError(f"{module}.{kind} has too few rows for the width {width}.")
         scale = parts[index]
         parts[index] = factor[:, None] * scale if kind == "weight" else factor - 1 + factor * scale
         tensors[f"{module}.{kind}"] = torch.cat(parts)

@@ -155,11 +155,11 @@ def new_class_table(stored: torch.Tensor, initial: torch.Tensor, kept: dict[int,
 
 
 def first_channels(stored: torch.Tensor, initial: torch.Tensor, num_stored: int, num_channels: int) -> torch.Tensor:
-    """Return weights or biases of the last layer for a number of output channels, of which the first are the stored.
+    """Return the last layer's weights or biases for other output channels, of which the first are the stored.
 
     Args:
         stored: The stored model's, shape (patch area * num_stored, ...).
-        initial: The new model's, shape (patch area * num_channels, ...), for channels that the stored one does not have.
+        initial: The new model's, shape (patch area * num_channels, ...), for channels that the stored one lacks.
         num_stored: Output channels of the stored model.
         num_channels: Output channels of the new model.
     """

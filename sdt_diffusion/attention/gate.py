@@ -36,6 +36,16 @@ def multi_scale_exponents(num_heads: int, initial_value: float, heads_range: flo
     return [initial_value + heads_range * head / num_heads for head in range(num_heads)]
 
 
+def check_start(decay_start: str) -> None:
+    """Refuse what is no key of `DECAY_STARTS`.
+
+    Raises:
+        ValueError: The message lists the known ones.
+    """
+    if not isinstance(decay_start, str) or decay_start not in DECAY_STARTS:
+        raise ValueError(f"Unknown decay_start {decay_start!r}: choose one of {', '.join(DECAY_STARTS)}.")
+
+
 class ContextAwareGate(nn.Module):
     """G = log sigmoid(X W_g + b + c W_c), one value per token and head, computed in fp32 or better.
 
@@ -67,8 +77,7 @@ class ContextAwareGate(nn.Module):
         decay_start: str = "rmt",
     ):
         super().__init__()
-        if decay_start not in DECAY_STARTS:
-            raise ValueError(f"Unknown decay_start {decay_start!r}: choose one of {', '.join(DECAY_STARTS)}.")
+        check_start(decay_start)
         self.exponents = multi_scale_exponents(num_heads, initial_value, heads_range)
         self.proj = nn.Linear(dim, num_heads)
         self.conditioning_proj = (
@@ -152,6 +161,7 @@ def build_gate(
     decay_start: str = "rmt",
 ) -> nn.Module | None:
     """Build the gate that a spatial decay variant needs; `None` for `none`."""
+    check_start(decay_start)
     if variant == "none":
         return None
     if variant == "fixed":

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -20,7 +21,6 @@ from .sit import TIMESTEP_SCALE, read_sit, reverse_flow
 
 #: Value of `kind` -> function that reads a checkpoint of that repository.
 READERS = {"dit": read_dit, "sit": read_sit, "lightningdit": read_lightning_dit}
-FOLDER_NUMERICS = ("facebook", "diffusers")
 Kind = Literal["dit", "sit", "lightningdit"]
 
 
@@ -42,7 +42,7 @@ def read_source(
     if path.is_dir():
         if kind is not None or num_attention_heads is not None:
             raise ValueError(f"kind and num_attention_heads are for checkpoint files, and {path} is a folder.")
-        read, where = (lambda: read_diffusers_dit(path, numerics)), path
+        read = partial(read_diffusers_dit, path, numerics)
     else:
         if numerics != "facebook":
             raise ValueError(f"numerics {numerics} is for folders of diffusers, and {path} is none.")
@@ -57,13 +57,12 @@ def read_source(
                 f"{path}: checkpoints of DiT and of SiT have the same tensors: give kind dit (predicts noise) or sit "
                 "(predicts a flow)."
             )
-        reader = READERS[kind]
-        read, where = (lambda: reader(state_dict, num_attention_heads)), path
+        read = partial(READERS[kind], state_dict, num_attention_heads)
     try:
         return read()
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         reason = str(error) if isinstance(error, ValueError) else f"its parts do not fit each other ({error!r})"
-        raise ValueError(f"{where}: {reason}") from error
+        raise ValueError(f"{path}: {reason}") from error
 
 
 def build_pipeline(

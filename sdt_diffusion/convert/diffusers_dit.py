@@ -10,6 +10,7 @@ import diffusers
 import torch
 from diffusers.schedulers import SchedulerMixin
 
+from ..data.latents.training_data import load_vae
 from ..sdt.loading import without_reports
 from ..sdt.schedulers import check_scheduler_config
 from ..utils.reading import read_json, shortened
@@ -53,9 +54,11 @@ def read_diffusers_dit(folder: Path, numerics: str = "facebook") -> Source:
         if (folder / "scheduler").is_dir():
             check_scheduler_config(diffusers.DDPMScheduler.load_config(folder, subfolder="scheduler"))
             kind = getattr(diffusers, index["scheduler"][1])
+            if not issubclass(kind, SchedulerMixin):
+                raise ValueError(f"model_index.json names {kind.__name__} for a scheduler.")
             scheduler = kind.from_pretrained(folder, subfolder="scheduler")
         if (folder / "vae").is_dir():
-            vae = diffusers.AutoencoderKL.from_pretrained(folder, subfolder="vae")
+            vae = load_vae(str(folder / "vae"))
     name = f"{TRANSFORMER} ({numerics} numerics)"
     return Source(name, config, _our_weights(model), scheduler, vae=vae, id2label=id2label)
 

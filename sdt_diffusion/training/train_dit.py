@@ -111,10 +111,10 @@ class ModelArguments(CheckedArguments):
         if self.model == STORED:
             preset, no = next(iter(PRESETS)), ("qk_norm", "rotary", "local_position_kernel_size")
             own = {**stored, **{key: value for key, value in own.items() if value or key not in no}}
-        values = {**own, **further, **overrides}
-        if adds_decay(stored, values["spatial_decay"]):
-            values.setdefault("decay_start", "none")
-        return SDTTransformer2DModel.preset_config(preset, **values)
+        spatial_decay = {**own, **further}["spatial_decay"]
+        if adds_decay(stored, spatial_decay) and spatial_decay != "fixed":  # which has nothing to learn
+            own["decay_start"] = "none"
+        return SDTTransformer2DModel.preset_config(preset, **{**own, **further, **overrides})
 
     def build(self, class_names: Sequence[str] = (), **overrides: Any) -> SDTTransformer2DModel:
         """Build the model of `config(**overrides)`, randomly initialized or with the weights of `init_from`.

@@ -1,7 +1,9 @@
 """Test the command `sdt-diffusion convert`, and what it refuses."""
 
 import argparse
+import inspect
 import json
+import re
 
 import pytest
 import torch
@@ -9,10 +11,12 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 from sdt_diffusion import commands
-from sdt_diffusion.convert.__main__ import main, with_flags
+from sdt_diffusion.convert.__main__ import ConvertArguments, main, with_flags
 from sdt_diffusion.convert.assemble import read_source
+from sdt_diffusion.utils.arguments import parse_arguments
 from tests.convert.references import random_reference
 from tests.convert.test_convert import EQUAL, difference
+from tests.scripts.process import ROOT
 
 HEADS = ("--num_attention_heads", "4")
 
@@ -208,6 +212,16 @@ class TestBadInput:
             assert "exists already" in refused(checkpoint, place, "--kind", "dit", *HEADS)
         assert "required: --destination" in refused(checkpoint)
         assert "must end in .pt or .safetensors" in refused(tmp_path, tmp_path / "out", "--to", "dit")
+
+
+def test_the_commands_of_the_documentation_and_of_the_help_parse():
+    text = (ROOT / "docs" / "converting.md").read_text() + inspect.getdoc(inspect.getmodule(main))
+    commands_shown = re.findall(r"^ *sdt-diffusion convert (.*?)(?: +#.*)?$", text, re.MULTILINE)
+    assert len(commands_shown) == 11
+    for words in commands_shown:
+        (args,) = parse_arguments((ConvertArguments,), with_flags(words.split()))
+        assert args.source
+        assert args.destination
 
 
 def test_the_first_two_words_are_source_and_destination():

@@ -1,6 +1,5 @@
 """Read a source, build its pipeline, and write it."""
 
-import json
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -12,7 +11,7 @@ from torch import nn
 
 from ..sdt import SDTPipeline, SDTTransformer2DModel
 from ..utils.files import move_into, require_space, write_atomically
-from ..utils.reading import check_finite, check_tensors, read_json, read_state_dict, read_text, shortened
+from ..utils.reading import check_finite, check_tensors, read_json, read_state_dict, shortened
 from . import Source
 from .diffusers_dit import read_diffusers_dit
 from .facebook_dit import CHECKPOINT_KEYS, read_dit, write_dit
@@ -136,8 +135,10 @@ def read_class_names(path: Path) -> dict[int, str]:
     Raises:
         ValueError: If it holds something else.
     """
-    values = json.loads(read_text(path)) if _is_list(path) else read_json(path)
-    items = enumerate(values) if isinstance(values, list) else values.items()
+    values = read_json(path, object)
+    items = (
+        values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else [("", "")]
+    )
     names = {str(label): name for label, name in items}
     if not all(label.isdecimal() and isinstance(name, str) and name for label, name in names.items()):
         raise ValueError(f"{path} must hold a list of class names, or an object of label ids and class names.")
@@ -180,7 +181,3 @@ def save_state_dict(state_dict: dict[str, torch.Tensor], path: Path) -> None:
     save = save_file if path.suffix == ".safetensors" else torch.save
     tensors = {name: tensor.contiguous() for name, tensor in state_dict.items()}
     write_atomically(path, lambda partial: save(tensors, partial))
-
-
-def _is_list(path: Path) -> bool:
-    return read_text(path).lstrip().startswith("[")

@@ -136,10 +136,9 @@ def read_class_names(path: Path) -> dict[int, str]:
         ValueError: If it holds something else.
     """
     values = read_json(path, object)
-    items = (
-        values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else [("", "")]
-    )
-    names = {str(label): name for label, name in items}
+    if isinstance(values, list):
+        values = dict(enumerate(values))
+    names = {str(label): name for label, name in values.items()} if isinstance(values, dict) else {"": ""}
     if not all(label.isdecimal() and isinstance(name, str) and name for label, name in names.items()):
         raise ValueError(f"{path} must hold a list of class names, or an object of label ids and class names.")
     return {int(label): name for label, name in names.items()}

@@ -7,6 +7,7 @@ from torch import nn
 
 from .attention import build_gate, check_variant
 from .attention_processor import AttentionBackendMixin, SDTAttnProcessor
+from .norms import build_norm
 from .utils.ranges import Range, check_number
 
 #: Activations that diffusers' `FeedForward` supports.
@@ -48,6 +49,7 @@ class SDTAttention(nn.Module, AttentionBackendMixin, AttentionModuleMixin):
         conditioning_dim: Width of the vector that conditions the gate, or `None`.
         decay_initial_value: See `ContextAwareGate`.
         decay_heads_range: See `ContextAwareGate`.
+        decay_start: See `ContextAwareGate`.
         qk_norm: `None` or "rms_norm": normalize queries and keys per head.
         local_position_kernel_size: Kernel size of the local position encoding, a depth-wise convolution of the values
             that is added to the output of attention (RMT's LPE); 0 for none.
@@ -70,6 +72,7 @@ class SDTAttention(nn.Module, AttentionBackendMixin, AttentionModuleMixin):
         conditioning_dim: int | None = None,
         decay_initial_value: float = 2.0,
         decay_heads_range: float = 6.0,
+        decay_start: str = "rmt",
         qk_norm: str | None = None,
         local_position_kernel_size: int = 0,
         eps: float = 1e-6,
@@ -92,7 +95,8 @@ class SDTAttention(nn.Module, AttentionBackendMixin, AttentionModuleMixin):
         self.to_out = nn.ModuleList([nn.Linear(inner_dim, dim), nn.Dropout(dropout)])
         self.norm_q = nn.RMSNorm(head_dim, eps=eps) if qk_norm else None
         self.norm_k = nn.RMSNorm(head_dim, eps=eps) if qk_norm else None
-        self.gate = build_gate(spatial_decay, dim, heads, conditioning_dim, decay_initial_value, decay_heads_range)
+        decay = (decay_initial_value, decay_heads_range, decay_start)
+        self.gate = build_gate(spatial_decay, dim, heads, conditioning_dim, *decay)
         self.local_position = _depthwise_conv(inner_dim, local_position_kernel_size=local_position_kernel_size)
         self.set_processor(self._default_processor_cls())
 
@@ -114,9 +118,9 @@ class AdaLayerNormZero(nn.Module):
     The modulation is zero at initialization. The caller applies the SiLU of the vector, once for all blocks.
     """
 
-    def __init__(self, dim: int, conditioning_dim: int, eps: float):
+    def __init__(self, dim: int, conditioning_dim: int, eps: float, norm_type: str = "layer"):
         super().__init__()
-        self.norm = nn.LayerNorm(dim, elementwise_affine=False, eps=eps)
+        self.norm = build_norm(norm_type, dim, eps, affine=False)
         self.linear = nn.Linear(conditioning_dim, 6 * dim)
 
     def forward(self, hidden_states: torch.Tensor, conditioning: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -164,6 +168,7 @@ class SDTBlock(nn.Module):
         conditioning_dim: Width of the conditioning vector, or `None` for plain pre-norm.
         gate_conditioning: Whether the vector conditions the gate of the decay as well.
         norm_eps: Epsilon of the norms.
+        norm_type: One of `norms.NORM_TYPES`.
         conditional_position_kernel_size: Kernel size of a depth-wise convolution of the block's input that is added to
             it before anything else (conditional position encoding); 0 for none.
         mlp_kernel_size: Kernel size of a depth-wise convolution inside the MLP; 0 for none.
@@ -183,6 +188,7 @@ class SDTBlock(nn.Module):
         conditioning_dim: int | None = None,
         gate_conditioning: bool = True,
         norm_eps: float = 1e-6,
+        norm_type: str = "layer",
         conditional_position_kernel_size: int = 0,
         mlp_kernel_size: int = 0,
         layer_scale_init_value: float | None = None,
@@ -202,9 +208,9 @@ class SDTBlock(nn.Module):
             dim, conditional_position_kernel_size=conditional_position_kernel_size
         )
         self.norm1 = (
-            nn.LayerNorm(dim, eps=norm_eps)
+            build_norm(norm_type, dim, norm_eps, affine=True)
             if conditioning_dim is None
-            else AdaLayerNormZero(dim, conditioning_dim, norm_eps)
+            else AdaLayerNormZero(dim, conditioning_dim, norm_eps, norm_type)
         )
         self.attn = SDTAttention(
             dim,
@@ -214,7 +220,7 @@ class SDTBlock(nn.Module):
             conditioning_dim=conditioning_dim if gate_conditioning else None,
             **attention_kwargs,
         )
-        self.norm2 = nn.LayerNorm(dim, elementwise_affine=not self.conditioned, eps=norm_eps)
+        self.norm2 = build_norm(norm_type, dim, norm_eps, affine=not self.conditioned)
         self.ff = SDTFeedForward(dim, int(dim * mlp_ratio), activation_fn, dropout, mlp_kernel_size)
         self.layer_scale1, self.layer_scale2, self.drop_path = nn.Identity(), nn.Identity(), nn.Identity()
         if layer_scale_init_value is not None or drop_path:

@@ -115,7 +115,7 @@ def test_the_wheel_requires_what_the_package_imports_and_nothing_else(wheel_cont
 
 
 def test_every_script_has_a_command_of_its_name_that_calls_the_same_function(wheel_contents):
-    expected = {}
+    expected = {"sdt-diffusion": "sdt_diffusion.commands:main"}
     for path in SCRIPTS:
         imported = next(node for node in ast.parse(path.read_text()).body if isinstance(node, ast.ImportFrom))
         expected[f"sdt-{path.stem.replace('_', '-')}"] = f"{imported.module}:main"

@@ -16,13 +16,14 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
-from ..attention import ContextAwareGate
 from ..attention.gate import MAX_EXPONENT
 from ..attention_processor import AttentionBackendMixin
 from ..blocks import SDTBlock, modulate
+from ..norms import build_norm
 from ..utils.ranges import Range, check_number, check_value
 from ..utils.reading import CHECKSUMS_FILE, read_json, shortened, verify_checksums, write_checksums
 from .embeddings import SDTPatchEmbed, TimestepClassEmbedding
+from .initialization import initialize_meta, initialize_weights
 
 #: Size -> config. Parameters (patch 2, 4 channels, 1000 classes, `context`) as counted by tests/sdt; DiT's sizes.
 SIZES: dict[str, dict[str, int]] = {
@@ -69,6 +70,8 @@ RANGES: dict[str, tuple[type, Range]] = {
     "decay_heads_range": (float, Range(-MAX_EXPONENT, MAX_EXPONENT)),
     "local_position_kernel_size": (int, Range(0, 255)),
     "frequency_embedding_size": (int, Range(2, 65_536)),
+    "timestep_scale": (float, Range(0, 1e6, with_least=False)),
+    "timestep_frequency_shift": (float, Range(0, 1)),
     "norm_eps": (float, Range(0, 1)),
 }
 #: A config of more parameters is a mistake, which would only show when memory is asked for.
@@ -106,11 +109,15 @@ class SDTTransformer2DModel(
         gate_conditioning: Whether timestep and class condition the gates of the decay, besides the tokens.
         decay_initial_value: Exponent a of the most near-sighted head at the start; it decays by log(1 - 2^-a) a patch.
         decay_heads_range: Span of the exponents over the heads.
+        decay_start: One of `sdt_diffusion.attention.gate.DECAY_STARTS`: "rmt", or "none" to start as plain attention.
         qk_norm: `None` or "rms_norm".
         rotary: Whether queries and keys carry a 2D rotary embedding (half of each head for rows, half for columns).
         local_position_kernel_size: Kernel of the local position encoding on the values; 0 for none.
         frequency_embedding_size: Number of sines and cosines of the timestep.
+        timestep_scale: Factor of the timesteps before their sines; SiT's models have 1/1000.
+        timestep_frequency_shift: 1 for the frequencies of diffusers' DiT, 0 for those of facebookresearch/DiT.
         norm_eps: Epsilon of the norms.
+        norm_type: One of `sdt_diffusion.norms.NORM_TYPES`: "layer" or "rms".
 
     Raises:
         ValueError: If a number is out of its range (`RANGES`), sizes do not divide, or an option is unknown.
@@ -142,11 +149,15 @@ class SDTTransformer2DModel(
         gate_conditioning: bool = True,
         decay_initial_value: float = 2.0,
         decay_heads_range: float = 6.0,
+        decay_start: str = "rmt",
         qk_norm: str | None = None,
         rotary: bool = False,
         local_position_kernel_size: int = 0,
         frequency_embedding_size: int = 256,
+        timestep_scale: float = 1.0,
+        timestep_frequency_shift: float = 0.0,
         norm_eps: float = 1e-6,
+        norm_type: str = "layer",
     ):
         values = dict(locals())
         super().__init__()
@@ -167,7 +178,10 @@ class SDTTransformer2DModel(
         self.gradient_checkpointing = False
 
         self.pos_embed = SDTPatchEmbed(in_channels, dim, patch_size, (height // patch_size, width // patch_size))
-        self.time_class_embed = TimestepClassEmbedding(dim, num_classes, class_dropout_prob, frequency_embedding_size)
+        self.time_class_embed = TimestepClassEmbedding(
+            *(dim, num_classes, class_dropout_prob, frequency_embedding_size),
+            *(timestep_scale, timestep_frequency_shift),
+        )
         self.transformer_blocks = nn.ModuleList(
             SDTBlock(
                 dim,
@@ -179,19 +193,21 @@ class SDTTransformer2DModel(
                 conditioning_dim=dim,
                 gate_conditioning=gate_conditioning,
                 norm_eps=norm_eps,
+                norm_type=norm_type,
                 spatial_decay=spatial_decay,
                 decomposed=decomposed,
                 decay_initial_value=decay_initial_value,
                 decay_heads_range=decay_heads_range,
+                decay_start=decay_start,
                 qk_norm=qk_norm,
                 local_position_kernel_size=local_position_kernel_size,
             )
             for _ in range(num_layers)
         )
-        self.norm_out = nn.LayerNorm(dim, elementwise_affine=False, eps=norm_eps)
+        self.norm_out = build_norm(norm_type, dim, norm_eps, affine=False)
         self.proj_out_1 = nn.Linear(dim, 2 * dim)
         self.proj_out_2 = nn.Linear(dim, patch_size**2 * self.out_channels)
-        self.initialize_weights()
+        initialize_weights(self)
 
     @classmethod
     def from_preset(cls, name: str, **overrides) -> "SDTTransformer2DModel":
@@ -224,7 +240,8 @@ class SDTTransformer2DModel(
         Args:
             pretrained_model_name_or_path: Folder or Hub name; the checksums of a folder are compared first.
             output_loading_info: Return the names that are missing and unexpected too, and do not refuse the model.
-            **kwargs: See diffusers.
+            **kwargs: See diffusers. With `ignore_mismatched_sizes=True` and config values such as `num_classes`,
+                weights of other shapes than the stored ones are initialized. `low_cpu_mem_usage` makes no difference.
 
         Raises:
             ValueError: If weights are missing, left over, or changed since they were saved; names them.
@@ -233,6 +250,7 @@ class SDTTransformer2DModel(
         verify_checksums(folder)
         if (folder / CONFIG_FILE).is_file():
             read_json(folder / CONFIG_FILE)  # diffusers takes a text in it for the name of another model
+        kwargs.pop("low_cpu_mem_usage", None)  # diffusers loads models with parts in fp32 in one way only
         level = LOADING_LOGGER.level
         LOADING_LOGGER.setLevel(level if output_loading_info else logging.ERROR)  # what it warns of is refused below
         try:
@@ -244,7 +262,20 @@ class SDTTransformer2DModel(
         if wrong and not output_loading_info:
             where = f"{pretrained_model_name_or_path} is not a whole {cls.__name__}"
             raise ValueError(f"{where}: it {' and '.join(wrong)}.")
+        initialize_meta(model)
         return (model, info) if output_loading_info else model
+
+    @classmethod
+    def from_single_file(cls, pretrained_model_link_or_path_or_dict=None, **kwargs):
+        """Refuse: diffusers' loader of single files knows none of DiT's kinds. The message says what to do instead.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError(
+            f"from_single_file does not load {cls.__name__}. Convert the file once, by `sdt-diffusion convert FILE "
+            "FOLDER`, and load the folder by SDTPipeline.from_pretrained(FOLDER)."
+        )
 
     @functools.wraps(ModelMixin.save_pretrained)  # pipelines look at its arguments
     def save_pretrained(self, save_directory, is_main_process: bool = True, *args, **kwargs):
@@ -254,26 +285,6 @@ class SDTTransformer2DModel(
         super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
         if is_main_process:
             write_checksums(Path(save_directory))
-
-    @torch.no_grad()
-    def initialize_weights(self) -> None:
-        """Initialize as facebookresearch/DiT does: Xavier linears, zero modulations and output; gates as RMT's."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-        nn.init.xavier_uniform_(self.pos_embed.proj.weight.flatten(1))
-        nn.init.zeros_(self.pos_embed.proj.get_parameter("bias"))
-        nn.init.normal_(self.time_class_embed.class_embedder.weight, std=0.02)
-        nn.init.normal_(self.time_class_embed.timestep_embedder.linear_1.weight, std=0.02)
-        nn.init.normal_(self.time_class_embed.timestep_embedder.linear_2.weight, std=0.02)
-        for block in self.transformer_blocks:
-            nn.init.zeros_(block.norm1.linear.weight)
-            if isinstance(block.attn.gate, ContextAwareGate):
-                block.attn.gate.reset_parameters()
-        for linear in (self.proj_out_1, self.proj_out_2):
-            nn.init.zeros_(linear.weight)
 
     def forward_features(
         self,

@@ -199,7 +199,10 @@ def set_decay_backend(model: nn.Module, backend: str | None, prune_eps: float = 
             has no such attention.
     """
     check_backend(backend)
-    for module in _attention_modules(model):
+    modules = _attention_modules(model)
+    if not modules:
+        raise ValueError(f"{type(model).__name__} has no spatial decay attention.")
+    for module in modules:
         module.set_processor(SDTAttnProcessor(backend, prune_eps))
 
 
@@ -212,8 +215,8 @@ def describe_backend(model: nn.Module, device: torch.device, dtype: torch.dtype,
         dtype: Type of its queries, autocast's under autocast.
         tokens: Patches of an image.
 
-    Raises:
-        ValueError: If the model has no such attention.
+    Returns:
+        The name, several if parts of the model differ, or nothing if it has no such attention.
     """
     return ", ".join(dict.fromkeys(_describe(attn, device, dtype, tokens) for attn in _attention_modules(model)))
 
@@ -237,11 +240,8 @@ def _describe(attn, device, dtype, tokens):
 
 
 def _attention_modules(model):
-    modules = [
+    return [
         module
         for module in model.modules()
         if isinstance(module, AttentionModuleMixin) and SDTAttnProcessor in module._available_processors
     ]
-    if not modules:
-        raise ValueError(f"{type(model).__name__} has no spatial decay attention.")
-    return modules

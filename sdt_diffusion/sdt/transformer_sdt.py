@@ -16,12 +16,12 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
-from ..attention.gate import MAX_EXPONENT
 from ..attention_processor import AttentionBackendMixin
 from ..blocks import SDTBlock, modulate
 from ..norms import build_norm
-from ..utils.ranges import Range, check_number, check_value
+from ..utils.ranges import Range, check_number
 from ..utils.reading import CHECKSUMS_FILE, read_json, shortened, verify_checksums, write_checksums
+from .config_ranges import MAX_PARAMETERS, check_ranges
 from .embeddings import SDTPatchEmbed, TimestepClassEmbedding
 from .initialization import initialize_meta, initialize_weights
 
@@ -53,29 +53,6 @@ PRESETS["SDT-digits"] = {
 #: Where diffusers warns of weights that are missing or left over.
 LOADING_LOGGER = logging.getLogger("diffusers.models.modeling_utils")
 CONFIG_FILE = "config.json"
-#: Values that the numbers of a config may have; those of int type are whole.
-RANGES: dict[str, tuple[type, Range]] = {
-    "num_attention_heads": (int, Range(1, 1024)),
-    "attention_head_dim": (int, Range(1, 4096)),
-    "in_channels": (int, Range(1, 4096)),
-    "out_channels": (int, Range(1, 8192)),
-    "num_layers": (int, Range(1, 1000)),
-    "sample_size": (int, Range(1, 16_384)),
-    "patch_size": (int, Range(1, 1024)),
-    "num_classes": (int, Range(1, 10_000_000)),
-    "mlp_ratio": (float, Range(0, 64, with_least=False)),
-    "dropout": (float, Range(0, 1, with_most=False)),
-    "class_dropout_prob": (float, Range(0, 1)),
-    "decay_initial_value": (float, Range(-MAX_EXPONENT, MAX_EXPONENT)),
-    "decay_heads_range": (float, Range(-MAX_EXPONENT, MAX_EXPONENT)),
-    "local_position_kernel_size": (int, Range(0, 255)),
-    "frequency_embedding_size": (int, Range(2, 65_536)),
-    "timestep_scale": (float, Range(0, 1e6, with_least=False)),
-    "timestep_frequency_shift": (float, Range(0, 1)),
-    "norm_eps": (float, Range(0, 1)),
-}
-#: A config of more parameters is a mistake, which would only show when memory is asked for.
-MAX_PARAMETERS = 1e11
 
 
 class SDTTransformer2DModel(
@@ -161,7 +138,7 @@ class SDTTransformer2DModel(
     ):
         values = dict(locals())
         super().__init__()
-        _check_ranges(values)
+        check_ranges(values)
         height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
         if height % patch_size or width % patch_size:
             raise ValueError(f"sample_size {height}x{width} is not divisible by patch_size {patch_size}.")
@@ -398,16 +375,3 @@ class SDTTransformer2DModel(
         rows = get_1d_rotary_pos_embed(half, y.repeat_interleave(grid_size[1]), use_real=True)  # each (N, d/2)
         columns = get_1d_rotary_pos_embed(half, x.repeat(grid_size[0]), use_real=True)  # each (N, d/2)
         return tuple(torch.cat(pair, dim=-1) for pair in zip(rows, columns, strict=True))  # each (N, d)
-
-
-def _check_ranges(config: dict[str, Any]) -> None:
-    for name, (kind, allowed) in RANGES.items():
-        value = config[name]
-        for item in value if name == "sample_size" and isinstance(value, (list, tuple)) else [value]:
-            if not (item is None and name == "out_channels"):
-                check_value(name, item, (kind,), allowed)
-    if isinstance(config["sample_size"], (list, tuple)) and len(config["sample_size"]) != 2:
-        raise ValueError(f"sample_size must be one number, or height and width, not {config['sample_size']}.")
-    for name in ("decomposed", "gate_conditioning", "rotary"):
-        if config[name] not in (True, False):
-            raise ValueError(f"{name} must be true or false, not {config[name]!r}.")

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from torch import nn
 from torch.utils.data import DataLoader
 
+from ..attention_processor import describe_backend
 from ..data import ShuffledStream
 from ..hub import HubArguments, command_of, describe_run, share_run
 from ..utils.arguments import one_line
@@ -141,13 +142,16 @@ class TrainingRun:
         device = self.accelerator.device
         where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} thread(s)"
         precision = "fp32" if self.accelerator.mixed_precision == "no" else self.accelerator.mixed_precision
-        compiled = "" if run.compile == "none" else f", compiled ({run.compile})"
+        how = precision if run.compile == "none" else f"{precision}, compiled ({run.compile})"
+        dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.accelerator.mixed_precision, torch.float32)
+        backend = describe_backend(self.unwrapped_model, device, dtype)
+        how += f", attention by {backend}" if backend else ""
         trained = sum(p.numel() for p in parameters if p.requires_grad)
         return (
-            f"{self.accelerator.num_processes} process(es) on {device.type} ({where}), {precision}{compiled}; "
-            f"{trained:,} trained of {sum(p.numel() for p in parameters):,} parameters; "
-            f"{len(self.data.images):,} images, {self.images_per_step:,} a step ({run.train_batch_size} x "
-            f"{run.gradient_accumulation_steps} a process); step {self.step:,} of {run.max_train_steps:,}."
+            f"{self.accelerator.num_processes} process(es) on {device.type} ({where}), {how}; "
+            f"{trained:,} trained of {sum(p.numel() for p in parameters):,} parameters; {len(self.data.images):,} images, "
+            f"{self.images_per_step:,} a step ({run.train_batch_size} x {run.gradient_accumulation_steps} a process); "
+            f"step {self.step:,} of {run.max_train_steps:,}."
         )
 
     def batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

@@ -86,9 +86,8 @@ class TrainingRun:
         self.images_per_step = (
             config.run.train_batch_size * config.run.gradient_accumulation_steps * self.accelerator.num_processes
         )
-        peak = config.run.peak_tflops or peak_tflops(
-            self.accelerator.device, self.accelerator.mixed_precision, config.run.allow_tf32
-        )
+        device, precision = self.accelerator.device, self.accelerator.mixed_precision
+        peak = config.run.peak_tflops or peak_tflops(device, precision, config.run.allow_tf32)
         self.work = Work(self.images_per_step, self.accelerator.num_processes, config.flops_per_image, peak)
         # Steps depend on these as well.
         self.checkpoint_config = {
@@ -143,15 +142,15 @@ class TrainingRun:
         where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} thread(s)"
         precision = "fp32" if self.accelerator.mixed_precision == "no" else self.accelerator.mixed_precision
         how = precision if run.compile == "none" else f"{precision}, compiled ({run.compile})"
-        dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.accelerator.mixed_precision, torch.float32)
-        backend = describe_backend(self.unwrapped_model, device, dtype)
-        how += f", attention by {backend}" if backend else ""
+        dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision, torch.float32)
+        if backend := describe_backend(self.unwrapped_model, device, dtype):
+            how += f", attention by {backend}"
         trained = sum(p.numel() for p in parameters if p.requires_grad)
         return (
             f"{self.accelerator.num_processes} process(es) on {device.type} ({where}), {how}; "
-            f"{trained:,} trained of {sum(p.numel() for p in parameters):,} parameters; {len(self.data.images):,} images, "
-            f"{self.images_per_step:,} a step ({run.train_batch_size} x {run.gradient_accumulation_steps} a process); "
-            f"step {self.step:,} of {run.max_train_steps:,}."
+            f"{trained:,} trained of {sum(p.numel() for p in parameters):,} parameters; "
+            f"{len(self.data.images):,} images, {self.images_per_step:,} a step ({run.train_batch_size} x "
+            f"{run.gradient_accumulation_steps} a process); step {self.step:,} of {run.max_train_steps:,}."
         )
 
     def batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

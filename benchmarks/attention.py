@@ -26,7 +26,7 @@ from sdt_diffusion.attention.pruning import tile_densities
 BASELINE = "sdpa, no decay"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 #: Backends that a device can use, without those that are tests of the others.
-BY_DEVICE = {"cpu": ("blockwise", "dense", "factored"), "cuda": ("triton", "dense", "factored", "flex")}
+BY_DEVICE = {"cpu": ("blockwise", "dense"), "cuda": ("triton", "dense", "factored", "flex")}
 #: Dense backends keep tokens^2 numbers for each head; more than these tokens would not fit everywhere.
 MAX_DENSE_TOKENS = 4096
 

@@ -96,8 +96,7 @@ def _backward(
         q, k, v, g = (_load(name, x[group]) for name, x in tensors)  # (P, N, d)
         u = half_decay[group].flatten(0, 1) * LOG2_E  # (P, N)
         shift, minus_delta = (x[group].flatten(0, 1)[:, None].neg() for x in (log_sum, row_sum))  # (P, 1, N)
-        grad_q = scratch.empty("grad_q", *q.shape, dtype=u.dtype).zero_()
-        grad_u = torch.zeros_like(u)
+        grad_q, grad_u = scratch.empty("grad_q", *q.shape, dtype=u.dtype), torch.zeros_like(u)
         for rows in _rows(half_decay):
             distance = _distances_from(rows, height, width, clamp, u.dtype)  # (n, N)
             scores = logits(k[:, rows], q, scale, u[:, rows, None], u[:, None], distance, shift)  # (P, n, N)
@@ -105,11 +104,12 @@ def _backward(
             _store(grad_value[group][:, :, rows], product("result", attention, g, g.dtype))
             grad_logits = product("grad_logits", v[:, rows], g.transpose(1, 2), u.dtype, minus_delta).mul_(attention)
             _store(grad_key[group][:, :, rows], product("result", grad_logits, q, q.dtype).mul_(scale))
-            grad_q += product("result", grad_logits.transpose(1, 2), k[:, rows], u.dtype)
+            part = product("part", grad_logits.transpose(1, 2), k[:, rows], u.dtype).mul_(scale)  # (P, N, d)
+            grad_q = grad_q.copy_(part) if rows.start == 0 else grad_q.add_(part)
             weighted = grad_logits.mul_(distance)
             grad_u[:, rows] += weighted.sum(dim=-1)
             grad_u += weighted.sum(dim=-2)
-        _store(grad_query[group], grad_q.mul_(scale))
+        _store(grad_query[group], grad_q)
         _store(grad_half_decay[group], grad_u)
     return grad_query, grad_key, grad_value, grad_half_decay
 

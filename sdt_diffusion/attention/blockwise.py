@@ -138,14 +138,10 @@ def _autograd(ctx, grad_output, grad_log_sum):
 _forward.register_autograd(_autograd, setup_context=_setup_context)
 
 
-def _rows_of(half_decay):
-    tokens = half_decay.shape[-1]
-    return min(tokens, max(MIN_ROWS, BLOCK_BYTES // (tokens * half_decay.element_size())))
-
-
 def _rows(half_decay: torch.Tensor) -> Iterator[slice]:
     """Yield the tokens whose logits with all tokens are computed at a time."""
-    tokens, count = half_decay.shape[-1], _rows_of(half_decay)
+    tokens = half_decay.shape[-1]
+    count = max(MIN_ROWS, _block_size(half_decay) // tokens)
     for first in range(0, tokens, count):
         yield slice(first, min(first + count, tokens))
 
@@ -153,12 +149,15 @@ def _rows(half_decay: torch.Tensor) -> Iterator[slice]:
 def _groups(half_decay: torch.Tensor) -> Iterator[tuple[slice, slice]]:
     """Yield samples and heads: several samples if their logits fit, otherwise some heads of one sample."""
     batch, heads, tokens = half_decay.shape
-    block_bytes = tokens * _rows_of(half_decay) * half_decay.element_size()
-    pairs = torch.get_num_threads() * max(1, BLOCK_BYTES // block_bytes)
+    pairs = max(1, _block_size(half_decay) // tokens**2)
     samples, heads_at_once = max(1, pairs // heads), min(pairs, heads)
     for first_sample in range(0, batch, samples):
         for first_head in range(0, heads, heads_at_once):
             yield slice(first_sample, first_sample + samples), slice(first_head, first_head + heads_at_once)
+
+
+def _block_size(half_decay):
+    return torch.get_num_threads() * BLOCK_BYTES // half_decay.element_size()
 
 
 def _load(name: str, tensor: torch.Tensor) -> torch.Tensor:

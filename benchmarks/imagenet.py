@@ -14,7 +14,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from sdt_diffusion import SDTTransformer2DModel
-from sdt_diffusion.blocks import SDTAttnProcessor
+from sdt_diffusion.attention_processor import SDTAttnProcessor
 from sdt_diffusion.evaluation.cost import count_cost
 
 IMAGES = 1_281_167
@@ -62,7 +62,7 @@ def model_inputs(batch_size, side):
 def kept_bytes(preset, resolution, spatial_decay, num_layers, batch_size, gradient_checkpointing=False):
     """Bytes that a forward pass under bf16 autocast keeps for the backward pass, on a CPU.
 
-    Attention with decay is that of accelerators, which keeps the attention maps.
+    Attention with decay is that of the backend `dense`, which keeps the attention maps.
     """
     side = resolution // VAE_SCALE
     model = SDTTransformer2DModel.from_preset(

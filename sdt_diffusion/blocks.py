@@ -1,141 +1,17 @@
 """The transformer block shared by generation and classification."""
 
-from functools import partial
-
 import torch
 from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry  # has no public name
 from diffusers.models.attention import AttentionModuleMixin, FeedForward
-from diffusers.models.attention_dispatch import (
-    AttentionBackendName,
-    _AttentionBackendRegistry,  # no public function returns the backend that `attention_backend(...)` set
-    dispatch_attention_fn,
-)
-from diffusers.models.embeddings import apply_rotary_emb
 from torch import nn
 
-from .attention import build_gate, check_backend, check_variant, spatial_decay_attention
-from .attention.dispatch import Backend
+from .attention import build_gate, check_variant
+from .attention_processor import AttentionBackendMixin, SDTAttnProcessor
+from .norms import build_norm
 from .utils.ranges import Range, check_number
 
 #: Activations that diffusers' `FeedForward` supports.
 ACTIVATIONS = ("gelu", "gelu-approximate", "geglu", "geglu-approximate", "swiglu", "linear-silu")
-
-#: diffusers' backends that add a mask of any values. The others refuse a mask or keep only where it is not zero.
-MASK_BACKENDS = ("native", "_native_math", "_native_efficient", "_native_cudnn", "flex", "xformers")
-
-
-class SDTAttnProcessor:
-    """Computes `SDTAttention` through `spatial_decay_attention`.
-
-    The backend is the first of these that is set:
-
-    1. `model.set_attention_backend(name)` of diffusers;
-    2. `backend` of this processor, which `set_decay_backend(model, name)` sets;
-    3. diffusers' active backend (`with attention_backend(name):`, the environment variable DIFFUSERS_ATTN_BACKEND)
-       unless it is diffusers' default, `native`;
-    4. the best of our backends for the device.
-
-    A backend of diffusers receives the decay as an additive mask; those outside `MASK_BACKENDS`, such as the flash
-    family, are refused. The mask has the query's dtype: in bf16, decays of 16 to 32 are rounded to steps of 1/8. Our
-    backends keep fp32.
-
-    Args:
-        backend: A name in `sdt_diffusion.attention.BACKENDS`; `None` for no choice.
-    """
-
-    _attention_backend = None
-    _parallel_config = None
-
-    def __init__(self, backend: str | None = None):
-        self.backend: str | Backend | None = check_backend(backend)
-
-    def __call__(
-        self,
-        attn: "SDTAttention",
-        hidden_states: torch.Tensor,
-        grid_size: tuple[int, int],
-        conditioning: torch.Tensor | None = None,
-        image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
-        decay_scale: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Attend as `SDTAttention.forward` describes."""
-        if attn.fused_projections:
-            query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)  # each (B, N, h*d)
-        else:
-            query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
-        position = None if attn.local_position is None else attn.local_position(value, grid_size)  # (B, N, h*d)
-        query, key, value = (
-            x.unflatten(-1, (-1, attn.head_dim)).transpose(1, 2)  # (B, h, N, d)
-            for x in (query, key, value)
-        )
-        if attn.norm_q is not None and attn.norm_k is not None:
-            query, key = attn.norm_q(query), attn.norm_k(key)
-        if image_rotary_emb is not None:
-            query, key = (apply_rotary_emb(x, image_rotary_emb) for x in (query, key))
-        gate, alpha = (None, None) if attn.gate is None else attn.gate(hidden_states, conditioning)  # (B, h, N), (h,)
-        if decay_scale is not None and gate is not None:
-            gate = gate * decay_scale[..., None]  # the decay is linear in the gate
-        hidden_states = spatial_decay_attention(
-            query,
-            key,
-            value,
-            gate,
-            alpha,
-            grid_size,
-            variant=attn.spatial_decay,
-            decomposed=attn.decomposed,
-            backend=self._resolve_backend(),
-        )  # (B, h, N, d)
-        hidden_states = hidden_states.transpose(1, 2).flatten(2)  # (B, N, h*d)
-        if position is not None:
-            hidden_states = hidden_states + position
-        return attn.to_out[1](attn.to_out[0](hidden_states))  # (B, N, D)
-
-    def _resolve_backend(self):
-        name = self._attention_backend
-        if name is None:
-            if self.backend is not None:
-                return self.backend
-            name, _ = _AttentionBackendRegistry.get_active_backend()
-            if name == AttentionBackendName.NATIVE:
-                return None
-        return partial(_diffusers_attention, name, self._parallel_config)
-
-
-def _diffusers_attention(name, parallel_config, query, key, value, decay, scale):
-    mask = None
-    if decay is not None:
-        if name not in MASK_BACKENDS:
-            raise ValueError(
-                f"diffusers' attention backend {getattr(name, 'value', name)!r} cannot add the spatial decay to the "
-                f"logits: choose one of {', '.join(MASK_BACKENDS)}, or one of ours by set_decay_backend(model, name)."
-            )
-        mask = decay.bias().to(query.dtype)  # (B, h, N, N)
-    query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # (B, N, h, d), diffusers' layout
-    output = dispatch_attention_fn(
-        query, key, value, attn_mask=mask, scale=scale, backend=name, parallel_config=parallel_config
-    )
-    return output.transpose(1, 2)  # (B, h, N, d)
-
-
-def set_decay_backend(model: nn.Module, backend: str | None) -> None:
-    """Choose which of our backends computes the spatial decay attention of a whole model.
-
-    This replaces what `model.set_attention_backend` of diffusers may have set on the model.
-
-    Args:
-        model: Any module with `SDTAttention` inside: a transformer or a classifier.
-        backend: A name in `sdt_diffusion.attention.BACKENDS`; `None` for the default (see `SDTAttnProcessor`).
-
-    Raises:
-        ValueError: If the name is unknown (the message lists the known ones) or the model has no such attention.
-    """
-    check_backend(backend)
-    modules = [module for module in model.modules() if isinstance(module, SDTAttention)]
-    if not modules:
-        raise ValueError(f"{type(model).__name__} has no spatial decay attention.")
-    for module in modules:
-        module.set_processor(SDTAttnProcessor(backend))
 
 
 class DepthwiseConv(nn.Module):
@@ -159,7 +35,7 @@ def _depthwise_conv(dim, **kernel_size):
     return DepthwiseConv(dim, size) if size else None
 
 
-class SDTAttention(nn.Module, AttentionModuleMixin):
+class SDTAttention(nn.Module, AttentionBackendMixin, AttentionModuleMixin):
     """Multi-head self-attention with spatial decay.
 
     Args:
@@ -173,6 +49,7 @@ class SDTAttention(nn.Module, AttentionModuleMixin):
         conditioning_dim: Width of the vector that conditions the gate, or `None`.
         decay_initial_value: See `ContextAwareGate`.
         decay_heads_range: See `ContextAwareGate`.
+        decay_start: See `ContextAwareGate`.
         qk_norm: `None` or "rms_norm": normalize queries and keys per head.
         local_position_kernel_size: Kernel size of the local position encoding, a depth-wise convolution of the values
             that is added to the output of attention (RMT's LPE); 0 for none.
@@ -195,6 +72,7 @@ class SDTAttention(nn.Module, AttentionModuleMixin):
         conditioning_dim: int | None = None,
         decay_initial_value: float = 2.0,
         decay_heads_range: float = 6.0,
+        decay_start: str = "rmt",
         qk_norm: str | None = None,
         local_position_kernel_size: int = 0,
         eps: float = 1e-6,
@@ -217,7 +95,8 @@ class SDTAttention(nn.Module, AttentionModuleMixin):
         self.to_out = nn.ModuleList([nn.Linear(inner_dim, dim), nn.Dropout(dropout)])
         self.norm_q = nn.RMSNorm(head_dim, eps=eps) if qk_norm else None
         self.norm_k = nn.RMSNorm(head_dim, eps=eps) if qk_norm else None
-        self.gate = build_gate(spatial_decay, dim, heads, conditioning_dim, decay_initial_value, decay_heads_range)
+        decay = (decay_initial_value, decay_heads_range, decay_start)
+        self.gate = build_gate(spatial_decay, dim, heads, conditioning_dim, *decay)
         self.local_position = _depthwise_conv(inner_dim, local_position_kernel_size=local_position_kernel_size)
         self.set_processor(self._default_processor_cls())
 
@@ -239,9 +118,9 @@ class AdaLayerNormZero(nn.Module):
     The modulation is zero at initialization. The caller applies the SiLU of the vector, once for all blocks.
     """
 
-    def __init__(self, dim: int, conditioning_dim: int, eps: float):
+    def __init__(self, dim: int, conditioning_dim: int, eps: float, norm_type: str = "layer"):
         super().__init__()
-        self.norm = nn.LayerNorm(dim, elementwise_affine=False, eps=eps)
+        self.norm = build_norm(norm_type, dim, eps, affine=False)
         self.linear = nn.Linear(conditioning_dim, 6 * dim)
 
     def forward(self, hidden_states: torch.Tensor, conditioning: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -289,6 +168,7 @@ class SDTBlock(nn.Module):
         conditioning_dim: Width of the conditioning vector, or `None` for plain pre-norm.
         gate_conditioning: Whether the vector conditions the gate of the decay as well.
         norm_eps: Epsilon of the norms.
+        norm_type: One of `norms.NORM_TYPES`.
         conditional_position_kernel_size: Kernel size of a depth-wise convolution of the block's input that is added to
             it before anything else (conditional position encoding); 0 for none.
         mlp_kernel_size: Kernel size of a depth-wise convolution inside the MLP; 0 for none.
@@ -308,6 +188,7 @@ class SDTBlock(nn.Module):
         conditioning_dim: int | None = None,
         gate_conditioning: bool = True,
         norm_eps: float = 1e-6,
+        norm_type: str = "layer",
         conditional_position_kernel_size: int = 0,
         mlp_kernel_size: int = 0,
         layer_scale_init_value: float | None = None,
@@ -327,9 +208,9 @@ class SDTBlock(nn.Module):
             dim, conditional_position_kernel_size=conditional_position_kernel_size
         )
         self.norm1 = (
-            nn.LayerNorm(dim, eps=norm_eps)
+            build_norm(norm_type, dim, norm_eps, affine=True)
             if conditioning_dim is None
-            else AdaLayerNormZero(dim, conditioning_dim, norm_eps)
+            else AdaLayerNormZero(dim, conditioning_dim, norm_eps, norm_type)
         )
         self.attn = SDTAttention(
             dim,
@@ -339,7 +220,7 @@ class SDTBlock(nn.Module):
             conditioning_dim=conditioning_dim if gate_conditioning else None,
             **attention_kwargs,
         )
-        self.norm2 = nn.LayerNorm(dim, elementwise_affine=not self.conditioned, eps=norm_eps)
+        self.norm2 = build_norm(norm_type, dim, norm_eps, affine=not self.conditioned)
         self.ff = SDTFeedForward(dim, int(dim * mlp_ratio), activation_fn, dropout, mlp_kernel_size)
         self.layer_scale1, self.layer_scale2, self.drop_path = nn.Identity(), nn.Identity(), nn.Identity()
         if layer_scale_init_value is not None or drop_path:

@@ -3,7 +3,8 @@ import timm.layers
 import torch
 
 from sdt_diffusion.attention import BACKENDS, SPATIAL_DECAY_VARIANTS
-from sdt_diffusion.blocks import SDTAttention, SDTAttnProcessor, SDTBlock, set_decay_backend
+from sdt_diffusion.attention_processor import SDTAttnProcessor, set_decay_backend
+from sdt_diffusion.blocks import SDTAttention, SDTBlock
 from tests.conftest import randomize
 
 GRID = (3, 4)

@@ -11,22 +11,24 @@ PACKAGE = ROOT / "sdt_diffusion"
 #: From the lowest floor to the highest. A folder or module may import from its own room and from lower floors only.
 #: `sdt_diffusion` is the package's own `__init__.py`, which registers the pipeline with diffusers.
 FLOORS = [
-    ["attention", "plots", "utils"],
+    ["attention", "norms", "plots", "utils"],
+    ["attention_processor"],
     ["blocks"],
     ["sdt", "sdt_h"],
     ["sdt_diffusion"],
     ["data"],
     ["probe"],
     ["classification"],
-    ["hub", "metrics", "sampling"],
+    ["convert", "hub", "metrics", "sampling"],
     ["evaluation"],
     ["training"],
+    ["commands"],
 ]
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-MODEL_ROOMS = {"attention", "blocks", "sdt", "sdt_h", "probe", "classification"}
+MODEL_ROOMS = {"attention", "attention_processor", "blocks", "norms", "sdt", "sdt_h", "probe", "classification"}
 
 MAX_LINES = 400
-MAX_FILES = 100
+MAX_FILES = 110
 
 
 def module_name(path):

@@ -14,10 +14,12 @@ from .formula import Decay, manhattan_distance
 from .pruning import coordinates_of, needed_tiles, tile_order
 
 #: Bytes of logits that each thread computes at a time; more where `MIN_ROWS` tokens of one head already need more.
-BLOCK_BYTES = 2**20
+BLOCK_BYTES = 2**21
 MIN_ROWS = 64
 #: Tokens of the largest grid whose distances are kept in memory, 64 MiB in fp32.
 MAX_CACHED_TOKENS = 4096
+#: Fewer tokens are computed whole: bounds would take longer than what they save.
+MIN_PRUNED_TOKENS = 2048
 #: Above this fraction of needed tiles, computing all tiles is as fast as collecting those.
 MAX_DENSITY = 0.7
 
@@ -28,7 +30,7 @@ def blockwise_attention(
     """Compute spatial decay attention block by block, without keeping any logits."""
     half_decay, grid_size, needed = decay.half_decay(), decay.grid_size, None
     with torch.autocast(query.device.type, enabled=False):  # the operands already have the dtypes they need
-        if decay.prune_eps:
+        if decay.prune_eps and query.shape[2] >= MIN_PRUNED_TOKENS:
             tensors = (x.detach() for x in (query, key, half_decay))
             where = (coordinates_of(grid_size), tile_order(grid_size))
             needed = needed_tiles(*tensors, *where, scale, decay.prune_eps, decay.clamp)

@@ -19,18 +19,19 @@ class _DenseAttention(torch.autograd.Function):
         logits = logits.add_(query @ key.transpose(-1, -2), alpha=scale)  # in the decay's fp32, also under autocast
         attention = torch.softmax(logits, dim=-1).to(value.dtype)
         output = attention @ value  # (B, h, N, d)
-        ctx.save_for_backward(query, key, value, attention, output, distance)
+        ctx.save_for_backward(query, key, value, attention, distance)
         ctx.scale = scale
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output):
-        query, key, value, attention, output, distance = ctx.saved_tensors
+        query, key, value, attention, distance = ctx.saved_tensors
         grad_output = grad_output.to(value.dtype)
         grad_value = attention.transpose(-1, -2) @ grad_output
-        row_sum = (grad_output.to(distance.dtype) * output).sum(dim=-1, keepdim=True)  # sum_j dP_ij P_ij, (B, h, N, 1)
         grad_logits = (grad_output @ value.transpose(-1, -2)).to(distance.dtype)  # (B, h, N, N)
+        # From the product of the output and its gradient, rounded otherwise, a row of one large P_ij would be noise.
+        row_sum = (grad_logits * attention).sum(dim=-1, keepdim=True)  # sum_j dP_ij P_ij, (B, h, N, 1)
         grad_logits = grad_logits.sub_(row_sum).mul_(attention)
         grad_scores = grad_logits.to(query.dtype)
         grad_query = (grad_scores @ key).mul_(ctx.scale)

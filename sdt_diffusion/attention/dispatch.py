@@ -1,20 +1,25 @@
 """`spatial_decay_attention`, which every model calls to compute attention, and the table of its backends."""
 
 import math
+import os
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from .blockwise import blockwise_attention
 from .dense import dense_attention
+from .factored import factored_attention
+from .flex import flex_decay_attention
 from .formula import Decay, check_variant, reference_attention
-from .fused import fused_attention
+from .fused import check_support, fused_attention
+from .memory_efficient import xformers_attention
 
 #: attend(query, key, value, decay, scale): the tensors as in `spatial_decay_attention`, `None` for no decay.
 Backend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Decay | None, float], torch.Tensor]
 #: The same for a backend with a name. Of these, only `reference` is called without a decay.
-NamedBackend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Decay, float], torch.Tensor]
+NamedBackend = Callable[..., torch.Tensor]
 
 #: Backends by name; a new one is a file and a line here. Only `reference` is called for `none` and `raster`.
 BACKENDS: dict[str, NamedBackend] = {
@@ -22,17 +27,93 @@ BACKENDS: dict[str, NamedBackend] = {
     "dense": dense_attention,
     "blockwise": blockwise_attention,
     "triton": fused_attention,
+    "factored": factored_attention,
+    "flex": flex_decay_attention,
+    "xformers": xformers_attention,
 }
+#: Those that can skip distant tokens, and those that take `decomposed=True` because they need no copies of lines.
+PRUNES = ("blockwise", "triton")
+DECOMPOSES: tuple[str, ...] = ("triton",)
+#: The most that `prune_eps` may be.
+MAX_PRUNE_EPS = 0.5
+#: Name of a backend to use where no argument and no model names one.
+ENVIRONMENT_VARIABLE = "SDT_ATTENTION_BACKEND"
 
 
-def default_backend(query: torch.Tensor) -> str:
-    """Choose `blockwise` on a CPU, `dense` on accelerators, `reference` for exports.
+class Choice(NamedTuple):
+    """A row of `CHOICES`.
 
-    An exported program (torch.export, ONNX) then consists of torch's own operators and runs without this package.
+    Args:
+        backends: Names, the best first; the first that supports head size and dtype is taken.
+        device: Type of the device; `None` for any.
+        min_tokens: Fewest tokens.
+        training: Whether gradients are needed; `None` for both.
+    """
+
+    backends: tuple[str, ...]
+    device: str | None = None
+    min_tokens: int = 0
+    training: bool | None = None
+
+
+#: What is used where nobody names a backend: the first row that applies. The CPU's was measured (docs/benchmarks.md).
+#: The GPU's was never timed; its kernel needs a fraction of the memory.
+CHOICES = (
+    Choice(("blockwise",), device="cpu"),
+    Choice(("triton", "dense"), device="cuda"),
+    Choice(("dense",)),
+)
+#: check(query, value), which raises a ValueError, of the backends in `CHOICES` that do not take every head and dtype.
+CHECKS: dict[str, Callable[[torch.Tensor, torch.Tensor], None]] = {"triton": check_support}
+
+
+def named_backend(backend: str | None = None) -> str | None:
+    """Return the backend that was asked for: by the argument, else by the environment variable SDT_ATTENTION_BACKEND.
+
+    Raises:
+        ValueError: If the name is unknown (the message lists the known ones).
+    """
+    if backend is not None or torch.compiler.is_exporting():
+        return check_backend(backend)
+    name = os.environ.get(ENVIRONMENT_VARIABLE) or None
+    if name is not None and name not in BACKENDS:
+        raise ValueError(f"{ENVIRONMENT_VARIABLE} must be one of {', '.join(BACKENDS)}, not {name!r}.")
+    return name
+
+
+def choose_backend(query: torch.Tensor, value: torch.Tensor, device: str | None = None) -> str:
+    """Choose a backend where nobody named one, by `CHOICES`.
+
+    It is `reference` for exports: an exported program (torch.export, ONNX) then consists of torch's own operators and
+    runs without this package.
+
+    Args:
+        query: Shape (batch, heads, tokens, head_dim).
+        value: Shape (batch, heads, tokens, value_dim).
+        device: Type of the device; that of the query by default.
     """
     if torch.compiler.is_exporting():
         return "reference"
-    return "blockwise" if query.device.type == "cpu" else "dense"
+    device, training = device or query.device.type, torch.is_grad_enabled()
+    for choice in CHOICES:
+        if (
+            choice.device in (None, device)
+            and choice.min_tokens <= query.shape[-2]
+            and choice.training in (None, training)
+        ):
+            for name in choice.backends:
+                if _supports(name, query, value):
+                    return name
+    return "reference"
+
+
+def _supports(name, query, value):
+    try:
+        if name in CHECKS:
+            CHECKS[name](query, value)
+    except ValueError:
+        return False
+    return True
 
 
 def spatial_decay_attention(
@@ -47,6 +128,7 @@ def spatial_decay_attention(
     decomposed: bool = False,
     scale: float | None = None,
     backend: str | Backend | None = None,
+    prune_eps: float = 0.0,
 ) -> torch.Tensor:
     """Compute attention that decays with distance on the patch grid: softmax(Q K^T / sqrt(d) + M) V.
 
@@ -64,16 +146,18 @@ def spatial_decay_attention(
             O((HW)^2).
         scale: Factor of Q K^T; 1 / sqrt(head_dim) by default.
         backend: A name in `BACKENDS`, or a function attend(query, key, value, decay, scale), which then has to handle
-            every variant; `default_backend` chooses by default. By name, `raster` is always computed by `reference`,
+            every variant; `choose_backend` chooses by default. By name, `raster` is always computed by `reference`,
             and `none` by `torch.nn.functional.scaled_dot_product_attention` unless the name is `reference`.
             `torch.func` and second derivatives need `reference`.
+        prune_eps: Share of each query's softmax that a backend may skip, as `pruning` describes, 0 to 0.5; only
+            `blockwise` and `triton` do. Rows and columns of decomposed attention are never pruned.
 
     Returns:
         Tensor of shape (batch, heads, tokens, value_dim), in the value's dtype or autocast's.
 
     Raises:
-        ValueError: If the variant or backend is unknown, the grid does not match the tokens, or a gate is missing or
-            of a wrong shape.
+        ValueError: If the variant or backend is unknown, the grid does not match the tokens, a gate is missing or of a
+            wrong shape, or a backend that was named cannot compute this; a default one falls back to another.
     """
     check_variant(variant)
     height, width = grid_size
@@ -82,12 +166,20 @@ def spatial_decay_attention(
             f"grid_size {height}x{width} means {height * width} tokens, but query and key have "
             f"{query.shape[-2]} and {key.shape[-2]}."
         )
-    decay = None if variant == "none" else Decay(*_check_gate(gate, alpha, query), grid_size, variant)
-    attend = _resolve_backend(default_backend(query) if backend is None else backend, variant)
     query, key = query.to(value.dtype), key.to(value.dtype)  # normalized queries are fp32 under autocast
+    if not callable(backend):
+        backend = named_backend(backend)
+        check_pruning(prune_eps, backend)
+        backend = backend or choose_backend(query, value)
+    attend = _resolve_backend(backend, variant)
+    decay = None
+    if variant != "none":
+        decay = Decay(*_check_gate(gate, alpha, query), grid_size, variant, 0.0 if decomposed else prune_eps)
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     if not decomposed:
         return attend(query, key, value, decay, scale)  # (B, h, N, d)
+    if backend in DECOMPOSES and attend is BACKENDS[backend]:
+        return attend(query, key, value, decay, scale, decomposed=True)
 
     # A row is a 1 x W grid and a column an H x 1 grid: the same formula serves both passes.
     along_rows = along_columns = None
@@ -118,10 +210,23 @@ def check_backend(backend: str | None) -> str | None:
     return backend
 
 
+def check_pruning(prune_eps: float, backend: str | None) -> None:
+    """Refuse a share to skip that is out of its range, or a backend that was named and cannot skip.
+
+    Raises:
+        ValueError: Says why.
+    """
+    if not 0 <= prune_eps <= MAX_PRUNE_EPS:  # written so that NaN is refused too
+        raise ValueError(f"prune_eps must be from 0 to {MAX_PRUNE_EPS}, not {prune_eps}.")
+    if prune_eps and backend is not None and backend not in PRUNES:
+        raise ValueError(
+            f"The backend {backend!r} skips no tokens: choose one of {', '.join(PRUNES)}, or set prune_eps to 0."
+        )
+
+
 def _resolve_backend(backend, variant):
     if callable(backend):
         return backend
-    check_backend(backend)
     attend = BACKENDS[backend]
     if variant == "raster":  # not a product with a distance, which all other backends rely on
         return reference_attention

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..blocks import SDTAttention, set_decay_backend
+from ..attention_processor import set_decay_backend
+from ..blocks import SDTAttention
 
 
 @dataclass(frozen=True)

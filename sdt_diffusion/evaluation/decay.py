@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from ..attention import BACKENDS, spatial_decay
-from ..blocks import SDTAttention, SDTAttnProcessor
+from ..attention_processor import SDTAttnProcessor
+from ..blocks import SDTAttention
 
 
 @dataclass

@@ -275,8 +275,8 @@ def draw_samples(pipe: SDTPipeline, args: FidSamplingArguments, num_samples: int
         labels = class_labels_for(num_samples, classes)
     else:
         labels = random_class_labels(num_samples, classes, args.seed)
-    settings, backend = args.settings(pipe), args.attention_backend
-    return sample_into(folder, pipe, labels, settings, args.batch_size, attention_backend=backend)
+    attention = args.attention_record()
+    return sample_into(folder, pipe, labels, args.settings(pipe), args.batch_size, attention=attention)
 
 
 def side_by_side(samples: RawImages, reference: RawImages | None, columns: int = 12, rows: int = 3) -> Image.Image:

@@ -148,6 +148,7 @@ def _fill_metadata(
 
 def _introduction(folder: Path, record: Mapping[str, Any]) -> str:
     model, data = record["config"].get("model", "SDT"), record["data"]
+    model = "continued from another model" if model == "stored" else model
     classes = f"{data['num_images']:,} images of {data['num_classes']:,} classes ({data['name']})"
     if not _is_pipeline(folder):
         return f"An image classifier ({model}) with spatial decay attention, trained on {classes}."

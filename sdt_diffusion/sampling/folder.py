@@ -75,7 +75,7 @@ def sample_into(
     sampling: dict[str, Any],
     batch_size: int,
     progress: bool = True,
-    attention_backend: str | None = None,
+    attention: dict[str, Any] | None = None,
 ) -> SampleFolder:
     """Fill a folder with one sample for each label, starting from what it holds already.
 
@@ -90,7 +90,7 @@ def sample_into(
         sampling: `seed`, `guidance_scale` and `num_inference_steps`.
         batch_size: Samples at a time. Another size rounds differently, so all samples of a folder have the same.
         progress: Whether the main process shows a progress bar.
-        attention_backend: The backend that was chosen for the pipeline, for the manifest.
+        attention: What was chosen for the pipeline's attention, for the manifest.
 
     Returns:
         The complete folder.
@@ -109,7 +109,7 @@ def sample_into(
         **sampling,
         **guider_record(pipe),
         "sampler": describe_sampling(pipe, sampling),
-        **({"attention_backend": attention_backend} if attention_backend else {}),
+        **(attention or {}),
         "batch_size": batch_size,
         "num_samples": len(labels),
         "class_labels": labels,

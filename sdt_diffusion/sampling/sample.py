@@ -115,8 +115,8 @@ def sample(args: SampleArguments, sampling_args: SamplingArguments) -> str:
             check_writable(args.samples_npz.parent)
         num_bytes = bytes_per_sample(pipe) * args.num_images
         require_space(folder, (2 if args.samples_npz is None else 5) * num_bytes, "The samples")
-        backend = sampling_args.attention_backend
-        samples = sample_into(batches, pipe, labels, settings, sampling_args.batch_size, attention_backend=backend)
+        attention = sampling_args.attention_record()
+        samples = sample_into(batches, pipe, labels, settings, sampling_args.batch_size, attention=attention)
         if state.is_main_process:
             names = [pipe.id2label.get(label, str(label)) for label in labels]
             move_into(folder, lambda partial: _save_pictures(partial, samples, labels, classes, names))

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from ..attention import BACKENDS
-from ..blocks import set_decay_backend
+from ..attention.dispatch import MAX_PRUNE_EPS, PRUNES
+from ..attention_processor import set_decay_backend
 from ..sdt import GUIDANCE_KINDS, SDTGuidance, SDTPipeline, SDTTransformer2DModel
 from ..sdt.guidance import DECAY_FACTORS, RESCALE, clean_image_of
 from ..sdt.loading import open_pipeline
@@ -102,6 +103,15 @@ class SamplerArguments(CheckedArguments):
             "resumable": True,
         },
     )
+    attention_prune_eps: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of each token's softmax that attention may skip, so that long grids with local decay cost "
+            f"less: 1e-4, say; 0 for none. Only {' and '.join(PRUNES)} do.",
+            "resumable": True,
+        }
+        | between(0, MAX_PRUNE_EPS),
+    )
 
     def with_defaults(self) -> "SamplerArguments":
         """Return a copy that names guidance and steps, for a pipeline that has none saved yet."""
@@ -121,9 +131,9 @@ class SamplerArguments(CheckedArguments):
         if self.scheduler is not None:
             pipe.scheduler = swap_scheduler(pipe.scheduler, self.scheduler)
         self._apply_guidance_to(pipe)
-        set_attention_backend(pipe.transformer, self.attention_backend)
-        if pipe.guide_transformer is not None:
-            set_attention_backend(pipe.guide_transformer, self.attention_backend)
+        for model in (pipe.transformer, pipe.guide_transformer):
+            if model is not None:
+                set_attention_backend(model, self.attention_backend, self.attention_prune_eps)
 
     def _apply_guidance_to(self, pipe: SDTPipeline) -> None:
         options: dict[str, Any] = {
@@ -152,6 +162,11 @@ class SamplerArguments(CheckedArguments):
             weaker = _open_guide(self.guide_model, pipe)
         scale = pipe.own_guidance_scale if self.guidance_scale is None else self.guidance_scale
         pipe.register_modules(guider=guider.new(guidance_scale=scale, **options), guide_transformer=weaker)
+
+    def attention_record(self) -> dict[str, Any]:
+        """Return what was chosen for attention, for manifests."""
+        chosen = {"attention_backend": self.attention_backend, "attention_prune_eps": self.attention_prune_eps}
+        return {name: value for name, value in chosen.items() if value}
 
     def settings(self, pipe: SDTPipeline) -> dict[str, Any]:
         """Return the arguments of a call of the pipeline: what was asked for, else what the pipeline has saved."""
@@ -228,21 +243,29 @@ def _latent_scale(pipe: SDTPipeline) -> list[Any]:
     return [None if pipe.vae is None else pipe.vae.config.get(name) for name in names]
 
 
-def set_attention_backend(model: SDTTransformer2DModel, name: str | None) -> None:
-    """Let a model attend through a backend of `sdt_diffusion.attention` or of diffusers; `None` changes nothing.
+def set_attention_backend(model: SDTTransformer2DModel, name: str | None, prune_eps: float = 0.0) -> None:
+    """Let a model attend through a backend of `sdt_diffusion.attention` or of diffusers.
+
+    Args:
+        model: The model.
+        name: Name of the backend; `None` keeps the model's, or the default.
+        prune_eps: See `spatial_decay_attention`.
 
     Raises:
         ValueError: If the backend is unknown, or cannot be used here.
     """
-    if name is None:
-        return
-    if name in BACKENDS:
-        set_decay_backend(model, name)
-        return
-    try:
-        model.set_attention_backend(name)
-    except (ImportError, RuntimeError, ValueError) as error:
-        raise ValueError(f"attention_backend must be one of {', '.join(BACKENDS)} or of diffusers: {error}") from error
+    if name in BACKENDS or (name is None and prune_eps):
+        set_decay_backend(model, name, prune_eps)
+    elif name is not None:
+        if prune_eps:
+            raise ValueError(
+                f"attention_prune_eps must be 0 with the attention_backend {name}, which skips no tokens: choose one "
+                f"of {', '.join(PRUNES)}."
+            )
+        try:
+            model.set_attention_backend(name)
+        except (ImportError, RuntimeError, ValueError) as error:
+            raise ValueError(f"attention_backend {name!r} cannot be used. {error}") from error
 
 
 def parse_classes(pipe: SDTPipeline, words: Sequence[str]) -> list[int]:

@@ -66,13 +66,25 @@ class TimestepClassEmbedding(nn.Module):
 
     The embedding table has one extra row: the null class `num_classes`, which replaces a label in training with
     probability `class_dropout_prob`, and which classifier-free guidance uses.
+
+    Timesteps become cat[cos, sin] of scale * timestep * exp(-ln(1e4) i / (size / 2 - shift)). Scale 1 and shift 0 are
+    facebookresearch/DiT's; diffusers' DiT has shift 1, and SiT looks at times of 0 to 1.
     """
 
-    def __init__(self, dim: int, num_classes: int, class_dropout_prob: float, frequency_embedding_size: int):
+    def __init__(
+        self,
+        dim: int,
+        num_classes: int,
+        class_dropout_prob: float,
+        frequency_embedding_size: int,
+        timestep_scale: float = 1.0,
+        timestep_frequency_shift: float = 0.0,
+    ):
         super().__init__()
+        if timestep_frequency_shift >= frequency_embedding_size // 2:
+            raise ValueError(f"frequency_embedding_size {frequency_embedding_size} is too small.")
         self.num_classes, self.class_dropout_prob = num_classes, class_dropout_prob
-        # cat[cos, sin] of exp(-ln(1e4) i / (size / 2)): facebookresearch/DiT's, not diffusers' DiT's.
-        self.time_proj = Timesteps(frequency_embedding_size, flip_sin_to_cos=True, downscale_freq_shift=0)
+        self.time_proj = Timesteps(frequency_embedding_size, True, timestep_frequency_shift, timestep_scale)
         self.timestep_embedder = TimestepEmbedding(frequency_embedding_size, dim)
         self.class_embedder = nn.Embedding(num_classes + 1, dim)
 

@@ -16,12 +16,14 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
-from ..attention import ContextAwareGate
-from ..attention.gate import MAX_EXPONENT
+from ..attention_processor import AttentionBackendMixin
 from ..blocks import SDTBlock, modulate
-from ..utils.ranges import Range, check_number, check_value
+from ..norms import build_norm
+from ..utils.ranges import Range, check_number
 from ..utils.reading import CHECKSUMS_FILE, read_json, shortened, verify_checksums, write_checksums
+from .config_ranges import MAX_PARAMETERS, check_ranges
 from .embeddings import SDTPatchEmbed, TimestepClassEmbedding
+from .initialization import initialize_meta, initialize_weights
 
 #: Size -> config. Parameters (patch 2, 4 channels, 1000 classes, `context`) as counted by tests/sdt; DiT's sizes.
 SIZES: dict[str, dict[str, int]] = {
@@ -51,31 +53,16 @@ PRESETS["SDT-digits"] = {
 #: Where diffusers warns of weights that are missing or left over.
 LOADING_LOGGER = logging.getLogger("diffusers.models.modeling_utils")
 CONFIG_FILE = "config.json"
-#: Values that the numbers of a config may have; those of int type are whole.
-RANGES: dict[str, tuple[type, Range]] = {
-    "num_attention_heads": (int, Range(1, 1024)),
-    "attention_head_dim": (int, Range(1, 4096)),
-    "in_channels": (int, Range(1, 4096)),
-    "out_channels": (int, Range(1, 8192)),
-    "num_layers": (int, Range(1, 1000)),
-    "sample_size": (int, Range(1, 16_384)),
-    "patch_size": (int, Range(1, 1024)),
-    "num_classes": (int, Range(1, 10_000_000)),
-    "mlp_ratio": (float, Range(0, 64, with_least=False)),
-    "dropout": (float, Range(0, 1, with_most=False)),
-    "class_dropout_prob": (float, Range(0, 1)),
-    "decay_initial_value": (float, Range(-MAX_EXPONENT, MAX_EXPONENT)),
-    "decay_heads_range": (float, Range(-MAX_EXPONENT, MAX_EXPONENT)),
-    "local_position_kernel_size": (int, Range(0, 255)),
-    "frequency_embedding_size": (int, Range(2, 65_536)),
-    "norm_eps": (float, Range(0, 1)),
-}
-#: A config of more parameters is a mistake, which would only show when memory is asked for.
-MAX_PARAMETERS = 1e11
 
 
 class SDTTransformer2DModel(
-    ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin, FromOriginalModelMixin, CacheMixin
+    AttentionBackendMixin,
+    ModelMixin,
+    AttentionMixin,
+    ConfigMixin,
+    PeftAdapterMixin,
+    FromOriginalModelMixin,
+    CacheMixin,
 ):
     """A diffusion transformer (DiT) whose attention decays with distance on the patch grid (SDT).
 
@@ -99,11 +86,15 @@ class SDTTransformer2DModel(
         gate_conditioning: Whether timestep and class condition the gates of the decay, besides the tokens.
         decay_initial_value: Exponent a of the most near-sighted head at the start; it decays by log(1 - 2^-a) a patch.
         decay_heads_range: Span of the exponents over the heads.
+        decay_start: One of `sdt_diffusion.attention.gate.DECAY_STARTS`: "rmt", or "none" to start as plain attention.
         qk_norm: `None` or "rms_norm".
         rotary: Whether queries and keys carry a 2D rotary embedding (half of each head for rows, half for columns).
         local_position_kernel_size: Kernel of the local position encoding on the values; 0 for none.
         frequency_embedding_size: Number of sines and cosines of the timestep.
+        timestep_scale: Factor of the timesteps before their sines; SiT's models have 1/1000.
+        timestep_frequency_shift: 1 for the frequencies of diffusers' DiT, 0 for those of facebookresearch/DiT.
         norm_eps: Epsilon of the norms.
+        norm_type: One of `sdt_diffusion.norms.NORM_TYPES`: "layer" or "rms".
 
     Raises:
         ValueError: If a number is out of its range (`RANGES`), sizes do not divide, or an option is unknown.
@@ -135,15 +126,19 @@ class SDTTransformer2DModel(
         gate_conditioning: bool = True,
         decay_initial_value: float = 2.0,
         decay_heads_range: float = 6.0,
+        decay_start: str = "rmt",
         qk_norm: str | None = None,
         rotary: bool = False,
         local_position_kernel_size: int = 0,
         frequency_embedding_size: int = 256,
+        timestep_scale: float = 1.0,
+        timestep_frequency_shift: float = 0.0,
         norm_eps: float = 1e-6,
+        norm_type: str = "layer",
     ):
         values = dict(locals())
         super().__init__()
-        _check_ranges(values)
+        check_ranges(values)
         height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
         if height % patch_size or width % patch_size:
             raise ValueError(f"sample_size {height}x{width} is not divisible by patch_size {patch_size}.")
@@ -160,7 +155,10 @@ class SDTTransformer2DModel(
         self.gradient_checkpointing = False
 
         self.pos_embed = SDTPatchEmbed(in_channels, dim, patch_size, (height // patch_size, width // patch_size))
-        self.time_class_embed = TimestepClassEmbedding(dim, num_classes, class_dropout_prob, frequency_embedding_size)
+        self.time_class_embed = TimestepClassEmbedding(
+            *(dim, num_classes, class_dropout_prob, frequency_embedding_size),
+            *(timestep_scale, timestep_frequency_shift),
+        )
         self.transformer_blocks = nn.ModuleList(
             SDTBlock(
                 dim,
@@ -172,19 +170,21 @@ class SDTTransformer2DModel(
                 conditioning_dim=dim,
                 gate_conditioning=gate_conditioning,
                 norm_eps=norm_eps,
+                norm_type=norm_type,
                 spatial_decay=spatial_decay,
                 decomposed=decomposed,
                 decay_initial_value=decay_initial_value,
                 decay_heads_range=decay_heads_range,
+                decay_start=decay_start,
                 qk_norm=qk_norm,
                 local_position_kernel_size=local_position_kernel_size,
             )
             for _ in range(num_layers)
         )
-        self.norm_out = nn.LayerNorm(dim, elementwise_affine=False, eps=norm_eps)
+        self.norm_out = build_norm(norm_type, dim, norm_eps, affine=False)
         self.proj_out_1 = nn.Linear(dim, 2 * dim)
         self.proj_out_2 = nn.Linear(dim, patch_size**2 * self.out_channels)
-        self.initialize_weights()
+        initialize_weights(self)
 
     @classmethod
     def from_preset(cls, name: str, **overrides) -> "SDTTransformer2DModel":
@@ -217,7 +217,8 @@ class SDTTransformer2DModel(
         Args:
             pretrained_model_name_or_path: Folder or Hub name; the checksums of a folder are compared first.
             output_loading_info: Return the names that are missing and unexpected too, and do not refuse the model.
-            **kwargs: See diffusers.
+            **kwargs: See diffusers. With `ignore_mismatched_sizes=True` and config values such as `num_classes`,
+                weights of other shapes than the stored ones are initialized. `low_cpu_mem_usage` makes no difference.
 
         Raises:
             ValueError: If weights are missing, left over, or changed since they were saved; names them.
@@ -226,6 +227,7 @@ class SDTTransformer2DModel(
         verify_checksums(folder)
         if (folder / CONFIG_FILE).is_file():
             read_json(folder / CONFIG_FILE)  # diffusers takes a text in it for the name of another model
+        kwargs.pop("low_cpu_mem_usage", None)  # diffusers loads models with parts in fp32 in one way only
         level = LOADING_LOGGER.level
         LOADING_LOGGER.setLevel(level if output_loading_info else logging.ERROR)  # what it warns of is refused below
         try:
@@ -237,7 +239,20 @@ class SDTTransformer2DModel(
         if wrong and not output_loading_info:
             where = f"{pretrained_model_name_or_path} is not a whole {cls.__name__}"
             raise ValueError(f"{where}: it {' and '.join(wrong)}.")
+        initialize_meta(model)
         return (model, info) if output_loading_info else model
+
+    @classmethod
+    def from_single_file(cls, pretrained_model_link_or_path_or_dict=None, **kwargs):
+        """Refuse: diffusers' loader of single files knows none of DiT's kinds. The message says what to do instead.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError(
+            f"from_single_file does not load {cls.__name__}. Convert the file once, by `sdt-diffusion convert FILE "
+            "FOLDER`, and load the folder by SDTPipeline.from_pretrained(FOLDER)."
+        )
 
     @functools.wraps(ModelMixin.save_pretrained)  # pipelines look at its arguments
     def save_pretrained(self, save_directory, is_main_process: bool = True, *args, **kwargs):
@@ -247,26 +262,6 @@ class SDTTransformer2DModel(
         super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
         if is_main_process:
             write_checksums(Path(save_directory))
-
-    @torch.no_grad()
-    def initialize_weights(self) -> None:
-        """Initialize as facebookresearch/DiT does: Xavier linears, zero modulations and output; gates as RMT's."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-        nn.init.xavier_uniform_(self.pos_embed.proj.weight.flatten(1))
-        nn.init.zeros_(self.pos_embed.proj.get_parameter("bias"))
-        nn.init.normal_(self.time_class_embed.class_embedder.weight, std=0.02)
-        nn.init.normal_(self.time_class_embed.timestep_embedder.linear_1.weight, std=0.02)
-        nn.init.normal_(self.time_class_embed.timestep_embedder.linear_2.weight, std=0.02)
-        for block in self.transformer_blocks:
-            nn.init.zeros_(block.norm1.linear.weight)
-            if isinstance(block.attn.gate, ContextAwareGate):
-                block.attn.gate.reset_parameters()
-        for linear in (self.proj_out_1, self.proj_out_2):
-            nn.init.zeros_(linear.weight)
 
     def forward_features(
         self,
@@ -380,16 +375,3 @@ class SDTTransformer2DModel(
         rows = get_1d_rotary_pos_embed(half, y.repeat_interleave(grid_size[1]), use_real=True)  # each (N, d/2)
         columns = get_1d_rotary_pos_embed(half, x.repeat(grid_size[0]), use_real=True)  # each (N, d/2)
         return tuple(torch.cat(pair, dim=-1) for pair in zip(rows, columns, strict=True))  # each (N, d)
-
-
-def _check_ranges(config: dict[str, Any]) -> None:
-    for name, (kind, allowed) in RANGES.items():
-        value = config[name]
-        for item in value if name == "sample_size" and isinstance(value, (list, tuple)) else [value]:
-            if not (item is None and name == "out_channels"):
-                check_value(name, item, (kind,), allowed)
-    if isinstance(config["sample_size"], (list, tuple)) and len(config["sample_size"]) != 2:
-        raise ValueError(f"sample_size must be one number, or height and width, not {config['sample_size']}.")
-    for name in ("decomposed", "gate_conditioning", "rotary"):
-        if config[name] not in (True, False):
-            raise ValueError(f"{name} must be true or false, not {config[name]!r}.")

@@ -1,6 +1,5 @@
 """Convert official RMT checkpoints to the classifier with `spatial_decay="fixed"`, which gives RMT's logits."""
 
-import argparse
 import re
 import warnings
 from collections.abc import Mapping
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 
 from ..attention import FixedGate
-from ..utils.reading import read_tensors
+from ..utils.reading import read_state_dict
 from .modeling_sdt_h import SDTHConfig, SDTHForImageClassification
 from .network import PRESETS, raster_rotary_embedding
 
@@ -48,46 +47,9 @@ def rename(key: str) -> str:
 def read_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
     """Read a state dict that torch.save or safetensors wrote, without running code from the file.
 
-    The state dict may be at the top level or under one of `CHECKPOINT_KEYS`; the prefix "module." that
-    DistributedDataParallel gives to all names is removed.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If the file holds something else, or values that are NaN or infinite.
+    The state dict may be at the top level or under one of `CHECKPOINT_KEYS`; see `read_state_dict` for errors.
     """
-    path = Path(path)
-    if path.suffix == ".safetensors":
-        return _checked(path, read_tensors(path))
-    if not path.is_file():  # a named pipe would be waited for
-        raise FileNotFoundError(f"There is no file {path}.")
-    try:
-        # Training checkpoints keep their arguments in a Namespace, which holds values only.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # unpickling raises anything for a damaged file
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise ValueError(f"{path} cannot be read: {reason}") from error
-    nested = isinstance(checkpoint, Mapping) and next((key for key in CHECKPOINT_KEYS if key in checkpoint), None)
-    state_dict = checkpoint[nested] if nested else checkpoint
-    if not isinstance(state_dict, Mapping) or not all(
-        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state_dict.items()
-    ):
-        keys = " or ".join(map(repr, CHECKPOINT_KEYS))
-        raise ValueError(f"{path} holds no state dict, neither at the top nor under {keys}.")
-    return _checked(path, state_dict)
-
-
-def _checked(path: Path, state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return the tensors without a prefix of all names, and refuse those that no network computes with."""
-    size = path.stat().st_size
-    for name, value in state_dict.items():
-        plain = value.layout == torch.strided and not value.is_quantized and not value.is_complex()
-        # A stride of 0 describes any number of elements in a few bytes.
-        plain = plain and value.numel() * value.element_size() <= size
-        if not plain or (value.is_floating_point() and not torch.isfinite(value).all()):
-            raise ValueError(f"{path} cannot be used: {name} is not a plain tensor of finite numbers.")
-    wrapped = all(name.startswith("module.") for name in state_dict)
-    return {name.removeprefix("module.") if wrapped else name: value for name, value in state_dict.items()}
+    return read_state_dict(Path(path), CHECKPOINT_KEYS)
 
 
 def rmt_config(state_dict: Mapping[str, torch.Tensor]) -> dict[str, Any]:

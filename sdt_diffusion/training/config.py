@@ -9,7 +9,7 @@ import torch
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
 from ..utils.arguments import fields_with, merged
-from ..utils.ranges import CheckedArguments, Range, a_seed, at_least, between, check_value
+from ..utils.ranges import CheckedArguments, Range, a_seed, at_least, between, check_value, more_than
 from .ema import EMAArguments
 from .optimizer import OptimizationArguments
 
@@ -48,6 +48,16 @@ class RunArguments(CheckedArguments):
         | between(1, 1024),
     )
     allow_tf32: bool = field(default=False, metadata={"help": "Use TF32 matrix products on CUDA."})
+    compile: Literal["none", "regional", "full"] = field(
+        default="none",
+        metadata={"help": "torch.compile the blocks, one graph for all of them, or the whole model."} | RESUMABLE,
+    )
+    peak_tflops: float | None = field(
+        default=None,
+        metadata={"help": "What a device can do at most, for the MFU in the log. Default: that of a known one."}
+        | RESUMABLE
+        | more_than(0),
+    )
     checkpointing_steps: int = field(
         default=5000, metadata={"help": "Steps between checkpoints; 0 for one at the end."} | RESUMABLE | at_least(0)
     )
@@ -133,8 +143,8 @@ class TrainingConfig(CheckedArguments):
         validation_steps: Steps between validations; 0 for none but the last.
         validate_first: Whether to validate before the first step too.
         arguments: All argument dataclasses of the script, which are recorded beside the run.
-        flops_per_image: Floating-point operations of one image's forward pass, to log the speed in TFLOP/s; `None` to
-            log images only.
+        flops_per_image: Floating-point operations of one image's forward pass, to log TFLOP/s and MFU; `None` to log
+            images per second only.
     """
 
     run: RunArguments

@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import ProjectConfiguration, is_bf16_available, parse_flag_from_env
+from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, is_bf16_available, parse_flag_from_env
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -35,6 +35,7 @@ def build_accelerator(run: RunArguments) -> Accelerator:
         torch.set_float32_matmul_precision("high")
     process_state()
     accelerator = Accelerator(
+        dataloader_config=DataLoaderConfiguration(non_blocking=True),  # batches come from pinned memory
         mixed_precision=run.mixed_precision,
         gradient_accumulation_steps=run.gradient_accumulation_steps,
         log_with=None if run.report_to == "none" else run.report_to,
@@ -96,6 +97,26 @@ def prepare(
         dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[accelerator.mixed_precision]
         model.forward = torch.autocast(accelerator.device.type, dtype)(model.forward)
     return model, optimizer
+
+
+def compile_model(model: nn.Module, mode: str) -> None:
+    """Compile a model in place, so that its weights keep their names; to be called before it is wrapped.
+
+    Args:
+        model: The model.
+        mode: "none", "regional" for its blocks, which share one graph, or "full".
+
+    Raises:
+        ValueError: If the mode is regional and the model has no blocks that can share a graph.
+    """
+    if mode == "regional":
+        if not hasattr(model, "compile_repeated_blocks"):
+            raise ValueError(
+                f"compile regional needs blocks that are all alike, unlike {type(model).__name__}'s: use full."
+            )
+        model.compile_repeated_blocks(fullgraph=True)
+    elif mode == "full":
+        model.compile()
 
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:

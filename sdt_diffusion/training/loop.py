@@ -10,9 +10,11 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..utils.seeding import Draws
-from .distributed import Interrupted, StopRequest, full_tensor
-from .monitor import Window
+from .distributed import STOP_REASONS, Interrupted, StopRequest, full_tensor
+from .monitor import StepValues
+from .optimizer import admit_step
 from .run import TrainingRun
+from .speed import Window
 
 
 class Loss(Protocol):
@@ -47,7 +49,7 @@ def train(run: TrainingRun, loss: Loss, validate: Validation | None = None) -> N
         KeyboardInterrupt: After a second Ctrl-C.
     """
     config, accelerator, model = run.config, run.accelerator, run.model
-    window, batches = Window(), run.batches()
+    window, values, batches = Window(), StepValues(accelerator.device), run.batches()
     first_step, last_step = run.step, config.run.max_train_steps
     max_norm = config.optimization.max_grad_norm or math.inf
     progress_bar = tqdm(
@@ -70,35 +72,33 @@ def train(run: TrainingRun, loss: Loss, validate: Validation | None = None) -> N
                 losses.append(batch_loss.detach().float())
 
             gradient_norm = full_tensor(accelerator.clip_grad_norm_(model.parameters(), max_norm))
-            mean_loss, norm, stop = run.mean_over_processes(losses, gradient_norm, stop_request.reason)
-            finite = run.guard.admits(run.step + 1, mean_loss, norm)
+            means = run.mean_over_processes(losses, gradient_norm, stop_request.reason)  # (2 + reasons to stop,)
+            finite = means[:2].isfinite().all()  # stays on the device, as does all that depends on it
 
             run.set_learning_rates(run.step)
-            if finite or accelerator.scaler is not None:  # fp16's scaler skips such a step itself and lowers its scale
-                run.optimizer.step()
+            admit_step(run.state.optimizer, finite)
+            run.optimizer.step()
             run.optimizer.zero_grad()
-            if finite:
-                run.batch_norms.average()
-            else:
-                run.batch_norms.restore()
-            if run.step == first_step:
-                run.claim_folder()
+            run.batch_norms.settle(finite)
             run.step += 1
-            stop = stop if run.step < last_step else None
-            if stop:  # what is written to a pipe whose reader has ended by the same Ctrl-C, such as tee, raises
-                progress_bar.disable = True
-
             for average in run.averages.values():
                 average.update(run.step)
 
-            window.add(mean_loss, norm)
+            values.put(run.step, means)
+            stop = _count_steps(run, window, values, everything=run.step == first_step + 1 or _something_is_due(run))
+            if run.step == first_step + 1:
+                run.claim_folder()
+            stop = stop if run.step < last_step else None
+            if stop:
+                _count_steps(run, window, values, everything=True)
+                progress_bar.disable = True  # a pipe whose reader the same Ctrl-C has ended, such as tee, would raise
+
+            window.pause()
             progress_bar.update()
             if run.is_due(config.run.logging_steps):
-                values = run.pop_window(window) | loss.pop_values()
-                run.record(values)
-                progress_bar.set_postfix_str(
-                    f"loss {values.get('loss', math.nan):.4f}, {values['images_per_second']:.0f} images/s"
-                )
+                record = run.pop_window(window) | loss.pop_values()
+                run.record(record)
+                progress_bar.set_postfix_str(_summary(record))
 
             if validate is not None and not stop and run.is_due(config.validation_steps):
                 _validate(run, validate)
@@ -118,6 +118,37 @@ def train(run: TrainingRun, loss: Loss, validate: Validation | None = None) -> N
                 run.finish()
                 raise Interrupted(stop)
     run.gather()
+
+
+def _something_is_due(run: TrainingRun) -> bool:
+    """Return whether this step ends with something that has to know whether it was made."""
+    config = run.config
+    intervals = (config.run.logging_steps, config.run.checkpointing_steps, config.validation_steps)
+    return any(map(run.is_due, (*intervals, config.ema.ema_snapshot_steps)))
+
+
+def _count_steps(run: TrainingRun, window: Window, values: StepValues, everything: bool) -> str | None:
+    """Count the steps whose values are read by now, and return why to stop, if a process was told to in one of them.
+
+    All processes read the same values after the same step.
+
+    Raises:
+        NonFiniteLossError: If too many consecutive steps were skipped.
+    """
+    stop = None
+    for step, (loss, norm, *told) in values.pop(everything):
+        run.guard.count(step, loss, norm)
+        window.add(loss, norm)
+        stop = next((reason for reason, share in zip(STOP_REASONS, told, strict=True) if share), stop)
+    return stop
+
+
+def _summary(record: dict[str, float]) -> str:
+    """Describe a record in the progress bar."""
+    words = [f"loss {record.get('loss', math.nan):.4f}", f"{record['images_per_second']:.0f} images/s"]
+    if "mfu" in record:
+        words.append(f"MFU {record['mfu']:.0%}")
+    return ", ".join([*words, f"{record['memory_gib']:.1f} GiB"])
 
 
 def _validate(run: TrainingRun, validate: Validation) -> None:

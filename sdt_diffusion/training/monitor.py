@@ -1,13 +1,13 @@
-"""Measurements of a run: the log file, the means since the last record, and steps that are not finite."""
+"""What a run observes of its steps: their values, the log file, and those that are not finite."""
 
 import json
 import math
 import os
-import time
+from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from ..utils.files import valid_json, write_atomically
@@ -91,46 +91,35 @@ def _fits(record):
     return fit and isinstance(record.get("step"), int) and record["step"] >= 0
 
 
-class Window:
-    """The steps since the last record: their losses, and the time they took."""
+class StepValues:
+    """Reads from the device what steps have computed, on CUDA while it computes the next step.
 
-    def __init__(self):
-        self._started = self._since = time.perf_counter()
-        self.reset()
+    There a value of the step just queued could be read only when the step is done, and meanwhile nothing would be
+    queued for the device.
 
-    def reset(self) -> None:
-        """Reset the sums, after a record."""
-        self.steps, self.losses, self.norms, self.seconds = 0, [], [], 0.0
+    Args:
+        device: Device of the training.
+    """
 
-    def add(self, loss: float, norm: float) -> None:
-        """Count a step and stop the clock; steps that are not finite do not count in the means."""
-        self.seconds += time.perf_counter() - self._since
-        self.steps += 1
-        if math.isfinite(loss) and math.isfinite(norm):
-            self.losses.append(loss)
-            self.norms.append(norm)
+    def __init__(self, device: torch.device):
+        self._delay = 1 if device.type == "cuda" else 0
+        self._copies: deque[tuple[int, torch.Tensor, torch.cuda.Event | None]] = deque()
 
-    def resume(self) -> None:
-        """Start the clock again, after validation and checkpoint, whose time is not that of a step."""
-        self._since = time.perf_counter()
+    def put(self, step: int, values: torch.Tensor) -> None:
+        """Begin to copy the values of a step."""
+        copied = torch.cuda.Event() if values.device.type == "cuda" else None
+        copy = values.to("cpu", non_blocking=copied is not None)  # in pinned memory
+        if copied is not None:
+            copied.record()
+        self._copies.append((step, copy, copied))
 
-    @property
-    def elapsed(self) -> float:
-        """Seconds since this process began to train, with everything."""
-        return time.perf_counter() - self._started
-
-    def means(self) -> dict[str, float]:
-        """Return the mean loss and gradient norm; nothing if no step was finite."""
-        if not self.losses:
-            return {}
-        return {"loss": sum(self.losses) / len(self.losses), "grad_norm": sum(self.norms) / len(self.norms)}
-
-
-def memory_gib(device: torch.device) -> float:
-    """Return the memory of this process in GiB: the peak on CUDA, elsewhere what is resident now."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return psutil.Process().memory_info().rss / 2**30
+    def pop(self, everything: bool) -> Iterator[tuple[int, list[float]]]:
+        """Return steps and their values, in order: with `everything` all that were put, else those not delayed."""
+        while len(self._copies) > (0 if everything else self._delay):
+            step, copy, copied = self._copies.popleft()
+            if copied is not None:
+                copied.synchronize()
+            yield step, copy.tolist()
 
 
 class NonFiniteLossError(ValueError):
@@ -138,7 +127,7 @@ class NonFiniteLossError(ValueError):
 
 
 class FiniteGuard:
-    """Decides which steps are applied: those with a finite loss and gradient.
+    """Counts the steps that were skipped: those without a finite loss and gradient.
 
     Args:
         limit: Consecutive steps that may be skipped.
@@ -148,15 +137,15 @@ class FiniteGuard:
         self.limit = limit
         self.skipped, self.skipped_in_a_row = 0, 0
 
-    def admits(self, step: int, loss: float, gradient_norm: float) -> bool:
-        """Return whether to make step `step`.
+    def count(self, step: int, loss: float, gradient_norm: float) -> None:
+        """Count step `step`.
 
         Raises:
-            NonFiniteLossError: If more than `limit` consecutive steps were to be skipped.
+            NonFiniteLossError: If more than `limit` consecutive steps were skipped.
         """
         if math.isfinite(loss) and math.isfinite(gradient_norm):
             self.skipped_in_a_row = 0
-            return True
+            return
         self.skipped += 1
         self.skipped_in_a_row += 1
         if self.skipped_in_a_row > self.limit:
@@ -167,7 +156,6 @@ class FiniteGuard:
                 "lower learning_rate or max_grad_norm, mixed_precision no or, for generation, qk_norm rms_norm. Start "
                 "another run with its own output_dir, or resume with change_on_resume."
             )
-        return False
 
     def state_dict(self) -> dict[str, int]:
         """Return the counts."""

@@ -45,9 +45,8 @@ def build_optimizer(
     model: nn.Module,
     args: OptimizationArguments,
     groups: Sequence[dict[str, Any]] | None = None,
-    device: torch.device | str = "cpu",
 ) -> torch.optim.AdamW:
-    """Build AdamW for the parameters that are trained.
+    """Build AdamW, by torch's fused kernels, for the parameters that are trained.
 
     Args:
         model: The model.
@@ -55,7 +54,6 @@ def build_optimizer(
         groups: Parameters in groups with a `weight_decay` of their own and, as in timm, a factor `lr_scale` of the
             learning rate. By default weight decay excludes parameters of fewer than two dimensions: biases, norms,
             the strength of the spatial decay.
-        device: Device of the training; on CUDA the fused kernels are used.
     """
     if groups is None:
         parameters = [p for p in model.parameters() if p.requires_grad]
@@ -69,8 +67,21 @@ def build_optimizer(
         lr=args.learning_rate,
         betas=(args.adam_beta1, args.adam_beta2),
         eps=args.adam_epsilon,
-        fused=True if torch.device(device).type == "cuda" else None,
+        fused=True,
     )
+
+
+def admit_step(optimizer: torch.optim.Optimizer, finite: torch.Tensor) -> None:
+    """Let the device decide whether the next step is made, so that it need not wait for the host to learn it.
+
+    The fused kernels read where torch's gradient scalers report an overflow, and then leave weights and moments as
+    they are. The scaler of fp16 overwrites this by what it has found in the gradients, and lowers its scale.
+
+    Args:
+        optimizer: AdamW of `build_optimizer`, without wrappers.
+        finite: Whether to make the step, a boolean of shape ().
+    """
+    optimizer.found_inf = finite.logical_not().float()  # type: ignore[attr-defined]
 
 
 def build_lr_schedule(

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from torch import nn
 from torch.utils.data import DataLoader
 
+from ..attention_processor import describe_backend
 from ..data import ShuffledStream
 from ..hub import HubArguments, command_of, describe_run, share_run
 from ..utils.arguments import one_line
@@ -35,11 +36,12 @@ from .checkpoint import (
     write_config,
 )
 from .config import TrainingConfig, TrainingSet
-from .distributed import STOP_REASONS, build_accelerator, prepare, shield_worker
+from .distributed import STOP_REASONS, build_accelerator, compile_model, prepare, shield_worker
 from .ema import WeightAverage, ema_profiles
-from .monitor import FiniteGuard, TrainingLog, Window, memory_gib
+from .monitor import FiniteGuard, TrainingLog
 from .optimizer import build_lr_schedule, build_optimizer
 from .reconstruct_ema import drop_snapshots_after, save_snapshot
+from .speed import Window, Work, memory_gib, peak_tflops
 from .state import BatchNormStatistics, TrainingState, gather
 
 
@@ -84,6 +86,9 @@ class TrainingRun:
         self.images_per_step = (
             config.run.train_batch_size * config.run.gradient_accumulation_steps * self.accelerator.num_processes
         )
+        device, precision = self.accelerator.device, self.accelerator.mixed_precision
+        peak = config.run.peak_tflops or peak_tflops(device, precision, config.run.allow_tf32)
+        self.work = Work(self.images_per_step, self.accelerator.num_processes, config.flops_per_image, peak)
         # Steps depend on these as well.
         self.checkpoint_config = {
             **config.as_dict(),
@@ -136,12 +141,16 @@ class TrainingRun:
         device = self.accelerator.device
         where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} thread(s)"
         precision = "fp32" if self.accelerator.mixed_precision == "no" else self.accelerator.mixed_precision
+        how = precision if run.compile == "none" else f"{precision}, compiled ({run.compile})"
+        dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision, torch.float32)
+        if backend := describe_backend(self.unwrapped_model, device, dtype):
+            how += f", attention by {backend}"
         trained = sum(p.numel() for p in parameters if p.requires_grad)
         return (
-            f"{self.accelerator.num_processes} process(es) on {device.type} ({where}), {precision}; {trained:,} "
-            f"trained of {sum(p.numel() for p in parameters):,} parameters; {len(self.data.images):,} images, "
-            f"{self.images_per_step:,} a step ({run.train_batch_size} x {run.gradient_accumulation_steps} a process); "
-            f"step {self.step:,} of {run.max_train_steps:,}."
+            f"{self.accelerator.num_processes} process(es) on {device.type} ({where}), {how}; "
+            f"{trained:,} trained of {sum(p.numel() for p in parameters):,} parameters; "
+            f"{len(self.data.images):,} images, {self.images_per_step:,} a step ({run.train_batch_size} x "
+            f"{run.gradient_accumulation_steps} a process); step {self.step:,} of {run.max_train_steps:,}."
         )
 
     def batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -177,15 +186,11 @@ class TrainingRun:
         rows = slice(first, first + run.train_batch_size)
         return Draws(run.seed, self.step, rows, self.images_per_step, accelerator.device)
 
-    def mean_over_processes(
-        self, losses: list[torch.Tensor], norm: torch.Tensor, stop: str | None
-    ) -> tuple[float, float, str | None]:
-        """Return the mean loss and gradient norm, and why to stop if any process was told to: the same everywhere."""
+    def mean_over_processes(self, losses: list[torch.Tensor], norm: torch.Tensor, stop: str | None) -> torch.Tensor:
+        """Return the mean loss, the gradient norm, and for each of `STOP_REASONS` the share of processes told it."""
         loss = torch.stack(losses).mean()
         told = [torch.full_like(loss, reason == stop) for reason in STOP_REASONS]
-        values = torch.stack([loss, norm.to(loss), *told])
-        mean_loss, mean_norm, *told = self.accelerator.reduce(values, "mean").tolist()
-        return mean_loss, mean_norm, next((reason for reason, n in zip(STOP_REASONS, told, strict=True) if n), None)
+        return self.accelerator.reduce(torch.stack([loss, norm.to(loss), *told]), "mean")
 
     def is_due(self, interval: int) -> bool:
         """Return whether something done every `interval` steps (0 for never) and at the end is to be done now."""
@@ -243,22 +248,16 @@ class TrainingRun:
             self.log.append({"step": self.step, **values})
 
     def pop_window(self, window: Window) -> dict[str, float]:
-        """Return loss, gradient norm, learning rate and speed since the last record, and start the window anew.
-
-        The speed in TFLOP/s is this process's: three times the forward pass, as is usual.
-        """
-        images_per_second = window.steps * self.images_per_step / window.seconds
+        """Return loss, gradient norm, learning rate and speed since the last record, and start the window anew."""
         values = {
             **window.means(),
             "learning_rate": max(group["lr"] for group in self.optimizer.param_groups),  # lower with layer decay
-            "images_per_second": images_per_second,
             "epoch": self.step * self.images_per_step / (len(self.data.images) * self.data.num_repeats),
+            **self.work.speed(window.seconds_per_step),
             "memory_gib": memory_gib(self.accelerator.device),
             "elapsed_seconds": window.elapsed,
+            "seconds_left": (self.config.run.max_train_steps - self.step) * window.seconds_per_step,
         }
-        if self.config.flops_per_image:
-            per_process = images_per_second / self.accelerator.num_processes
-            values["tflops_per_second"] = 3 * self.config.flops_per_image * per_process / 1e12
         if self.guard.skipped:
             values["skipped_steps"] = self.guard.skipped
         window.reset()
@@ -361,11 +360,12 @@ class TrainingRun:
 
     def _prepare(self, model, name, parameter_groups):
         config, accelerator = self.config, self.accelerator
-        optimizer = build_optimizer(model, config.optimization, parameter_groups, accelerator.device)
+        optimizer = build_optimizer(model, config.optimization, parameter_groups)
         skeleton = copy.deepcopy(model).to("meta")
         separate = None  # without an average, the trained model is the one that is saved
         if config.ema.use_ema or accelerator.is_fsdp2:
             separate = copy.deepcopy(model).to(accelerator.device).eval().requires_grad_(False)
+        compile_model(model, config.run.compile)
         self.model, self.optimizer = prepare(accelerator, model, optimizer)
         self.set_learning_rates = build_lr_schedule(optimizer, config.optimization, config.run.max_train_steps)
         self.batch_norms = BatchNormStatistics(self.unwrapped_model, accelerator.num_processes)

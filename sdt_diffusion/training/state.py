@@ -41,17 +41,18 @@ class BatchNormStatistics:
         """Keep a copy, before a step."""
         self._remembered = [tensor.clone() for tensor in self.tensors]
 
-    def restore(self) -> None:
-        """Put the copy back, after a step that was skipped: its NaN would stay in the statistics."""
-        for tensor, remembered in zip(self.tensors, self._remembered, strict=True):
-            tensor.copy_(remembered)
+    def settle(self, finite: torch.Tensor) -> None:
+        """Average over all processes, since only one of them saves the model, or put the copy back.
 
-    def average(self) -> None:
-        """Average over all processes, since only one of them saves the model."""
+        Args:
+            finite: Whether the step was made, of shape (): the NaN of one that was not would stay in the statistics.
+        """
         if self.tensors and self.num_processes > 1:
             from timm.utils import distribute_bn
 
             distribute_bn(self.model, self.num_processes, reduce=True)
+        for tensor, remembered in zip(self.tensors, self._remembered, strict=True):
+            tensor.copy_(torch.where(finite, tensor, remembered))
 
 
 OPTIMIZER_FILE = "optimizer.safetensors"

@@ -32,28 +32,29 @@ from ..hub import HubArguments, create_hub_repo
 from ..plots import image_grid, plot_loss_curve
 from ..sampling.generate import class_labels_for, describe_sampling, generate_on_all_processes
 from ..sampling.settings import SamplerArguments, set_attention_backend
-from ..sdt import SDTPipeline, SDTTransformer2DModel
+from ..sdt import PRESETS, SDTPipeline, SDTTransformer2DModel
 from ..utils.arguments import exit_on_error, given_arguments, json_object, one_line, parse_arguments
 from ..utils.files import move_into, write_atomically, write_json
-from ..utils.fingerprint import differences
 from ..utils.ranges import CheckedArguments, at_least, between
-from ..utils.reading import check_tensors, read_json, shortened
 from ..utils.seeding import Draws, Stream, numpy_generator, seed_global_generators
 from .config import RunArguments, TrainingConfig, TrainingSet
 from .distributed import resolve_precision
 from .ema import EMAArguments
+from .init_from import STORED, adds_decay, describe_classes, load_weights, stored_config
 from .loop import train
 from .objectives import DiffusionLoss, ObjectiveArguments, build_objective
 from .optimizer import OptimizationArguments
 from .run import TrainingRun
-from .state import config_of
 
 
 @dataclass(frozen=True)
 class ModelArguments(CheckedArguments):
     """Which model to train."""
 
-    model: str = field(default="SDT-S/2", metadata={"help": "A preset: SDT-{S,B,L,XL}/{2,4,8} or SDT-digits."})
+    model: str = field(
+        default="SDT-S/2",
+        metadata={"help": "A preset: SDT-{S,B,L,XL}/{2,4,8} or SDT-digits; 'stored' for that of --init_from."},
+    )
     spatial_decay: Literal["context", "fixed", "content", "raster", "none"] = field(
         default="context", metadata={"help": "How attention decays; 'none' is a plain DiT."}
     )
@@ -72,6 +73,12 @@ class ModelArguments(CheckedArguments):
         default=None,
         metadata={"help": "Start from the weights of this folder: a pipeline, a transformer, or one of a checkpoint."},
     )
+    new_classes: bool = field(
+        default=False,
+        metadata={
+            "help": "The classes are not those of --init_from; what it knows of classes of equal names is kept."
+        },
+    )
     gradient_checkpointing: bool = field(
         default=False, metadata={"help": "Recompute activations to save memory.", "resumable": True}
     )
@@ -79,8 +86,17 @@ class ModelArguments(CheckedArguments):
         default=None, metadata={"help": "VAE whose latents to learn; a cache brings its own. Default: learn pixels."}
     )
 
+    def __post_init__(self):
+        super().__post_init__()
+        for name, given in ((f"model {STORED}", self.model == STORED), ("new_classes", self.new_classes)):
+            if given and self.init_from is None:
+                raise ValueError(f"{name} needs init_from.")
+
     def config(self, **overrides: Any) -> dict[str, Any]:
         """Return the model's config: the preset's, these arguments' over it, and `overrides` over both.
+
+        With model `stored`, the folder `init_from` takes the place of a preset and of arguments that say no.
+        A decay that is added to a stored model without one starts as none.
 
         Raises:
             ValueError: If the preset or a key is unknown, or `model_overrides` is not a JSON object.
@@ -91,10 +107,21 @@ class ModelArguments(CheckedArguments):
             raise ValueError(f"model_overrides: {', '.join(derived)} follow from the data set and resolution.")
         keys = ("spatial_decay", "qk_norm", "rotary", "local_position_kernel_size", "class_dropout_prob")
         own = {key: getattr(self, key) for key in keys}
-        return SDTTransformer2DModel.preset_config(self.model, **{**own, **further, **overrides})
+        preset, stored = self.model, {} if self.init_from is None else stored_config(self.init_from)
+        if self.model == STORED:
+            preset, no = next(iter(PRESETS)), ("qk_norm", "rotary", "local_position_kernel_size")
+            own = {**stored, **{key: value for key, value in own.items() if value or key not in no}}
+        spatial_decay = {**own, **further}["spatial_decay"]
+        if adds_decay(stored, spatial_decay) and spatial_decay != "fixed":  # which has nothing to learn
+            own["decay_start"] = "none"
+        return SDTTransformer2DModel.preset_config(preset, **{**own, **further, **overrides})
 
-    def build(self, **overrides: Any) -> SDTTransformer2DModel:
+    def build(self, class_names: Sequence[str] = (), **overrides: Any) -> SDTTransformer2DModel:
         """Build the model of `config(**overrides)`, randomly initialized or with the weights of `init_from`.
+
+        Args:
+            class_names: Names of the classes, for `new_classes`.
+            **overrides: See `config`.
 
         Raises:
             ValueError: If the config, or the folder of `init_from`, does not make such a model.
@@ -107,44 +134,10 @@ class ModelArguments(CheckedArguments):
                 raise
             raise ValueError(f"model_overrides {self.model_overrides:.99} make no model: {one_line(error)}") from error
         if self.init_from is not None:
-            load_weights(model, Path(self.init_from).expanduser())
+            load_weights(model, self.init_from, self.new_classes, class_names)
         if self.gradient_checkpointing:
             model.enable_gradient_checkpointing()
         return model
-
-
-def load_weights(model: SDTTransformer2DModel, folder: Path) -> None:
-    """Load the weights of a pipeline or transformer of the same architecture.
-
-    Args:
-        model: The model.
-        folder: As `save_pretrained` wrote it.
-
-    Raises:
-        FileNotFoundError: If the folder holds no SDT transformer.
-        ValueError: If it is damaged, or of another architecture; lists what differs.
-    """
-    folder = folder / "transformer" if (folder / "model_index.json").is_file() else folder
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"init_from {folder} holds no SDT transformer (no config.json).")
-    # These matter in training only, so they may differ.
-    ours = {key: value for key, value in config_of(model).items() if key not in ("class_dropout_prob", "dropout")}
-    stored = read_json(folder / "config.json")
-    if stored.get("_class_name") != SDTTransformer2DModel.__name__:
-        raise ValueError(f"init_from {folder} holds a {stored.get('_class_name')}, not an SDT transformer.")
-    found = differences({key: stored.get(key, value) for key, value in ours.items()}, ours)
-    if found:
-        raise ValueError(f"init_from {folder} is another model: {'; '.join(found)}.")
-    try:
-        loaded, info = SDTTransformer2DModel.from_pretrained(folder, output_loading_info=True)
-    except Exception as error:  # diffusers and safetensors raise their own for each kind of damage
-        raise ValueError(f"init_from {folder} is damaged: {one_line(error)}") from error
-    for names, what in ((info["missing_keys"], "no weights for"), (info["unexpected_keys"], "unknown weights")):
-        if names:
-            raise ValueError(f"init_from {folder} has {what} {shortened(sorted(names))}.")
-    weights = loaded.state_dict()
-    check_tensors(weights, weights, f"init_from {folder}")  # all must be finite
-    model.load_state_dict(weights)
 
 
 @dataclass(frozen=True)
@@ -326,8 +319,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     seed_global_generators(Stream.INITIALIZATION, run_args.seed)
     channels, side, _ = data.sample_shape
-    model = model_args.build(sample_size=side, in_channels=channels, num_classes=data.images.num_classes)
-    set_attention_backend(model, sampler_args.attention_backend)
+    sizes = {"sample_size": side, "in_channels": channels, "num_classes": data.images.num_classes}
+    model = model_args.build(data.images.class_names, **sizes)
+    set_attention_backend(model, sampler_args.attention_backend, sampler_args.attention_prune_eps)
     objective = build_objective(objective_args)
     loss = DiffusionLoss(objective, model.config.class_dropout_prob, data.clean)
     config = TrainingConfig(
@@ -361,6 +355,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         sampling = {"seed": run_args.seed, **sampler_args.settings(pipe)}
         check_sampler(pipe, sampling)
         if run.accelerator.is_main_process:
+            if model_args.new_classes:
+                print(describe_classes(str(model_args.init_from), data.images.class_names))
             create_hub_repo(hub_args, run.output_dir)  # so that errors show now rather than after training
         if data.vae is not None:
             data.vae.to(run.accelerator.device)

@@ -1,10 +1,12 @@
 """Read files that others may have damaged, cut, linked or prepared: within limits, with errors that name the file."""
 
+import argparse
 import hashlib
 import json
 import os
+import pickle
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NoReturn
@@ -18,6 +20,8 @@ MAX_TEXT_BYTES = 64 << 20
 #: File beside weights that holds the SHA-256 of each of them.
 CHECKSUMS_FILE = "checksums.json"
 WEIGHTS_ENDING = ".safetensors"
+#: What wrappers (DistributedDataParallel, torch.compile) put before the names of all weights.
+WRAPPERS = ("module.", "_orig_mod.")
 
 
 class _PlainYamlLoader(yaml.SafeLoader):
@@ -127,6 +131,59 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is not a dictionary)
     except (SafetensorError, OSError, TypeError, KeyError, RuntimeError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
+
+
+def read_state_dict(path: Path, keys: Sequence[str]) -> dict[str, torch.Tensor]:
+    """Read a state dict that torch.save or safetensors wrote, without running code from the file.
+
+    Args:
+        path: The file. The prefixes of wrappers such as DistributedDataParallel are removed from all names.
+        keys: Under which of a checkpoint's keys to look for the state dict, the best first; it may also be at the top.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is damaged, or holds code, something else, or values that are NaN or infinite.
+    """
+    if path.suffix == ".safetensors":
+        return _plain_tensors(path, read_tensors(path))
+    if not path.is_file():  # a named pipe would be waited for
+        raise FileNotFoundError(f"There is no file {path}.")
+    try:
+        # Training checkpoints keep their arguments in a Namespace, which holds values only.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # unpickling raises anything for a damaged file
+        reason = "it is damaged, or not a file of torch.save"  # torch's own message advises to run the code in it
+        if isinstance(error, pickle.UnpicklingError) and "Unsupported global" in str(error):
+            reason = (
+                "it holds pickled code, which is not run. If you trust the file, save its weights alone, by "
+                "checkpoint = torch.load(path, weights_only=False) and torch.save(checkpoint[key], new_path), where "
+                "key is that of the weights, such as 'ema'"
+            )
+        raise ValueError(f"{path} cannot be read: {reason}.") from error
+    nested = isinstance(checkpoint, Mapping) and next((key for key in keys if key in checkpoint), None)
+    state_dict = checkpoint[nested] if nested else checkpoint
+    if not isinstance(state_dict, Mapping) or not all(
+        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state_dict.items()
+    ):
+        raise ValueError(f"{path} holds no state dict, neither at the top nor under {' or '.join(map(repr, keys))}.")
+    return _plain_tensors(path, state_dict)
+
+
+def _plain_tensors(path: Path, state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the tensors without a prefix of all names, and refuse those that no network computes with."""
+    size = path.stat().st_size
+    for name, value in state_dict.items():
+        plain = value.layout == torch.strided and not value.is_quantized and not value.is_complex()
+        # A stride of 0 describes any number of elements in a few bytes.
+        plain = plain and value.numel() * value.element_size() <= size
+        if not plain or (value.is_floating_point() and not torch.isfinite(value).all()):
+            raise ValueError(f"{path} cannot be used: {name} is not a plain tensor of finite numbers.")
+    tensors = dict(state_dict)
+    for prefix in WRAPPERS:
+        if all(name.startswith(prefix) for name in tensors):
+            tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
+    return tensors
 
 
 def check_tensors(

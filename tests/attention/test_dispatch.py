@@ -3,22 +3,25 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.checkpoint import checkpoint
 
 from sdt_diffusion.attention import (
     BACKENDS,
     SPATIAL_DECAY_VARIANTS,
     Decay,
     blockwise,
+    dispatch,
     spatial_decay,
     spatial_decay_attention,
 )
-from sdt_diffusion.attention.dispatch import default_backend
 
 GRID = (3, 4)
-#: Backends that compute fp64 and any head on CPUs; test_fused.py tests the other.
-ON_CPU = [name for name in BACKENDS if name != "triton"]
+#: Backends that compute fp64, any head and any variant on CPUs; the others have tests of their own.
+ON_CPU = [name for name in BACKENDS if name not in ("triton", "factored", "flex", "xformers")]
+#: Those of which every variant but `content` and `raster` must be as good.
+FAST_ON_CPU = [*(name for name in ON_CPU if name != "reference"), "factored"]
 decaying = pytest.mark.parametrize("variant", [v for v in SPATIAL_DECAY_VARIANTS if v != "none"])
 all_variants = pytest.mark.parametrize("variant", list(SPATIAL_DECAY_VARIANTS))
 both_forms = pytest.mark.parametrize("decomposed", [False, True])
@@ -108,6 +111,49 @@ def test_backends_equal_the_reference_forward_and_backward(backend, decomposed, 
         torch.testing.assert_close(result, expected)
 
 
+def gradients(tensors, grid, **options):
+    """Return the output and all gradients, of a loss that weighs every number differently."""
+    tensors = [x.detach().requires_grad_() for x in tensors]
+    output = spatial_decay_attention(*tensors, grid, **options)
+    weights = torch.sin(torch.arange(output.numel())).view_as(output).to(output.dtype)
+    return [output.detach(), *torch.autograd.grad((output * weights).sum(), tensors)]
+
+
+@pytest.mark.parametrize("backend", FAST_ON_CPU)
+@given(st.tuples(st.integers(1, 7), st.integers(1, 7)), st.sampled_from([1e-6, 1, 80]), st.booleans(), st.booleans())
+@settings(max_examples=30)
+def test_backends_equal_the_reference_on_any_grid_with_gates_of_any_size(
+    backend, grid, strength, decomposed, one_gate
+):
+    *qkv, gate, alpha = inputs(grid, batch=2)
+    qkv = [x.mT.contiguous().mT for x in qkv]  # of other strides
+    tensors = [*qkv, strength * (gate[:1, :, :1] if one_gate else gate.mT.contiguous().mT), alpha]
+    expected = gradients(tensors, grid, decomposed=decomposed, backend="reference")
+    for found, wanted in zip(gradients(tensors, grid, decomposed=decomposed, backend=backend), expected, strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("backend", FAST_ON_CPU)
+def test_backends_compile_to_one_graph_under_autocast_and_checkpointing(backend):
+    def attend(*tensors):
+        def block(*tensors):
+            projected = [F.linear(x, torch.eye(4)) for x in tensors[:3]]  # in autocast's dtype
+            return spatial_decay_attention(*projected, *tensors[3:], GRID, backend=backend)
+
+        with torch.autocast("cpu", torch.bfloat16):
+            return checkpoint(block, *tensors, use_reentrant=False)
+
+    tensors = inputs(dtype=torch.float32)
+    torch.compiler.reset()
+    results = []
+    for function in (attend, torch.compile(attend, fullgraph=True, backend="aot_eager")):
+        output = function(*tensors)
+        assert output.dtype == torch.bfloat16
+        results.append([output, *torch.autograd.grad(output.float().square().sum(), tensors)])
+    for expected, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected)
+
+
 def masked_attention(query, key, value, decay, scale):
     """A backend as somebody may add it: torch's fused attention with the decay as its mask."""
     dtype = decay.gate.dtype
@@ -162,9 +208,92 @@ def test_blocks_of_rows_and_heads_give_what_all_give(monkeypatch, block_bytes, r
     test_backends_equal_the_reference_forward_and_backward(variant="context", decomposed=False, backend="blockwise")
 
 
-def test_the_backend_fits_the_device():
-    assert default_backend(torch.zeros(1)) == "blockwise"
-    assert default_backend(torch.zeros(1, device="meta")) == "dense"
+def test_the_table_chooses_by_device_dtype_head_tokens_and_gradients(monkeypatch):
+    def choose(device, head_dim=64, dtype=torch.bfloat16, tokens=256, value_dim=None):
+        query = torch.empty(1, 1, tokens, head_dim, dtype=dtype, device="meta")
+        return dispatch.choose_backend(query, query[..., :value_dim], device)
+
+    assert choose("cpu") == "blockwise"
+    assert choose("meta") == choose("mps") == "dense"
+    pytest.importorskip("triton")
+    assert choose("cuda") == choose("cuda", dtype=torch.float32) == choose("cuda", head_dim=72) == "triton"
+    assert choose("cuda", dtype=torch.float64) == choose("cuda", head_dim=8) == choose("cuda", head_dim=256) == "dense"
+    assert choose("cuda", value_dim=32) == "dense"
+    rows = (
+        dispatch.Choice(("factored",), device="cuda", min_tokens=1024, training=False),
+        dispatch.Choice(("dense",), device="cuda", training=True),
+        dispatch.Choice(("triton",), device="cuda"),
+    )
+    monkeypatch.setattr(dispatch, "CHOICES", rows)
+    assert choose("cuda", tokens=1024) == "dense"
+    with torch.no_grad():
+        assert (choose("cuda", tokens=1024), choose("cuda", tokens=1023)) == ("factored", "triton")
+        assert choose("cpu") == choose("cuda", head_dim=8) == "reference"  # which computes anything
+
+
+def called_backend(monkeypatch, **options):
+    """Return which backend attends."""
+    called = []
+
+    def spy(name, attend):
+        return lambda *args, **kwargs: called.append(name) or attend(*args, **kwargs)
+
+    monkeypatch.setattr(dispatch, "BACKENDS", {name: spy(name, attend) for name, attend in BACKENDS.items()})
+    spatial_decay_attention(*inputs(), GRID, **options)
+    return called[0]
+
+
+def test_the_environment_names_a_backend_where_no_argument_does(monkeypatch):
+    monkeypatch.setenv("SDT_ATTENTION_BACKEND", "factored")
+    assert called_backend(monkeypatch) == "factored"
+    assert called_backend(monkeypatch, backend="dense") == "dense"
+    monkeypatch.setenv("SDT_ATTENTION_BACKEND", "")
+    assert called_backend(monkeypatch) == "blockwise"
+    monkeypatch.setenv("SDT_ATTENTION_BACKEND", "cuda")
+    with pytest.raises(ValueError, match=r"SDT_ATTENTION_BACKEND must be one of reference, dense.*, not 'cuda'"):
+        spatial_decay_attention(*inputs(), GRID)
+
+
+def test_a_backend_that_cannot_serve_falls_back_by_default_and_raises_by_name(monkeypatch):
+    monkeypatch.setattr(dispatch, "CHOICES", (dispatch.Choice(("triton", "dense")),))
+    assert called_backend(monkeypatch) == "dense"
+    with pytest.raises(ValueError, match="'triton' needs"):
+        spatial_decay_attention(*inputs(), GRID, backend="triton")
+    monkeypatch.setenv("SDT_ATTENTION_BACKEND", "triton")
+    with pytest.raises(ValueError, match="'triton' needs"):
+        spatial_decay_attention(*inputs(), GRID)
+
+
+def test_only_backends_that_prune_are_asked_to(monkeypatch):
+    decays = []
+
+    def attend(query, key, value, decay, scale):
+        decays.append(decay.prune_eps)
+        return value
+
+    monkeypatch.setitem(BACKENDS, "blockwise", attend)
+    tensors = inputs()
+    for options in ({"backend": "blockwise"}, {}, {"backend": attend}, {"backend": "blockwise", "decomposed": True}):
+        spatial_decay_attention(*tensors, GRID, prune_eps=1e-3, **options)
+    assert decays == [1e-3, 1e-3, 1e-3, 0, 0]  # rows and columns are never pruned
+    with pytest.raises(ValueError, match=r"'dense' skips no tokens: choose one of blockwise, triton"):
+        spatial_decay_attention(*tensors, GRID, prune_eps=1e-3, backend="dense")
+    monkeypatch.setattr(dispatch, "CHOICES", (dispatch.Choice(("dense",)),))
+    spatial_decay_attention(*tensors, GRID, prune_eps=1e-3)
+    for eps in (-1e-9, 0.51, math.nan):
+        with pytest.raises(ValueError, match=r"prune_eps must be from 0 to 0\.5"):
+            spatial_decay_attention(*tensors, GRID, prune_eps=eps)
+
+
+def test_backends_that_decompose_get_the_grid_and_no_copies(monkeypatch):
+    def attend(query, key, value, decay, scale, decomposed=False):
+        assert (decomposed, decay.grid_size, value.shape) == (True, GRID, (2, 2, 12, 4))
+        return value
+
+    monkeypatch.setitem(BACKENDS, "lines", attend)
+    monkeypatch.setattr(dispatch, "DECOMPOSES", ("lines",))
+    spatial_decay_attention(*inputs(), GRID, backend="lines", decomposed=True)
+    test_none_is_plain_attention_in_one_and_in_two_passes("lines")
 
 
 def test_exports_hold_torchs_own_operators():
@@ -220,6 +349,18 @@ def test_bf16_is_close_to_fp32_forward_and_backward(backend, decomposed):
     for expected, result in zip(*results, strict=True):
         error = (result - expected).norm() / expected.norm()
         assert error < 0.02
+
+
+@pytest.mark.parametrize("backend", ["reference", "dense", "factored"])
+def test_bf16_gradients_of_near_sighted_tokens_are_not_noise(backend):
+    """At -3 a token sees little but itself, and the gradients of query and key are small differences."""
+    errors = []
+    *qkv, gate, alpha = inputs((8, 8), head_dim=32, dtype=torch.float32)
+    exact = [x.detach().bfloat16() for x in qkv]
+    expected = gradients([x.double() for x in (*exact, gate * 3, alpha)], (8, 8), backend="reference")
+    for found, wanted in zip(gradients([*exact, gate * 3, alpha], (8, 8), backend=backend), expected, strict=True):
+        errors.append(float((found.double() - wanted).norm() / wanted.norm()))
+    assert max(errors) < 0.006
 
 
 def test_one_gate_for_all_tokens_broadcasts():

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from sdt_diffusion.attention import ContextAwareGate, FixedGate, build_gate
+from sdt_diffusion.attention import ContextAwareGate, FixedGate, build_gate, spatial_decay
 
 
 def rmt_decay(heads, initial_value, heads_range):
@@ -90,3 +90,36 @@ def test_each_variant_gets_its_gate():
     assert isinstance(build_gate("fixed", 8, 2), FixedGate)
     for variant in ("context", "content", "raster"):
         assert isinstance(build_gate(variant, 8, 2), ContextAwareGate)
+
+
+class TestStartingWithoutDecay:
+    def test_no_logit_changes_in_fp32_and_alpha_has_a_gradient_of_order_one(self):
+        torch.manual_seed(0)
+        gate = ContextAwareGate(8, 4, decay_start="none")
+        values, alpha = gate(torch.randn(1, 16 * 16, 8))
+        decay = spatial_decay(values, alpha, (16, 16))
+        assert 0 < decay.abs().max() < 1e-6
+        decay.sum().backward()
+        unit = spatial_decay(values.detach(), torch.ones(4), (16, 16)).sum((0, 2, 3))
+        torch.testing.assert_close(gate.signed_alpha.grad, unit)
+
+    def test_an_alpha_that_is_pushed_below_zero_still_decays_and_still_learns(self):
+        gate = ContextAwareGate(8, 2, decay_start="none")
+        with torch.no_grad():
+            gate.signed_alpha.copy_(torch.tensor([-0.5, 0.5]))
+        _, alpha = gate(torch.randn(1, 4, 8))
+        assert torch.equal(alpha, torch.tensor([0.5, 0.5]))
+        alpha.sum().backward()
+        assert gate.signed_alpha.grad.tolist() == [-1, 1]
+
+    def test_reset_returns_to_the_start(self):
+        gate = ContextAwareGate(8, 2, decay_start="none")
+        start = {name: value.clone() for name, value in gate.state_dict().items()}
+        for parameter in gate.parameters():
+            torch.nn.init.ones_(parameter)
+        gate.reset_parameters()
+        assert all(torch.equal(value, start[name]) for name, value in gate.state_dict().items())
+
+    def test_another_start_is_refused(self):
+        with pytest.raises(ValueError, match="Unknown decay_start 'weak': choose one of rmt, none"):
+            ContextAwareGate(8, 2, decay_start="weak")

@@ -50,7 +50,7 @@ def test_results_carry_their_kind_and_the_settings_of_the_pipeline(make_pipe, ma
         (["--model", "./no"], "model: ./no holds no pipeline"),
         (["--dataset", "/no"], "There is no file or folder /no"),
         (["--scheduler", "DDIMScheduler"], "'DDIMScheduler' is not a scheduler for this flow-matching model"),
-        (["--attention_backend", "fast"], "attention_backend must be one of"),
+        (["--attention_backend", "fast"], "attention_backend 'fast' cannot be used. Unknown"),
         (["--num_images", "6"], "Class label 5 is out of range"),
     ],
 )

@@ -60,6 +60,14 @@ def test_a_pipeline_is_loaded_with_scheduler_and_backend(make_pipe, tmp_path):
     diffusers_backend = load_pipeline(PipelineArguments(model=str(tmp_path), attention_backend="native"), "cpu")
     processors = diffusers_backend.transformer.attn_processors.values()
     assert {processor._attention_backend for processor in processors} == {"native"}
+    pruned = load_pipeline(PipelineArguments(model=str(tmp_path), attention_prune_eps=1e-3), "cpu")
+    assert {processor.prune_eps for processor in pruned.transformer.attn_processors.values()} == {1e-3}
+
+
+def test_manifests_name_what_was_chosen_for_attention():
+    assert SamplerArguments().attention_record() == {}
+    chosen = {"attention_backend": "blockwise", "attention_prune_eps": 1e-3}
+    assert SamplerArguments(**chosen).attention_record() == chosen
 
 
 def test_models_that_cannot_be_loaded_are_named(make_pipe, tmp_path):
@@ -70,7 +78,15 @@ def test_models_that_cannot_be_loaded_are_named(make_pipe, tmp_path):
     make_pipe().save_pretrained(tmp_path)
     for arguments, message in [
         ({"scheduler": "DDIMScheduler"}, "'DDIMScheduler' is not a scheduler for this flow-matching model"),
-        ({"attention_backend": "fast"}, "attention_backend must be one of .*blockwise, triton or of diffusers"),
+        (
+            {"attention_backend": "fast"},
+            "attention_backend 'fast' cannot be used. Unknown .*blockwise, triton.*, or of diffusers' .*native",
+        ),
+        ({"attention_backend": "native", "attention_prune_eps": 0.1}, "must be 0 with the attention_backend native"),
+        (
+            {"attention_backend": "dense", "attention_prune_eps": 0.1},
+            "'dense' skips no tokens: choose one of blockwise",
+        ),
     ]:
         with pytest.raises(ValueError, match=message):
             load_pipeline(PipelineArguments(model=str(tmp_path), **arguments), "cpu")

@@ -198,7 +198,7 @@ def test_a_second_run_on_the_same_new_folder_is_refused_before_its_first_step(re
     [
         (["--num_inference_steps", "1001", "--objective", "ddpm"], "num_inference_steps"),
         (["--scheduler", "DDPMScheduler"], "is not a scheduler for this flow-matching model"),
-        (["--attention_backend", "none such"], "attention_backend must be one of"),
+        (["--attention_backend", "none such"], "attention_backend 'none such' cannot be used. Unknown"),
         (["--label_accuracy_samples", "1000000", "--resolution", "64"], "label_accuracy_samples is for small data"),
         (["--held_out_images", "1797"], "leaves none of the 1797 images"),
         (["--resolution", "7"], "is not divisible by patch_size"),

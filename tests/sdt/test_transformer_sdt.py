@@ -14,6 +14,7 @@ OPTIONS = [
     *({"spatial_decay": variant} for variant in SPATIAL_DECAY_VARIANTS),
     {"decomposed": True},
     {"qk_norm": "rms_norm", "rotary": True, "local_position_kernel_size": 3},
+    {"norm_type": "rms", "activation_fn": "swiglu", "rotary": True, "decay_start": "none", "timestep_scale": 1e-3},
     {"gate_conditioning": False},
     {"sample_size": (8, 4)},
     {"out_channels": 6},
@@ -106,7 +107,7 @@ def test_saved_models_load_to_the_same_output(make_model, options, tmp_path):
     assert [p.suffix for p in tmp_path.iterdir() if "model" in p.name] == [".safetensors"]
 
 
-@pytest.mark.parametrize("options", OPTIONS[:7], ids=str)
+@pytest.mark.parametrize("options", OPTIONS[:8], ids=str)
 def test_other_grids_than_the_trained_one_work(make_model, options):
     model = make_model(**options)
     images, timestep, labels = batch(size=(4, 12))
@@ -154,6 +155,49 @@ def test_untrained_model_predicts_zero_and_decays_like_rmt(make_model):
     torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
 
 
+def test_queries_keys_and_values_start_as_parts_of_dits_one_matrix():
+    torch.manual_seed(0)
+    dim = 384
+    model = SDTTransformer2DModel.from_preset("SDT-S/2", num_layers=1)
+    fused = torch.empty(3 * dim, dim)
+    torch.nn.init.xavier_uniform_(fused)
+    attention = model.transformer_blocks[0].attn
+    for linear in (attention.to_q, attention.to_k, attention.to_v):
+        assert linear.weight.std().item() == pytest.approx(fused.std().item(), rel=0.01)
+        assert linear.weight.abs().max().item() == pytest.approx(fused.abs().max().item(), rel=0.01)
+        assert torch.equal(linear.bias, torch.zeros(dim))
+    assert attention.to_out[0].weight.std().item() == pytest.approx((1 / dim) ** 0.5, rel=0.01)
+
+
+class TestOtherClasses:
+    """`num_classes` with `ignore_mismatched_sizes`, as diffusers' users fine-tune."""
+
+    @pytest.mark.parametrize("options", [{}, {"low_cpu_mem_usage": False}, {"dtype": torch.bfloat16}], ids=str)
+    def test_the_class_table_is_initialized_and_all_else_is_loaded(self, make_model, tmp_path, options):
+        stored = make_model()
+        stored.save_pretrained(tmp_path)
+        model = SDTTransformer2DModel.from_pretrained(
+            tmp_path, num_classes=300, ignore_mismatched_sizes=True, **options
+        )
+        weights, name = model.state_dict(), "time_class_embed.class_embedder.weight"
+        assert not any(value.is_meta for value in weights.values())
+        table = weights.pop(name).float()
+        assert table.shape == (301, 32)
+        assert table.std().item() == pytest.approx(0.02, rel=0.05)
+        assert all(torch.equal(value, stored.state_dict()[key].to(value.dtype)) for key, value in weights.items())
+        images, timestep, _ = batch()
+        assert torch.isfinite(model(images.to(model.dtype), timestep, torch.tensor([0, 299])).sample).all()
+
+    def test_without_it_they_are_refused(self, make_model, tmp_path):
+        make_model().save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match=r"class_embedder\.weight expected shape"):
+            SDTTransformer2DModel.from_pretrained(tmp_path, num_classes=7)
+
+    def test_single_files_are_refused_with_what_to_do(self):
+        with pytest.raises(ValueError, match="sdt-diffusion convert FILE FOLDER"):
+            SDTTransformer2DModel.from_single_file("DiT-XL-2-256x256.pt")
+
+
 def test_timestep_and_class_steer_the_decay(make_model):
     model = make_model()
     gates = []
@@ -198,11 +242,15 @@ def test_gradient_checkpointing_changes_no_gradient(make_model):
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("variant", SPATIAL_DECAY_VARIANTS)
-def test_compiles_without_a_graph_break_and_never_again(make_model, variant):
+@pytest.mark.parametrize(
+    "options",
+    [OPTIONS[7], *({"spatial_decay": name} for name in SPATIAL_DECAY_VARIANTS if name != "context")],
+    ids=str,
+)
+def test_compiles_without_a_graph_break_and_never_again(make_model, options):
     """The whole model is one graph, which serves every further step of sampling and of training."""
     torch.compiler.reset()
-    model = make_model(spatial_decay=variant)
+    model = make_model(**options)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     images, timestep, labels = batch()
     expected = model(images, timestep, labels).sample
@@ -298,6 +346,22 @@ class TestBadInput:
             SDTTransformer2DModel(**TINY, activation_fn="relu6")
         with pytest.raises(ValueError, match=r"Decay exponents from 0\.0 over a range of 6\.0 must be positive"):
             SDTTransformer2DModel(**TINY, decay_initial_value=0.0)
+
+    @pytest.mark.parametrize(
+        ("key", "value"),
+        [
+            ("norm_type", "batch"),
+            ("norm_type", None),
+            ("decay_start", "weak"),
+            ("decay_start", ["none"]),
+            ("timestep_scale", 0.0),
+            ("timestep_scale", float("nan")),
+            ("timestep_frequency_shift", 2.0),
+        ],
+    )
+    def test_unknown_values_of_options(self, key, value):
+        with pytest.raises(ValueError, match=key):
+            SDTTransformer2DModel(**TINY, **{key: value})
 
     def test_sizes_that_do_not_divide(self):
         with pytest.raises(ValueError, match="sample_size 9x9 is not divisible by patch_size 2"):

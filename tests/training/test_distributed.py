@@ -98,3 +98,8 @@ def test_a_launcher_is_a_parent_that_has_set_what_it_does_not_have(monkeypatch, 
     assert distributed.find_launcher() == os.getppid()
     monkeypatch.setattr("psutil.Process.environ", lambda process: {name: "no"})  # a shell that has exported it
     assert distributed.find_launcher() is None
+
+
+def test_regional_compilation_is_refused_for_blocks_that_differ():
+    with pytest.raises(ValueError, match="needs blocks that are all alike, unlike Linear's: use full"):
+        distributed.compile_model(torch.nn.Linear(2, 2), "regional")

@@ -5,11 +5,16 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from torch import nn
+from torch._dynamo.testing import CompileCounter
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from sdt_diffusion import SDTTransformer2DModel
 from sdt_diffusion.training import distributed
 from sdt_diffusion.training.checkpoint import find_checkpoint, read_manifest
 from sdt_diffusion.training.distributed import Interrupted
-from sdt_diffusion.training.monitor import NonFiniteLossError
+from sdt_diffusion.training.monitor import NonFiniteLossError, StepValues
 from sdt_diffusion.training.objectives import DiffusionLoss, ObjectiveArguments, build_objective
 from tests.training.helpers import build_run, mean_loss, trained, weights_of
 
@@ -119,6 +124,101 @@ def test_too_many_skipped_steps_end_the_run_and_change_nothing(tmp_path, what):
     assert all(torch.equal(a, b) for a, b in zip(watcher.weights[2], weights_of(run), strict=True))
 
 
+@pytest.fixture
+def late(monkeypatch):
+    """Values are read one step late, as from CUDA."""
+    build = StepValues.__init__
+    monkeypatch.setattr(StepValues, "__init__", lambda self, device: build(self, torch.device("cuda")))
+
+
+def test_values_that_are_read_late_change_nothing(tmp_path, request):
+    def compute_loss(model, images, labels, draws):
+        loss = mean_loss(model, images, labels, draws)
+        return spoiled(loss, model, "loss") if draws.uniform()[0] < 0.4 else loss
+
+    runs = [trained(build_run(tmp_path / "soon", logging_steps=3), compute_loss)]
+    request.getfixturevalue("late")
+    runs.append(trained(build_run(tmp_path / "late", logging_steps=3), compute_loss))
+    assert 0 < runs[0].guard.skipped < 6
+    for name in ("checkpoint-2", "checkpoint-4", "checkpoint-6"):
+        soon, later = (read_manifest(run.output_dir / name) for run in runs)
+        assert soon["state"] == later["state"]
+    for a, b in zip(*map(weights_of, runs), strict=True):
+        assert torch.equal(a, b)
+    measured = [[record.get(key) for key in ("loss", "grad_norm", "skipped_steps")] for record in runs[0].log.records]
+    assert measured == [
+        [record.get(key) for key in ("loss", "grad_norm", "skipped_steps")] for record in runs[1].log.records
+    ]
+
+
+def test_too_many_skipped_steps_that_are_noticed_late_leave_no_trace(tmp_path, late):
+    def compute_loss(model, images, labels, draws):
+        return mean_loss(model, images, labels, draws) * (math.nan if 2 <= run.step < 5 else 1)
+
+    run = build_run(tmp_path / "out", max_skipped_steps=2)
+    with pytest.raises(NonFiniteLossError, match=r"The loss is nan at step 5, and 2 step\(s\) before it"):
+        trained(run, compute_loss)
+    assert sorted(path.name for path in run.output_dir.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+
+
+def test_a_signal_that_is_noticed_late_saves_the_step_reached(tmp_path, late):
+    def compute_loss(model, images, labels, draws):
+        if run.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return mean_loss(model, images, labels, draws)
+
+    run = build_run(tmp_path / "out", checkpointing_steps=0, logging_steps=100)
+    with pytest.raises(Interrupted):
+        trained(run, compute_loss)
+    manifest = read_manifest(find_checkpoint(run.output_dir, "latest"))
+    assert manifest["step"] == run.step == 4
+
+
+def test_a_step_asks_the_device_for_no_value(tmp_path, late, monkeypatch):
+    """The loss of diffusion models too; what is logged is asked for."""
+
+    class Asked(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+                asked.add(run.step)
+            return function(*args, **(kwargs or {}))
+
+    asked = set()
+    # Labels are checked on CPUs only.
+    monkeypatch.setattr(SDTTransformer2DModel, "_check_input", lambda self, images, labels: images.shape[-2:])
+    loss = DiffusionLoss(build_objective(ObjectiveArguments()), class_dropout_prob=0.5)
+    run = build_run(tmp_path / "out", checkpointing_steps=0, logging_steps=100)
+    with Asked():
+        trained(run, loss)
+    assert asked == {0, 6}  # a seed of the loader; whether the checkpoint is finite
+
+
+@pytest.mark.parametrize("mode", ["regional", "full"])
+def test_a_compiled_run_makes_one_graph_and_saves_the_same_weights(tmp_path, monkeypatch, mode):
+    torch.compiler.reset()
+    counter, compile_module = CompileCounter(), nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **how: compile_module(self, backend=counter, **how))
+    loss = DiffusionLoss(build_objective(ObjectiveArguments()), class_dropout_prob=0.5)
+    kwargs = {"gradient_accumulation_steps": 2, "config": {"validation_steps": 2}, "model": {"num_layers": 3}}
+
+    def sample(run):
+        images = torch.zeros(7, 3, 8, 8)
+        with torch.no_grad():
+            run.trained_model(images, torch.ones(7), torch.zeros(7, dtype=torch.long))
+
+    plain = trained(build_run(tmp_path / "plain", **kwargs), loss)
+    run = trained(build_run(tmp_path / "compiled", compile=mode, **kwargs), loss, Watcher(sample))
+    assert f"compiled ({mode})" in run.describe()
+    assert counter.frame_count == 1
+    names = [path.relative_to(plain.output_dir) for path in plain.output_dir.rglob("checkpoint-6/**/*.safetensors")]
+    assert len(names) == 3
+    for name in names:
+        expected, found = (load_file(each.output_dir / name) for each in (plain, run))
+        assert found.keys() == expected.keys()
+        for key in expected:
+            torch.testing.assert_close(found[key], expected[key])
+
+
 def test_accumulation_makes_one_step_of_several_batches(tmp_path):
     sizes = []
 
@@ -210,10 +310,13 @@ def test_the_end_of_the_launcher_saves_and_ends(tmp_path, monkeypatch, capsys):
 
 def test_records_say_how_far_how_fast_and_with_how_much_memory(tmp_path):
     config = {"flops_per_image": 1e6}
-    run = trained(build_run(tmp_path / "out", logging_steps=3, config=config))
+    run = trained(build_run(tmp_path / "out", logging_steps=3, peak_tflops=2, config=config))
     first, second = (record for record in run.log.records if "loss" in record)
     assert (first["step"], second["step"]) == (3, 6)
     assert first["epoch"] == pytest.approx(3 * 4 / 20)
     assert second["tflops_per_second"] == pytest.approx(3e6 * second["images_per_second"] / 1e12)
+    assert second["mfu"] == pytest.approx(second["tflops_per_second"] / 2)
     assert 0 < first["elapsed_seconds"] < second["elapsed_seconds"]
+    assert first["seconds_left"] == pytest.approx(3 * 4 / first["images_per_second"])
+    assert second["seconds_left"] == 0
     assert second["memory_gib"] > 0

@@ -4,7 +4,12 @@ import pytest
 import torch
 from torch import nn
 
-from sdt_diffusion.training.optimizer import OptimizationArguments, build_lr_schedule, build_optimizer
+from sdt_diffusion.training.optimizer import (
+    OptimizationArguments,
+    admit_step,
+    build_lr_schedule,
+    build_optimizer,
+)
 
 
 def rates(args, groups=None, steps=100):
@@ -44,3 +49,20 @@ def test_what_is_frozen_is_left_out():
 def test_a_least_rate_above_the_peak_is_refused():
     with pytest.raises(ValueError, match=r"min_lr 0.1 is above learning_rate 0.01"):
         OptimizationArguments(learning_rate=0.01, min_lr=0.1)
+
+
+def test_a_step_that_is_not_admitted_leaves_weights_and_moments_as_they_are():
+    def steps(admitted):
+        torch.manual_seed(0)
+        model = nn.Linear(3, 2)
+        optimizer = build_optimizer(model, OptimizationArguments(learning_rate=0.1, adam_weight_decay=0.1))
+        for finite in admitted:
+            for parameter in model.parameters():
+                parameter.grad = torch.full_like(parameter, 1.0 if finite else math.nan)
+            admit_step(optimizer, torch.tensor(finite))
+            optimizer.step()
+        states = [optimizer.state[parameter] for parameter in model.parameters()]
+        return [*model.parameters(), *(value for state in states for value in state.values())]
+
+    for found, expected in zip(steps([False, True, False, False, True]), steps([True, True]), strict=True):
+        assert torch.equal(found, expected)

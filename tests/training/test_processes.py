@@ -11,7 +11,8 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from safetensors.torch import load_file
-from torch import distributed
+from torch import distributed, nn
+from torch._dynamo.testing import CompileCounter
 
 from sdt_diffusion.training.monitor import read_log
 from tests.training import small_run
@@ -68,7 +69,7 @@ def test_two_processes_with_half_the_batch_each_learn_what_one_does(alone, tmp_p
     assert_same(shared / "checkpoint-6", alone / "checkpoint-6")
     assert_same(shared / "product", alone / "product", files=1)
     for found, expected in zip(read_log(shared), read_log(alone), strict=True):
-        measured = ("images_per_second", "elapsed_seconds", "memory_gib")
+        measured = ("images_per_second", "elapsed_seconds", "memory_gib", "seconds_left")
         found, expected = ({k: v for k, v in record.items() if k not in measured} for record in (found, expected))
         assert found == pytest.approx(expected, rel=1e-4)
 
@@ -99,6 +100,15 @@ def test_fsdp2_computes_in_the_precision_of_ddp(tmp_path, group):
     found = train(tmp_path / "sharded", "fsdp2", "mixed_precision=bf16", processes=1)
     expected = train(tmp_path / "alone", "ddp", "mixed_precision=bf16", processes=1)
     assert_same(found / "product", expected / "product", files=1)
+
+
+def test_fsdp2_compiles_its_blocks_as_one(alone, tmp_path, group, monkeypatch):
+    torch.compiler.reset()
+    counter, compile_module = CompileCounter(), nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **how: compile_module(self, backend=counter, **how))
+    found = train(tmp_path / "compiled", "fsdp2", "compile=regional", processes=1)
+    assert counter.frame_count == 1
+    assert_same(found / "checkpoint-6", alone / "checkpoint-6")
 
 
 def test_a_finished_run_resumed_under_fsdp2_saves_its_model(alone, tmp_path, group):

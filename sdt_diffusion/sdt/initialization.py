@@ -1,0 +1,49 @@
+"""Initialize diffusion transformers as facebookresearch/DiT does."""
+
+import math
+
+import torch
+from torch import nn
+
+from ..attention import ContextAwareGate
+
+
+@torch.no_grad()
+def initialize_weights(model: nn.Module) -> None:
+    """Initialize an `SDTTransformer2DModel`: Xavier linears, zero modulations and output; gates as their class says.
+
+    Queries, keys and values are three layers here and one of 3 dim outputs in DiT, whose number of outputs narrows
+    Xavier's distribution: they are initialized as parts of that one.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    nn.init.xavier_uniform_(model.pos_embed.proj.weight.flatten(1))
+    nn.init.zeros_(model.pos_embed.proj.get_parameter("bias"))
+    embed = model.time_class_embed
+    for layer in (embed.class_embedder, embed.timestep_embedder.linear_1, embed.timestep_embedder.linear_2):
+        nn.init.normal_(layer.weight, std=0.02)
+    for block in model.transformer_blocks:
+        for linear in (block.attn.to_q, block.attn.to_k, block.attn.to_v):
+            bound = math.sqrt(6 / (linear.in_features + 3 * linear.out_features))
+            nn.init.uniform_(linear.weight, -bound, bound)
+        nn.init.zeros_(block.norm1.linear.weight)
+        if isinstance(block.attn.gate, ContextAwareGate):
+            block.attn.gate.reset_parameters()
+    for linear in (model.proj_out_1, model.proj_out_2):
+        nn.init.zeros_(linear.weight)
+
+
+@torch.no_grad()
+def initialize_meta(model: nn.Module) -> None:
+    """Initialize the parameters that loading left without values, on the meta device, as a new model's.
+
+    Args:
+        model: A model of diffusers, which builds another one from its config; changed in place.
+    """
+    new = {name: parameter for name, parameter in model.named_parameters() if parameter.is_meta}
+    if new:
+        initial = type(model).from_config(model.config).state_dict()
+        model.load_state_dict({name: initial[name].to(new[name].dtype) for name in new}, strict=False, assign=True)

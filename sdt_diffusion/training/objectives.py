@@ -63,7 +63,7 @@ class ObjectiveArguments(CheckedArguments):
 class Noised(NamedTuple):
     """Training examples: model input, its timestep, what to predict, and the weight of the squared error.
 
-    Where the model predicts more channels than the target has, `further_loss` takes the prediction of the target, shape
+    Where a model predicts more channels than the target has, `further_loss` takes the prediction of the target, shape
     (batch, channels, height, width), without its gradient, and the further channels, and returns their loss, (batch,).
     """
 
@@ -149,7 +149,7 @@ class DDPMObjective:
         prediction: torch.Tensor,
         variance: torch.Tensor,
     ) -> torch.Tensor:
-        """Return the term L_t of the variational bound on the likelihood (improved DDPM, arXiv 2102.09672, section 3.1).
+        """Return the term L_t of the variational bound (improved DDPM, arXiv 2102.09672, section 3.1).
 
         Args:
             clean: The images x_0, shape (batch, channels, height, width), as all others but the timestep.

@@ -335,7 +335,8 @@ def set_schedule(
             taken, levels = "sigmas", level / (shift - (shift - 1) * level)
         elif sigmas is not None:
             expected = shift * levels / (1 + (shift - 1) * levels) * config.num_train_timesteps
-    if taken not in accepted or (taken == "sigmas" and config.get("use_flow_sigmas") is False):
+    ignored = taken == ("timesteps" if flow else "sigmas") and "use_flow_sigmas" in config
+    if taken not in accepted or ignored:
         raise ValueError(f"{type(scheduler).__name__} takes no {name}: give num_inference_steps, or swap it.")
     if isinstance(scheduler, diffusers.EulerDiscreteScheduler) and taken == "sigmas":
         levels = np.append(levels, 0.0)

@@ -15,7 +15,8 @@ import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin
 
 from sdt_diffusion import swap_scheduler
-from sdt_diffusion.sdt.schedulers import DIFFUSION_SCHEDULERS, DIT_SCHEDULE, FLOW_SCHEDULERS, is_flow, set_schedule
+from sdt_diffusion.sdt.schedulers import DIFFUSION_SCHEDULERS, DIT_SCHEDULE, FLOW_SCHEDULERS, is_flow
+from sdt_diffusion.sdt.steps import set_schedule
 
 MEAN, STD = 0.4, 0.5
 LOG_ALPHA_BAR = np.log(np.cumprod(1 - np.linspace(1e-4, 2e-2, 1000)))

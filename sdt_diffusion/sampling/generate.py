@@ -11,7 +11,7 @@ from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 from ..sdt import SDTGuidance, SDTPipeline
-from ..sdt.schedulers import set_schedule
+from ..sdt.steps import set_schedule
 from ..utils.seeding import Stream, numpy_generator, torch_generator
 
 

@@ -24,8 +24,8 @@ from .schedulers import (
     check_sampling_setting,
     learns_variance,
     objective_of,
-    set_schedule,
 )
+from .steps import set_schedule
 from .transformer_sdt import SDTTransformer2DModel
 from .vae import decode_latents, vae_spatial_scale
 

@@ -1,7 +1,6 @@
-"""Choose schedulers for trained models, set their steps, and compute the noise levels of training."""
+"""Choose schedulers for trained models, and compute the noise levels of training."""
 
 import inspect
-import itertools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -180,18 +179,19 @@ def swap_scheduler(scheduler: SchedulerMixin | Mapping[str, Any], name: str, **o
         return scheduler
     scheduler_class = getattr(diffusers, name)
     accepted = inspect.signature(scheduler_class.__init__).parameters
+    # With `_use_default_values`, from_config would replace values that are the old class's defaults: other betas.
     config = {key: value for key, value in scheduler.config.items() if not key.startswith("_")}
     shift = config.get("shift", config.get("flow_shift", 1.0))
-    if flow and not name.startswith("FlowMatch"):
-        config |= {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": shift}
-    else:
-        config["shift"] = shift
+    if flow:
+        config |= {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": shift, "shift": shift}
     config.setdefault("clip_sample", False)  # clipping is DDPM's default, which would cut latents
     if name != "DDPMScheduler" and str(config.get("variance_type")).startswith("learned"):
         config.pop("variance_type")  # other schedulers would cut the prediction to three channels
-    _check_options(scheduler_class, options, flow)
-    # `from_config` would replace values that equal the old class's defaults by the new one's: other betas.
-    return scheduler_class(**{key: value for key, value in {**config, **options}.items() if key in accepted})
+    _check_options(scheduler_class, options)
+    config |= options
+    if name.startswith("FlowMatch"):
+        return scheduler_class(**{key: config[key] for key in accepted if key in config})
+    return scheduler_class.from_config(config)
 
 
 def _scheduler_of(objective: Mapping[str, Any]) -> SchedulerMixin:
@@ -201,13 +201,12 @@ def _scheduler_of(objective: Mapping[str, Any]) -> SchedulerMixin:
     return diffusers.DDIMScheduler(**objective, clip_sample=False, timestep_spacing="trailing")
 
 
-def _check_options(scheduler_class: Any, options: dict[str, Any], flow: bool) -> None:
+def _check_options(scheduler_class: Any, options: dict[str, Any]) -> None:
     """Refuse options that a scheduler does not have, or that the model decides."""
-    accepted = set(inspect.signature(scheduler_class.__init__).parameters) - {"self", *OBJECTIVE_KEYS}
-    if flow:
-        accepted -= {"use_flow_sigmas"}
+    of_model = {*OBJECTIVE_KEYS, "use_flow_sigmas"}
+    accepted = set(inspect.signature(scheduler_class.__init__).parameters) - {"self", *of_model}
     for name in options:
-        if name in OBJECTIVE_KEYS or (flow and name == "use_flow_sigmas"):
+        if name in of_model:
             raise ValueError(f"The scheduler's {name} follows from the model and cannot be chosen.")
         if name not in accepted:
             raise ValueError(
@@ -241,6 +240,12 @@ def check_objective(objective: Any) -> None:
     if unknown:
         raise ValueError(f"objective holds {', '.join(map(str, unknown))}, which is none of its keys.")
     check_scheduler_config({"_class_name": "DDPMScheduler", **objective})
+    if objective["prediction_type"] == "flow_prediction":
+        return
+    try:
+        DDPMScheduler(**objective)
+    except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"objective makes no noise schedule: {error}") from error
 
 
 def check_fits(scheduler: SchedulerMixin, objective: Mapping[str, Any]) -> None:
@@ -264,8 +269,8 @@ def check_fits(scheduler: SchedulerMixin, objective: Mapping[str, Any]) -> None:
         wrong = UNFIT_SCHEDULERS.get(name, f"does not sample from {kind} models, or is not tested with them")
     elif found != objective["prediction_type"]:
         wrong = f"is set to sample from {found} models, but the model is of {objective['prediction_type']}"
-    elif flow and scheduler.config.get("use_flow_sigmas") is False:
-        wrong = "does not use the noise levels of flows (use_flow_sigmas is false)"
+    elif _uses_flow_sigmas(scheduler) != flow:
+        wrong = f"uses other noise levels than {kind} models have (use_flow_sigmas is {'false' if flow else 'true'})"
     elif not _has_noise_levels_of(scheduler, objective):
         wrong = "has other noise levels (betas or num_train_timesteps) than the model was trained with"
     else:
@@ -274,6 +279,13 @@ def check_fits(scheduler: SchedulerMixin, objective: Mapping[str, Any]) -> None:
     if name not in known:
         call = f"{call.replace(repr(name), 'NAME')}, where NAME is one of {', '.join(known)}"
     raise ValueError(f"{name} {wrong}. Make one that fits: {call}.")
+
+
+def _uses_flow_sigmas(scheduler: SchedulerMixin) -> bool:
+    """Return whether a scheduler samples at the noise levels of flows, as those that know nothing else do."""
+    if "use_flow_sigmas" in inspect.signature(type(scheduler).__init__).parameters:
+        return bool(scheduler.config.use_flow_sigmas)
+    return is_flow(scheduler)
 
 
 def _has_noise_levels_of(scheduler: SchedulerMixin, objective: Mapping[str, Any]) -> bool:
@@ -285,90 +297,6 @@ def _has_noise_levels_of(scheduler: SchedulerMixin, objective: Mapping[str, Any]
     found = getattr(scheduler, "alphas_cumprod", torch.empty(0))
     # Some schedulers keep the last of a schedule that ends at pure noise a little above 0.
     return found.shape == expected.shape and torch.allclose(found.cpu(), expected, rtol=1e-5, atol=1e-6)
-
-
-def set_schedule(
-    scheduler: SchedulerMixin,
-    num_steps: int | None,
-    device: torch.device | str | None = None,
-    timesteps: Any = None,
-    sigmas: Any = None,
-    uniform: bool = False,
-) -> int:
-    """Set the steps of a run: a number of them, or given timesteps or noise levels.
-
-    Args:
-        scheduler: The scheduler.
-        num_steps: Number of steps; may be `None` if `timesteps` or `sigmas` are given, whose number it must be else.
-        device: Where the scheduler's timesteps are to be.
-        timesteps: The model's timesteps, from noise to image, of which flows have fractions too.
-        sigmas: Noise levels in the scheduler's unit, from noise to image without the 0 at the end; the scheduler
-            shifts them by its `shift`.
-        uniform: Whether flow-matching schedulers that take sigmas get 1 - i/N unless others are given, so that N Euler
-            steps are worth N; diffusers' own end at 0.001.
-
-    Returns:
-        The number of steps.
-
-    Raises:
-        ValueError: If both are given, they are not decreasing or out of range, or the scheduler does not take them.
-    """
-    if timesteps is not None and sigmas is not None:
-        raise ValueError("timesteps and sigmas are two ways to give the same steps: leave one out.")
-    config, flow = scheduler.config, is_flow(scheduler)
-    accepted = inspect.signature(scheduler.set_timesteps).parameters
-    if timesteps is None and sigmas is None:
-        assert num_steps is not None
-        if uniform and type(scheduler) is diffusers.FlowMatchEulerDiscreteScheduler and not _spaces_sigmas(config):
-            scheduler.set_timesteps(device=device, sigmas=[1 - i / num_steps for i in range(num_steps)])
-        else:
-            scheduler.set_timesteps(num_steps, device=device)
-        return num_steps
-
-    name, given = ("timesteps", timesteps) if sigmas is None else ("sigmas", sigmas)
-    levels = _levels(name, given, num_steps, scheduler)
-    taken, expected = name, levels
-    if flow:
-        shift = config.get("shift", config.get("flow_shift", 1.0))
-        if sigmas is None and "sigmas" in accepted:  # these schedulers shift what they are given
-            level = levels / config.num_train_timesteps
-            taken, levels = "sigmas", level / (shift - (shift - 1) * level)
-        elif sigmas is not None:
-            expected = shift * levels / (1 + (shift - 1) * levels) * config.num_train_timesteps
-    ignored = taken == ("timesteps" if flow else "sigmas") and "use_flow_sigmas" in config
-    if taken not in accepted or ignored:
-        raise ValueError(f"{type(scheduler).__name__} takes no {name}: give num_inference_steps, or swap it.")
-    if isinstance(scheduler, diffusers.EulerDiscreteScheduler) and taken == "sigmas":
-        levels = np.append(levels, 0.0)
-    scheduler.set_timesteps(device=device, **{taken: levels})
-    found = scheduler.timesteps.double().cpu().unique().flip(0).numpy()
-    # Some round the timesteps of flows to whole ones.
-    if len(found) != len(expected) or ((flow or sigmas is None) and not np.allclose(found, expected, rtol=0, atol=1)):
-        raise ValueError(
-            f"{type(scheduler).__name__} of this config takes steps of its own in place of {name}: swap it."
-        )
-    return len(expected)
-
-
-def _spaces_sigmas(config: Mapping[str, Any]) -> bool:
-    return any(config.get(f"use_{kind}_sigmas") for kind in ("karras", "exponential", "beta"))
-
-
-def _levels(name: str, values: Any, count: int | None, scheduler: SchedulerMixin) -> np.ndarray:
-    """Check timesteps or noise levels that a user gives, and return them as an array."""
-    values = values.tolist() if hasattr(values, "tolist") else values
-    if not isinstance(values, (list, tuple)) or not values:
-        raise ValueError(f"{name} must be a list of numbers, not {values!r:.60}.")
-    flow, steps = is_flow(scheduler), scheduler.config.num_train_timesteps
-    whole = name == "timesteps" and not flow
-    allowed = Range(0, steps - 1) if whole else Range(0, steps if name == "timesteps" else 1 if flow else 1e6, False)
-    for value in values:
-        check_value(name, value, (int if whole else float,), allowed)
-    if any(after >= before for before, after in itertools.pairwise(values)):
-        raise ValueError(f"{name} must decrease, from noise to image, but are {list(values)!r:.60}.")
-    if count is not None and len(values) != count:
-        raise ValueError(f"{name} are {len(values)}, but num_inference_steps is {count}: leave one of them out.")
-    return np.array(values)
 
 
 def noise_scales(scheduler: SchedulerMixin, timestep: float, name: str = "timestep") -> tuple[float, float]:

@@ -1,6 +1,8 @@
 """Which schedulers and steps pipelines take, and which they refuse."""
 
 import json
+import re
+from pathlib import Path
 
 import diffusers
 import numpy as np
@@ -13,8 +15,8 @@ from sdt_diffusion.sdt.schedulers import (
     FLOW_SCHEDULERS,
     check_fits,
     objective_of,
-    set_schedule,
 )
+from sdt_diffusion.sdt.steps import set_schedule
 
 from .gaussian import MEAN, STD, GaussianDenoiser, draw, flow_of, saved_scheduler
 
@@ -56,6 +58,7 @@ class TestFit:
                 "is set to sample from v_prediction models",
             ),
             (diffusers.FlowMatchEulerDiscreteScheduler(), "does not sample from epsilon models"),
+            (diffusers.DPMSolverMultistepScheduler(use_flow_sigmas=True), r"uses other .*use_flow_sigmas is true"),
             (diffusers.LCMScheduler(), "is for distilled consistency models"),
             (diffusers.IPNDMScheduler(), "has a noise schedule of its own"),
         ],
@@ -110,16 +113,30 @@ class TestFit:
             {"prediction_type": "epsilon", "num_train_timesteps": 0},
             {"prediction_type": "epsilon", "num_train_timesteps": 1000, "beta_end": "many"},
             {"prediction_type": "epsilon", "num_train_timesteps": 1000, "shift": 2.0},
+            {"prediction_type": "epsilon", "num_train_timesteps": 1000, "beta_schedule": "steep"},
         ],
     )
     def test_odd_objectives_are_refused(self, make_pipe, objective):
-        with pytest.raises(ValueError, match=r"objective (must|holds)|^The scheduler's (pred|num_train|beta_end)"):
+        with pytest.raises(ValueError, match=r"objective (must|holds|makes)|^The scheduler's (pred|num_tr|beta_end)"):
             make_pipe(objective=objective)
 
     def test_a_variance_that_the_model_does_not_predict_is_refused(self, make_pipe):
         pipe = make_pipe(diffusers.DDPMScheduler(variance_type="learned_range"))
         with pytest.raises(ValueError, match="needs a model that predicts the variance: 6 out_channels"):
             pipe([0])
+
+
+def test_the_examples_of_the_page_run(make_pipe, make_model):
+    page = (Path(__file__).parents[2] / "docs" / "sampling.md").read_text()
+    examples = re.findall(r"```python\n(.*?)```", page[: page.index("## How attention")], re.DOTALL)
+    assert len(examples) == 5
+    names = {"pipe": make_pipe(transformer=make_model(num_classes=8), id2label=None, num_inference_steps=2)}
+    for example in examples:
+        exec(example, names)
+        names["pipe"](0)
+    assert len(names["images"]) == 2
+    rows = set(re.findall(r"^\| (\w+) \|", page, re.MULTILINE))
+    assert {*DIFFUSION_SCHEDULERS, *FLOW_SCHEDULERS} <= rows
 
 
 class TestSteps:

@@ -173,10 +173,16 @@ def test_options_of_schedulers():
         ("spacing", "leading", "DDIMScheduler has no option 'spacing': it has "),
         ("beta_end", 0.01, "beta_end follows from the model and cannot be chosen"),
         ("prediction_type", "epsilon", "prediction_type follows from the model"),
+        ("use_flow_sigmas", True, "use_flow_sigmas follows from the model"),
         ("clip_sample", "yes", "clip_sample must be like"),
     ):
         with pytest.raises(ValueError, match=message):
             swap_scheduler(saved, "DDIMScheduler", **{name: value})
+
+
+def test_pixels_are_clipped_after_swapping_back_too():
+    there = swap_scheduler(diffusers.DDIMScheduler(**DIT_SCHEDULE, clip_sample=True), "UniPCMultistepScheduler")
+    assert swap_scheduler(there, "DDPMScheduler").config.clip_sample
 
 
 def test_swapping_does_not_start_to_clip_latents():

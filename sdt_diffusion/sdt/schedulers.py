@@ -54,7 +54,7 @@ FLOW_SCHEDULERS = (
 UNFIT_SCHEDULERS = {
     **dict.fromkeys(
         ("LCMScheduler", "TCDScheduler", "FlowMatchLCMScheduler"),
-        "is for distilled consistency models: samples of others have too little variance",
+        "is for distilled consistency models, and samples others with too little variance",
     ),
     "SCMScheduler": "is for consistency models on a trigonometric schedule",
     "CMStochasticIterativeScheduler": "is for consistency models on EDM's noise levels",
@@ -168,6 +168,7 @@ def swap_scheduler(scheduler: SchedulerMixin | Mapping[str, Any], name: str, **o
         ValueError: If the name or an option is unknown, or the scheduler cannot sample from such a model.
     """
     if isinstance(scheduler, Mapping):
+        check_objective(scheduler)
         scheduler = _scheduler_of(scheduler)
     flow = is_flow(scheduler)
     known = FLOW_SCHEDULERS if flow else DIFFUSION_SCHEDULERS

@@ -40,6 +40,21 @@ def test_flow_schedulers_sample_the_gaussian(make_pipe, name, shift):
     assert samples.std().item() == pytest.approx(STD, abs=0.03)
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["DDPMScheduler", "EulerAncestralDiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "SASolverScheduler"],
+)
+def test_the_noise_of_steps_is_that_of_each_image(make_pipe, name):
+    pipe = make_pipe(swap_scheduler(saved_scheduler("epsilon"), name), transformer=GaussianDenoiser("epsilon"))
+
+    def images(*seeds):
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        return pipe([0] * len(seeds), 1, 4, generator=generators, output_type="latent").images
+
+    torch.testing.assert_close(images(5, 6)[1:], images(6), rtol=0, atol=1e-5)
+    assert not torch.allclose(images(5), images(6))
+
+
 def test_swapping_keeps_the_noise_schedule():
     saved = diffusers.DDIMScheduler()  # whose default betas are not those of every other scheduler
     for name in DIFFUSION_SCHEDULERS:
@@ -161,6 +176,11 @@ def test_ddpm_is_the_sampler_of_dit(make_pipe):
         log = (share + 1) / 2 * np.log(betas[i]) + (1 - share) / 2 * log_variance[i]
         x = mean + (i > 0) * torch.exp(log / 2) * (torch.randn(x.shape, generator=generator) if i else 0)
     torch.testing.assert_close(draw(make_pipe(scheduler, transformer=model), num_inference_steps=steps), x.float())
+
+
+def test_an_objective_without_a_noise_schedule_is_refused():
+    with pytest.raises(ValueError, match="objective must hold a prediction_type and num_train_timesteps"):
+        swap_scheduler({}, "DDIMScheduler")
 
 
 def test_options_of_schedulers():

@@ -11,6 +11,7 @@ from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 from ..sdt import SDTGuidance, SDTPipeline
+from ..sdt.steps import set_schedule
 from ..utils.seeding import Stream, numpy_generator, torch_generator
 
 
@@ -45,7 +46,7 @@ def describe_sampling(pipe: SDTPipeline, sampling: dict[str, Any]) -> str:
     settings = pipe.sampling_settings(sampling.get("guidance_scale"), sampling.get("num_inference_steps"))
     steps, guidance = settings["num_inference_steps"], settings["guidance_scale"]
     scheduler, guider = copy.deepcopy(pipe.scheduler), copy.copy(pipe.guider or SDTGuidance())
-    scheduler.set_timesteps(steps)
+    set_schedule(scheduler, steps, uniform=pipe.config.uniform_sigmas)
     timesteps, words = scheduler.timesteps.tolist(), type(guider).__name__
     guider.guidance_scale = guidance
     if isinstance(guider, SDTGuidance):

@@ -17,6 +17,7 @@ from ..utils.ranges import Range, check_value
 from ..utils.reading import CHECKSUMS_FILE, verify_checksums, write_checksums
 from .guidance import SDTGuidance
 from .guided_prediction import check_guidance, predict
+from .pipeline_loaders import SDTLoaderMixin
 from .schedulers import check_sampling_setting, learns_variance
 from .transformer_sdt import SDTTransformer2DModel
 from .vae import decode_latents, vae_spatial_scale
@@ -27,7 +28,7 @@ DEFAULT_GUIDANCE_SCALE, DEFAULT_NUM_INFERENCE_STEPS = 4.0, 50
 IMAGES_RANGE, SIDE_RANGE, ETA_RANGE = Range(1, 10_000), Range(1, 16_384), Range(0, 1)
 
 
-class SDTPipeline(DiffusionPipeline):
+class SDTPipeline(SDTLoaderMixin, DiffusionPipeline):
     """Class-conditional image generation with an `SDTTransformer2DModel`.
 
     Args:

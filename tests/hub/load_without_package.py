@@ -5,7 +5,9 @@ python load_without_package.py PIPELINE GUIDED_PIPELINE CLASSIFIER RESULTS
 """
 
 import importlib.abc
+import json
 import sys
+from pathlib import Path
 
 
 class WithoutPackage(importlib.abc.MetaPathFinder):
@@ -54,6 +56,8 @@ found["again"] = samples(DiffusionPipeline.from_pretrained(results + ".again", t
 model = AutoModelForImageClassification.from_pretrained(classifier, trust_remote_code=True).eval()
 inputs = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 found["logits"] = model(inputs).logits.detach()
+model.save_pretrained(results + ".classifier")
+found["saved"] = json.loads(Path(results + ".classifier/config.json").read_text())["auto_map"]
 features = AutoModel.from_pretrained(classifier, trust_remote_code=True).eval()
 found["features"] = features(inputs).pooler_output.detach()
 found["pixels"] = AutoImageProcessor.from_pretrained(classifier, trust_remote_code=True)(

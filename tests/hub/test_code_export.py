@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from transformers import AutoModelForImageClassification
 
 from sdt_diffusion import SDTGuidance, SDTPipeline, SDTTransformer2DModel
-from sdt_diffusion.classification import SDTClassifierConfig, SDTHImageProcessor, SDTHModel
+from sdt_diffusion.classification import SDTClassifierConfig, SDTHForImageClassification, SDTHImageProcessor, SDTHModel
 from sdt_diffusion.hub import share_folder, write_code
 from sdt_diffusion.hub.code_export import TRANSFORMERS_CLASSES, bundle
 from sdt_diffusion.hub.push import HubArguments, files_to_share
@@ -69,6 +70,7 @@ def test_folders_load_where_the_package_is_not_installed(folders, tmp_path):
     assert torch.equal(found["custom"], found["plain"])
     assert torch.equal(found["again"], found["guided"])  # saved there, with its code
     assert all("trust_remote_code=True" in message for message in found["refusals"])
+    assert found["saved"]["AutoModelForImageClassification"] == "modeling_sdt_h.SDTHForImageClassification"
     assert "might require" not in process.stderr  # no optional package of ours is asked for
     # What was saved there loads with the package again.
     pipe = SDTPipeline.from_pretrained(folder / "results.pt.again")
@@ -86,6 +88,15 @@ def test_with_the_package_our_classes_stand_for_those_in_the_folder(make_pipe, t
         assert type(loaded.guider) is SDTGuidance
     with pytest.raises(ValueError, match="trust_remote_code=True"):
         DiffusionPipeline.from_pretrained(tmp_path)
+
+
+def test_a_classifier_saved_elsewhere_does_not_name_code_that_is_not_there(tmp_path):
+    small_model().save_pretrained(tmp_path / "classifier")
+    write_code(tmp_path / "classifier")
+    model = AutoModelForImageClassification.from_pretrained(tmp_path / "classifier")
+    assert type(model) is SDTHForImageClassification  # the package's own, without trust
+    model.save_pretrained(tmp_path / "again")
+    assert "auto_map" not in json.loads((tmp_path / "again" / "config.json").read_text())
 
 
 def test_writing_again_changes_nothing(make_pipe, tmp_path):

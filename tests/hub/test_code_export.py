@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.pipelines.pipeline_loading_utils import _get_custom_components_and_folders  # has no public name
 from transformers import AutoModelForImageClassification
 
 from sdt_diffusion import SDTGuidance, SDTPipeline, SDTTransformer2DModel
 from sdt_diffusion.classification import SDTClassifierConfig, SDTHForImageClassification, SDTHImageProcessor, SDTHModel
-from sdt_diffusion.hub import share_folder, write_code
+from sdt_diffusion.hub import write_code
 from sdt_diffusion.hub.code_export import TRANSFORMERS_CLASSES, bundle
-from sdt_diffusion.hub.push import HubArguments, files_to_share
+from sdt_diffusion.hub.push import files_to_share, main
 from sdt_diffusion.sdt.loading import open_pipeline
 from tests.sdt_h.small import small_model
 
@@ -132,11 +133,29 @@ def test_every_model_for_transformers_has_code():
 
 
 def test_code_is_shared_and_the_card_says_so(finished_run):
-    share_folder(HubArguments(), finished_run.folder, with_code=True)
+    main(["--folder", str(finished_run.folder), "--with_code", "True"])
     assert {"pipeline_sdt.py", "transformer/transformer_sdt.py"} < set(files_to_share(finished_run.folder))
     card = (finished_run.folder / "README.md").read_text()
     assert "trust_remote_code=True)" in card
     assert "import sdt_diffusion" not in card
+
+
+def test_diffusers_downloads_the_code_of_every_part(make_pipe, make_model, tmp_path):
+    """By the functions with which `DiffusionPipeline.download` chooses among the files on the Hub."""
+    guider = SDTGuidance.from_kind("autoguidance")
+    make_pipe(guider=guider, guide_transformer=make_model()).save_pretrained(tmp_path)
+    write_code(tmp_path)
+    files = [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()]
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    code, _ = _get_custom_components_and_folders("me/model", index, files)
+    assert code == {
+        "transformer": "transformer_sdt",
+        "guide_transformer": "transformer_sdt",
+        "guider": "pipeline_sdt",
+    }
+    assert f"{index['_class_name'][0]}.py" in files
+    # The package reads the index on the Hub by this method.
+    assert SDTPipeline._dict_from_json_file(tmp_path / "model_index.json")["guider"] == ["sdt", "SDTGuidance"]
 
 
 def test_folders_of_others_are_refused(finished_run, tmp_path):

@@ -90,7 +90,9 @@ def _write_pipeline_code(folder: Path) -> list[Path]:
     pipeline = bundle([(f"{PACKAGE}.sdt.pipeline_sdt", "SDTPipeline")], STAND_INS)
     written = [_write(folder / "pipeline_sdt.py", pipeline)]
     for name, value in index.items():
-        if not name.startswith("_") and isinstance(value, list) and value[1:] and value[1] in PARTS:
+        if isinstance(value, list) and value[1:] and str(value[1]) in PARTS:
+            if not name.isidentifier() or not (folder / name).is_dir():  # nothing is written outside of the folder
+                raise ValueError(f"{folder} is not whole: there is no {name}, which its model_index.json names.")
             module = PARTS[value[1]]
             file = module.rpartition(".")[2]
             text = pipeline if file == "pipeline_sdt" else bundle([(module, value[1])])
@@ -107,7 +109,7 @@ def _write(path: Path, text: str) -> Path:
 
 def _write_classifier_code(folder: Path) -> list[Path]:
     config = read_json(folder / "config.json")
-    if config.get("model_type") not in TRANSFORMERS_CLASSES:
+    if str(config.get("model_type")) not in TRANSFORMERS_CLASSES:
         raise ValueError(f"{folder} holds no model of this package: its model_type is {config.get('model_type')!r}.")
     module, classes = TRANSFORMERS_CLASSES[config["model_type"]]
     file = module.rpartition(".")[2]

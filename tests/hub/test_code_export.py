@@ -164,7 +164,18 @@ def test_folders_of_others_are_refused(finished_run, tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "vit"}')
     with pytest.raises(ValueError, match="its model_type is 'vit'"):
         write_code(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": ["sdt_h"]}')
+    with pytest.raises(ValueError, match="its model_type is"):
+        write_code(tmp_path)
     index = finished_run.folder / "model_index.json"
+    for part, kind in (
+        ("..", "SDTTransformer2DModel"),
+        ("../outside", "SDTTransformer2DModel"),
+        ("guider", "SDTGuidance"),
+    ):
+        index.write_text(json.dumps({"_class_name": "SDTPipeline", part: ["sdt", kind], "vae": ["sdt", [1]]}))
+        with pytest.raises(ValueError, match=f"is not whole: there is no {part}"):
+            write_code(finished_run.folder)
     index.write_text(json.dumps({"_class_name": "DiTPipeline"}))
     with pytest.raises(ValueError, match="holds a DiTPipeline, not an SDTPipeline"):
         write_code(finished_run.folder)

@@ -25,7 +25,7 @@ from .sdt_h.modeling_sdt_h import ImagePreTrainedModel
 from .utils.ranges import LARGEST_SEED, Range, check_value
 
 #: Values that the numbers of a config may have; those of int type are whole.
-RANGES: dict[str, tuple[type, Range]] = {
+CONFIG_RANGES: dict[str, tuple[type, Range]] = {
     "block": (int, Range(0, 999)),
     "timestep": (float, Range(0, 100_000)),
     "signal_scale": (float, Range(0, 1)),
@@ -158,7 +158,7 @@ class SDTPreTrainedModel(ImagePreTrainedModel):
 
     def __init__(self, config: SDTClassifierConfig):
         super().__init__(config)
-        for name, (kind, allowed) in RANGES.items():
+        for name, (kind, allowed) in CONFIG_RANGES.items():
             check_value(name, getattr(config, name), (kind,), allowed)
         if not isinstance(config.transformer, dict) or not isinstance(config.vae, (dict, type(None))):
             raise ValueError("transformer and vae must be configs.")

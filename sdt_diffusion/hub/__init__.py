@@ -1,5 +1,6 @@
 """Share a trained model: the record of its run, a model card, uploads to the Hub."""
 
+from .code_export import has_code, write_code
 from .model_card import write_model_card
 from .push import HubArguments, create_hub_repo, push_folder, share_folder, share_run
 from .run_record import command_of, derive_record, describe_run
@@ -10,8 +11,10 @@ __all__ = [
     "create_hub_repo",
     "derive_record",
     "describe_run",
+    "has_code",
     "push_folder",
     "share_folder",
     "share_run",
+    "write_code",
     "write_model_card",
 ]

@@ -13,6 +13,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from ..sdt.class_names import labels_of_names
 from ..utils.files import shorten_path, write_atomically
 from ..utils.reading import read_json
+from .code_export import has_code
 from .results import Result, read_results
 from .run_record import RECORD_FILE, as_yaml, read_record
 
@@ -33,6 +34,19 @@ Install the package (this model was made with version {version}):
 ```
 
 `import {module}` must come first: without it, {library} does not know the classes and says `{error}`."""
+
+USE_CODE = """\
+This folder holds the code of the model, which `trust_remote_code=True` runs; {needs} all it needs.
+
+```python
+{code}
+```
+
+Training, evaluation and faster attention on CPUs need the package (this model was made with version {version}):
+
+```bash
+{install}
+```"""
 
 PIPELINE_SNIPPET = """\
 import sdt_diffusion  # registers the classes with diffusers
@@ -163,21 +177,23 @@ def _pictures(folder: Path) -> list[str]:
 
 
 def _use(folder: Path, record: Mapping[str, Any], name: str) -> str:
+    pipeline, carried = _is_pipeline(folder), has_code(folder)
+    code = (PIPELINE_SNIPPET if pipeline else CLASSIFIER_SNIPPET).format(
+        name=json.dumps(name) + ", trust_remote_code=True" * carried,
+        arguments=_call_arguments(folder, record) if pipeline else "",
+    )
     settings = {"version": record["versions"]["sdt_diffusion"], "install": _install_command()}
-    if not _is_pipeline(folder):
-        return USE.format(
-            **settings,
-            code=CLASSIFIER_SNIPPET.format(name=json.dumps(name)),
-            module="sdt_diffusion.classification",
-            library="transformers",
-            error="Transformers does not recognize this architecture",
-        )
+    if carried:
+        needs = "diffusers is" if pipeline else "transformers, diffusers and timm are"
+        return USE_CODE.format(**settings, needs=needs, code=code.partition("\n")[2])
     return USE.format(
         **settings,
-        code=PIPELINE_SNIPPET.format(name=json.dumps(name), arguments=_call_arguments(folder, record)),
-        module="sdt_diffusion",
-        library="diffusers",
-        error="module diffusers has no attribute SDTPipeline",
+        code=code,
+        module="sdt_diffusion" if pipeline else "sdt_diffusion.classification",
+        library="diffusers" if pipeline else "transformers",
+        error="module diffusers has no attribute SDTPipeline"
+        if pipeline
+        else "Transformers does not recognize this architecture",
     )
 
 

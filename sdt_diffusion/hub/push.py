@@ -2,8 +2,10 @@
 
 python train/share.py --folder outputs/digits                                          # README.md only
 python train/share.py --folder outputs/digits --push_to_hub --hub_model_id me/digits   # and push
+python train/share.py --folder outputs/digits --with_code True                         # loads without this package
 
-The first command writes nothing but the card.
+The first command writes nothing but the card. The last one writes the model's code beside its weights; whoever loads
+the folder then has to trust it (`trust_remote_code=True`).
 """
 
 import glob
@@ -20,11 +22,12 @@ from ..utils.arguments import SECRET_KEY, exit_on_error, parse_arguments
 from ..utils.files import shorten_path, write_json
 from ..utils.ranges import CheckedArguments
 from ..utils.reading import read_json
+from .code_export import CODE_FILES, write_code
 from .model_card import write_model_card
-from .run_record import write_record
+from .run_record import read_record, write_record
 
 #: Files of a model's folder, beside the folders of its components, that go to the Hub.
-SHARED_FILES = ("*.json", "*.jsonl", "*.md", "*.png", "model*.safetensors")
+SHARED_FILES = ("*.json", "*.jsonl", "*.md", "*.png", "model*.safetensors", *CODE_FILES)
 
 
 @dataclass
@@ -131,14 +134,22 @@ def share_run(args: HubArguments, folder: Path, record: dict[str, Any]) -> None:
     share_folder(args, folder)
 
 
-def share_folder(args: HubArguments, folder: Path) -> None:
+def share_folder(args: HubArguments, folder: Path, with_code: bool = False) -> None:
     """Write the model card from what the folder holds now, and push the folder to the Hub if asked to.
+
+    Args:
+        args: Whether and where to push.
+        folder: The folder.
+        with_code: Write the model's code into it too, see `write_code`.
 
     Raises:
         ValueError: If the folder holds no finished run, or a file of it is damaged.
         OSError: If pushing failed; says how to try again.
     """
     repo_id = create_hub_repo(args, folder)
+    if with_code:
+        read_record(folder)  # refuses a folder of no run before anything is written
+        print(f"The model's code is {', '.join(map(str, write_code(folder)))}")
     print(f"The model card is {write_model_card(folder, repo_id, args.license)}")
     remove_private_paths(folder)
     if repo_id is None:
@@ -157,6 +168,9 @@ class FolderArguments(CheckedArguments):
     """What to share."""
 
     folder: str = field(metadata={"help": "Folder that train_dit.py, train_classifier.py or reconstruct_ema.py made."})
+    with_code: bool = field(
+        default=False, metadata={"help": "Write the model's code too, so that it loads without this package."}
+    )
 
 
 @exit_on_error()
@@ -164,7 +178,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the script; `argv` is the command line's by default."""
     argv = sys.argv[1:] if argv is None else argv
     args, hub_args = parse_arguments((FolderArguments, HubArguments), argv, description=__doc__)
-    share_folder(hub_args, Path(args.folder))
+    share_folder(hub_args, Path(args.folder), args.with_code)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from diffusers import FasterCacheConfig, PyramidAttentionBroadcastConfig
 from diffusers.guiders import BaseGuidance
 from diffusers.schedulers import SchedulerMixin
 
+from .caching import check_single_batch
 from .guidance import GUIDANCE_KINDS, SDTGuidance
 
 #: Caches of diffusers that expect the same batch at all steps.
@@ -38,12 +39,14 @@ def predict(
     null_labels = torch.full_like(class_labels, transformer.config.num_classes)
     branches = guider.prepare_inputs({"latents": latents, "class_labels": (class_labels, null_labels)})
     if len(branches) == 1 or guider.guidance_scale <= 1:  # guiders of diffusers interpolate below 1
+        check_single_batch(transformer)
         with transformer.cache_context("cond"):
             return _run(transformer, latents, timestep, class_labels)
 
     options = guider.config if isinstance(guider, SDTGuidance) else {}
     weak_labels = branches[1].class_labels
     if options.get("guide_model"):
+        check_single_batch(transformer)
         with transformer.cache_context("cond"):
             cond = _run(transformer, latents, timestep, class_labels)
         with guide_transformer.cache_context("cond"):

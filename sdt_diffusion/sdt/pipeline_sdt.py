@@ -18,6 +18,7 @@ from ..utils.reading import CHECKSUMS_FILE, verify_checksums, write_checksums
 from .class_names import flat_labels, label_ids, labels_of_names
 from .guidance import SDTGuidance
 from .guided_prediction import check_guidance, check_parts, predict
+from .pipeline_loaders import SDTLoaderMixin
 from .schedulers import (
     check_fits,
     check_objective,
@@ -35,7 +36,7 @@ DEFAULT_GUIDANCE_SCALE, DEFAULT_NUM_INFERENCE_STEPS = 4.0, 50
 IMAGES_RANGE, SIDE_RANGE, ETA_RANGE = Range(1, 10_000), Range(1, 16_384), Range(0, 1)
 
 
-class SDTPipeline(DiffusionPipeline):
+class SDTPipeline(SDTLoaderMixin, DiffusionPipeline):
     """Class-conditional image generation with an `SDTTransformer2DModel`.
 
     Args:

@@ -10,7 +10,6 @@ import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import FromOriginalModelMixin, PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin
-from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.embeddings import get_1d_rotary_pos_embed
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
@@ -21,6 +20,7 @@ from ..blocks import SDTBlock, modulate
 from ..norms import build_norm
 from ..utils.ranges import Range, check_number
 from ..utils.reading import CHECKSUMS_FILE, read_json, shortened, verify_checksums, write_checksums
+from .caching import SDTCacheMixin
 from .config_ranges import MAX_PARAMETERS, check_ranges
 from .embeddings import SDTPatchEmbed, TimestepClassEmbedding
 from .initialization import initialize_meta, initialize_weights
@@ -62,7 +62,7 @@ class SDTTransformer2DModel(
     ConfigMixin,
     PeftAdapterMixin,
     FromOriginalModelMixin,
-    CacheMixin,
+    SDTCacheMixin,
 ):
     """A diffusion transformer (DiT) whose attention decays with distance on the patch grid (SDT).
 

@@ -116,6 +116,7 @@ class ImagePreTrainedModel(PreTrainedModel):
         kwargs.update(ignore_mismatched_sizes=True)
         wants_info = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        vars(model.config).pop("auto_map", None)  # names code in that folder, which another may not have
         mismatched = info["mismatched_keys"]
         if mismatched and not ignore_mismatched_sizes:
             name, stored, wanted = min(mismatched, key=lambda item: (".head.weight" not in item[0], item[0]))

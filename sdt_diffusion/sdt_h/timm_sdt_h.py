@@ -6,7 +6,7 @@ timm's own scripts need that import first:
 
 `create_model` with all options of timm's factory, `features_only` with every feature class, `reset_classifier`, layer
 decay, gradient checkpointing, `torch.jit.trace` and `torch.compile` work, and with them timm's `train.py` and
-`validate.py`. `torch.jit.script`, which timm's `--torchscript` uses, does not: it cannot compile attention.
+`validate.py`. `torch.jit.script`, which timm's `--torchscript` uses, is refused: it cannot compile attention.
 """
 
 from collections.abc import Sequence
@@ -139,6 +139,17 @@ class SDTHForTimm(SDTHNetwork):
             self.proj, self.norm, self.act = nn.Identity(), nn.Identity(), nn.Identity()
             self.num_features = self.head_hidden_size = self.stages[-1].dim
         return taken
+
+    def __prepare_scriptable__(self) -> "SDTHForTimm":
+        """Refuse `torch.jit.script`, which calls this first; its own message names a line of torch.
+
+        Raises:
+            TypeError: Always.
+        """
+        raise TypeError(
+            "SDT-H cannot be scripted, because TorchScript cannot compile attention that chooses its backend: use "
+            "torch.compile (--torchcompile in timm's scripts), torch.jit.trace or torch.export."
+        )
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Trade speed for memory in training: blocks are computed again in the backward pass."""

@@ -159,6 +159,12 @@ def test_every_feature_class_gives_the_outputs_of_the_stages(feature_cls):
     assert model.feature_info.channels() == [16, 32]
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning", "ignore:.torch.jit:DeprecationWarning")
+def test_scripting_is_refused_with_what_to_use():
+    with pytest.raises(TypeError, match=r"SDT-H cannot be scripted.*use torch\.compile \(--torchcompile in timm's"):
+        torch.jit.script(small())
+
+
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.torch.jit:FutureWarning")
 def test_a_traced_model_gives_the_same_logits_for_other_images():
     model = small()

@@ -1,0 +1,67 @@
+# ruff: noqa: E402  (the package must be hidden before others are imported)
+"""Load and use the models of folders where `sdt_diffusion` cannot be imported; run by test_code_export.py.
+
+python load_without_package.py PIPELINE GUIDED_PIPELINE CLASSIFIER RESULTS
+"""
+
+import importlib.abc
+import json
+import sys
+from pathlib import Path
+
+
+class WithoutPackage(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "sdt_diffusion":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
+sys.meta_path.insert(0, WithoutPackage())
+sys.path.pop(0)
+
+import torch
+from diffusers import DiffusionPipeline
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
+
+
+def samples(pipe):
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    return pipe(["bee", 4], num_inference_steps=3, generator=generator, output_type="pt").images
+
+
+def refusal(load, folder):
+    try:
+        load(folder)
+    except (ValueError, OSError) as error:
+        return str(error)
+
+
+plain, guided, classifier, results = sys.argv[1:]
+torch.set_num_threads(1)
+found = {"refusals": [refusal(DiffusionPipeline.from_pretrained, plain)]}
+found["refusals"].append(
+    refusal(lambda folder: AutoConfig.from_pretrained(folder, trust_remote_code=False), classifier)
+)
+pipe = DiffusionPipeline.from_pretrained(plain, trust_remote_code=True)
+found["plain"] = samples(pipe)
+found["custom"] = samples(
+    DiffusionPipeline.from_pretrained(plain, custom_pipeline=plain + "/pipeline_sdt.py", trust_remote_code=True)
+)
+guided_pipe = DiffusionPipeline.from_pretrained(guided, trust_remote_code=True)
+found["guided"] = samples(guided_pipe)
+guided_pipe.save_pretrained(results + ".again")
+found["again"] = samples(DiffusionPipeline.from_pretrained(results + ".again", trust_remote_code=True))
+
+model = AutoModelForImageClassification.from_pretrained(classifier, trust_remote_code=True).eval()
+inputs = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+found["logits"] = model(inputs).logits.detach()
+model.save_pretrained(results + ".classifier")
+found["saved"] = json.loads(Path(results + ".classifier/config.json").read_text())["auto_map"]
+features = AutoModel.from_pretrained(classifier, trust_remote_code=True).eval()
+found["features"] = features(inputs).pooler_output.detach()
+found["pixels"] = AutoImageProcessor.from_pretrained(classifier, trust_remote_code=True)(
+    torch.arange(3 * 40 * 40, dtype=torch.uint8).reshape(3, 40, 40), return_tensors="pt"
+).pixel_values
+found["modules"] = sorted(name for name in sys.modules if name.startswith("sdt_diffusion"))
+torch.save(found, results)

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import diffusers.pipelines
+import diffusers
 from diffusers.loaders import CogVideoXLoraLoaderMixin
 
 from ..utils.files import write_json

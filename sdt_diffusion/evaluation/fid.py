@@ -170,7 +170,7 @@ def compare(
     metrics, too_few = _choose(metrics, bool(args.metrics), lambda names: check_counts(names, *counts))
     notes += too_few
     dims = measure_dims(extractor, shape)
-    _check_dimensions(args.reference, reference.dims(extractor), dims)
+    check_dimensions(args.reference, reference.dims(extractor), dims)
 
     statistics = [METRICS[name].statistics for name in metrics if METRICS[name].statistics]
     with_features = any(METRICS[name].features for name in metrics)
@@ -355,7 +355,12 @@ def _notes_on_sampling(pipe: SDTPipeline, args: FidSamplingArguments) -> list[st
     return [f"The pipeline has no guidance_scale saved: {guidance:g} was used; FIDs are best at about 1.5."]
 
 
-def _check_dimensions(path: str, expected: dict[str, int], found: dict[str, int]) -> None:
+def check_dimensions(path: str, expected: dict[str, int], found: dict[str, int]) -> None:
+    """Refuse a reference whose features have other dimensions than those of samples.
+
+    Raises:
+        ValueError: Names the reference, the kind of features, and both dimensions.
+    """
     for kind in sorted(set(expected) & set(found)):
         if expected[kind] != found[kind]:
             raise ValueError(

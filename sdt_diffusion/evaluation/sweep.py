@@ -30,12 +30,12 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
-from ..data.raw_images import RawImageArguments, open_images
+from ..data.raw_images import RawImageArguments
+from ..metrics.extraction import Reference, measure_dims
 from ..metrics.extractors import ExtractorArguments, FeatureExtractor
-from ..metrics.features import has_statistics
 from ..metrics.registry import FULL_COUNT, METRICS, check_counts, check_metrics
 from ..sampling.folder import weights_of
-from ..sampling.generate import count_evaluations
+from ..sampling.generate import count_evaluations, describe_sampling
 from ..sampling.settings import PipelineArguments, load_pipeline
 from ..sdt import SDTPipeline
 from ..utils.arguments import exit_on_error, parse_arguments
@@ -43,7 +43,8 @@ from ..utils.files import FolderLock, check_writable, move_into, valid_json, wri
 from ..utils.fingerprint import differences
 from ..utils.ranges import between
 from ..utils.reading import read_json
-from .fid import FidArguments, FidSamplingArguments, MetricArguments, compare
+from .fid import FidArguments, FidSamplingArguments, MetricArguments, check_dimensions, compare
+from .label_accuracy import shape_of_samples
 from .make_reference import save_reference
 from .sweep_axes import Cell, golden_section, parse_axes, parse_search, shown, simplified
 from .sweep_report import LARGER_IS_BETTER, TABLE_FILE, write_report
@@ -106,29 +107,33 @@ class Sweep:
         self.image_args, self.num_workers = image_args, num_workers
         self.axes = parse_axes(args.axes)
         self.search = parse_search(args.search, self.axes)
+        self.reference = Reference.open(args.reference, image_args)
         self.finished: dict[str, tuple[Cell, dict[str, Any]]] = {}
         self._pipelines: dict[Any, SDTPipeline] = {}
         self._weights: dict[Any, str] = {}
+        self._shapes: set[tuple[int, int, int]] = set()
         self._seconds, self._computed, self._done = 0.0, 0, 0
         self._check_arguments()
-        #: Values of the axes for each cell, or for each search.
-        self.grid: list[dict[str, Any]] = []
-        self.total, names = 0, set()
+        #: The cells, or with a search the ones of its greatest number.
+        self.cells = self._all_cells()
+        self.total = sum(cell.evaluations for cell in self.cells) * (args.search_evaluations if self.search else 1)
+        self._pipelines.clear()
+
+    def _all_cells(self) -> list[Cell]:
+        cells = {}
         for each in itertools.product(*self.axes.values()):
             values = dict(zip(self.axes, each, strict=True))
             if self.search is not None:
-                self.cell({**values, self.search[0]: self.search[1]})
-                cell = self.cell({**values, self.search[0]: self.search[2]})
-            else:
-                cell = self.cell(values)
-            if cell.name not in names:  # settings without effect make cells equal
-                names.add(cell.name)
-                self.grid.append(values)
-                self.total += cell.evaluations * (args.search_evaluations if self.search else 1)
+                name, low, high = self.search
+                self.cell({**values, name: low})
+                values[name] = high
+            cell = self.cell(values)
+            cells.setdefault(cell.name, cell)  # settings without effect make cells equal
+        return list(cells.values())
 
     def _check_arguments(self) -> None:
         args, sampling_args = self.args, self.sampling_args
-        models = self.axes.get("model", [sampling_args.model])
+        models: list[Any] = self.axes.get("model", [sampling_args.model])
         if None in models:
             raise ValueError("Give a model, or several as an axis.")
         if sampling_args.samples_dir is not None:
@@ -145,8 +150,9 @@ class Sweep:
             raise ValueError(f"best_by must be one of the metrics, {', '.join(args.metrics)}, not {args.best_by!r}.")
         metrics = [*args.metrics, args.best_by]
         check_metrics(metrics, self.extractor)
-        count = sampling_args.num_samples or FULL_COUNT
-        check_counts(metrics, count, None, args.inception_splits, args.kid_subset_size)
+        self.reference.check(metrics, self.extractor)
+        counts = (sampling_args.num_samples or FULL_COUNT, self.reference.count_features(args.num_features))
+        check_counts(metrics, *counts, args.inception_splits, args.kid_subset_size)
 
     def cell(self, values: dict[str, Any]) -> Cell:
         """Return a cell, after opening its model and trying its settings.
@@ -161,14 +167,23 @@ class Sweep:
             sampling = simplified(replace(self.sampling_args, **values), values)
             pipe = copy.copy(self._open(str(sampling.model), sampling.dtype))
             sampling.apply_to(pipe)
-            evaluations = count_evaluations(pipe, sampling.settings(pipe))
+            settings = sampling.settings(pipe)
+            evaluations, sampler = count_evaluations(pipe, settings), describe_sampling(pipe, settings)
+            self._check_shape(shape_of_samples(pipe, sampling.height, sampling.width))
         except (ValueError, FileNotFoundError) as error:
             where = ", ".join(f"{name}={shown(value)}" for name, value in values.items())
             raise ValueError(f"{where}: {error}" if where else str(error)) from error
         key = (sampling.model, sampling.guide_model, sampling.guidance, sampling.dtype)
         if key not in self._weights:
             self._weights[key] = weights_of(pipe)
-        return Cell({name: getattr(sampling, name) for name in values}, sampling, evaluations, self._weights[key])
+        values = {name: getattr(sampling, name) for name in values}
+        return Cell(values, sampling, evaluations, sampler, self._weights[key])
+
+    def _check_shape(self, shape: tuple[int, int, int]) -> None:
+        if shape not in self._shapes:
+            found = measure_dims(self.extractor, shape)
+            check_dimensions(self.args.reference, self.reference.dims(self.extractor), found)
+            self._shapes.add(shape)
 
     def _open(self, model: str, dtype: Any) -> SDTPipeline:
         """Open a pipeline; the last one is kept."""
@@ -193,11 +208,11 @@ class Sweep:
                 self._claim(folder)
             state.wait_for_everyone()
             reference = self._save_reference(folder / REFERENCE_FILE)
-            for values in self.grid:
+            for cell in self.cells:
                 if self.search is None:
-                    self.measure(values, reference)
+                    self.measure(cell, reference)
                 else:
-                    self._search(values, reference)
+                    self._search(cell.values, reference)
             if not state.is_main_process:
                 return None
             best = write_report(folder, list(self.finished.values()), self.args.best_by, pictures=True)
@@ -209,21 +224,23 @@ class Sweep:
         name, low, high = self.search or ("", 0.0, 0.0)
 
         def measure(number: float) -> float:
-            return self.measure({**values, name: float(f"{number:.{DIGITS}g}")}, reference)
+            return self.measure(self.cell({**values, name: float(f"{number:.{DIGITS}g}")}), reference)
 
         golden_section(measure, low, high, self.args.search_evaluations)
 
-    def measure(self, values: dict[str, Any], reference: tuple[str, RawImageArguments]) -> float:
+    def measure(self, cell: Cell, reference: tuple[str, RawImageArguments]) -> float:
         """Compute the metrics of a cell unless they are known.
 
         Args:
-            values: See `cell`.
+            cell: The cell.
             reference: The reference, and how to read it.
 
         Returns:
             The metric to choose by, the lower the better.
+
+        Raises:
+            ValueError: If the cell cannot be computed, or was with other weights or defaults of the pipeline.
         """
-        cell = self.cell(values)
         args, state = self.args, PartialState()
         output = args.output_dir / CELLS_FOLDER / f"{cell.name}.json"
         samples = args.output_dir / SAMPLES_FOLDER / cell.name
@@ -235,7 +252,10 @@ class Sweep:
             given = {each.name: getattr(args, each.name) for each in fields(MetricArguments)}
             fid_args = FidArguments(**{**given, "reference": reference[0]}, output=output)
             sampling = replace(cell.sampling, samples_dir=str(samples))
-            compare(fid_args, sampling, self.extractor, reference[1], self.num_workers)
+            try:
+                compare(fid_args, sampling, self.extractor, reference[1], self.num_workers)
+            except ValueError as error:
+                raise ValueError(f"{cell}: {error}") from error
             state.wait_for_everyone()
             self._seconds += time.monotonic() - start
             self._computed += cell.evaluations
@@ -263,10 +283,15 @@ class Sweep:
         """Return the record of a finished cell as the main process finds it, on all processes."""
         found = [read_json(path) if PartialState().is_main_process and path.is_file() else None]
         record = broadcast_object_list(found)[0]
-        if record is not None and record["samples"].get("model_weights") != cell.weights:
+        if record is None:
+            return None
+        now = {"weights": cell.weights, "sampler": cell.sampler}
+        there = {"weights": record["samples"].get("model_weights"), "sampler": record["samples"].get("sampler")}
+        changes = differences(there, now)
+        if changes:
             raise ValueError(
-                f"{path} was computed with other weights than those of {cell.sampling.model} now: give another "
-                "output_dir."
+                f"{path} is of another model, or of other defaults of the pipeline ({'; '.join(changes)}): give "
+                "another output_dir."
             )
         return record
 
@@ -283,22 +308,23 @@ class Sweep:
         }
         now = valid_json(json.loads(json.dumps(now, default=str)))
         path = folder / SETTINGS_FILE
-        if path.is_file():
+        if not any(any((folder / name).iterdir()) for name in (CELLS_FOLDER, SAMPLES_FOLDER)):
+            (folder / REFERENCE_FILE).unlink(missing_ok=True)  # of a sweep that ended before its first cell
+        elif not path.is_file():
+            raise ValueError(f"{folder} holds something other than a sweep: give another output_dir.")
+        else:
             there = read_json(path)
-            found = differences(
-                {key: there[key] for key in there if key in now}, {k: now[k] for k in now if k in there}
-            )
+            both = set(there) & set(now)  # what was an axis then or is one now may change
+            found = differences({key: there[key] for key in both}, {key: now[key] for key in both})
             if found:
                 raise ValueError(f"{folder} holds another sweep ({'; '.join(found)}): give another output_dir.")
-        elif any(any((folder / name).iterdir()) for name in (CELLS_FOLDER, SAMPLES_FOLDER)):
-            raise ValueError(f"{folder} holds something other than a sweep: give another output_dir.")
         write_json(path, now)
 
     def _save_reference(self, path: Path) -> tuple[str, RawImageArguments]:
         """Return the reference, whose features are computed once, and how to read it."""
-        if has_statistics(Path(self.args.reference)):
+        images = self.reference.images
+        if self.reference.statistics is not None or images is None:
             return self.args.reference, self.image_args
-        images = open_images(self.args.reference, self.image_args)
         if not broadcast_object_list([path.is_file()])[0]:
             save_reference(path, images, self.extractor, self.args.num_features, self.num_workers)
             PartialState().wait_for_everyone()

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields, replace
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from ..utils.files import shorten_path
 from ..utils.ranges import alternatives
 from .fid import FidSamplingArguments
 
@@ -34,12 +35,14 @@ class Cell:
         values: Value of each axis, and of the number that is searched for.
         sampling: All settings.
         evaluations: Network evaluations for a sample.
+        sampler: The sampler in words.
         weights: Fingerprint of the networks.
     """
 
     values: dict[str, Any]
     sampling: FidSamplingArguments
     evaluations: int
+    sampler: str
     weights: str
 
     @property
@@ -51,16 +54,21 @@ class Cell:
         return hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()[:12]
 
     def __str__(self) -> str:
-        return ", ".join(f"{name} {shown(value)}" for name, value in self.values.items()) or "the pipeline's settings"
+        return describe(self.values) or "the pipeline's settings"
+
+
+def describe(values: dict[str, Any]) -> str:
+    """Return the values of axes in words."""
+    return ", ".join(f"{name} {shown(value)}" for name, value in values.items())
 
 
 def shown(value: Any) -> str:
-    """Return a value as one writes it in `axes`."""
+    """Return a value as one writes it in `axes`, without what paths tell of the machine."""
     if isinstance(value, (list, tuple)):
         return ":".join(map(shown, value))
     if value is None or isinstance(value, bool):
         return str(value).lower()
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return f"{value:g}" if isinstance(value, float) else shorten_path(str(value))
 
 
 def simplified(sampling: FidSamplingArguments, axes: Collection[str] = ()) -> FidSamplingArguments:

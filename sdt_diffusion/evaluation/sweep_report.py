@@ -6,7 +6,7 @@ from typing import Any
 
 from ..plots import new_figure
 from ..utils.files import write_atomically
-from .sweep_axes import Cell, shown
+from .sweep_axes import Cell, describe, shown
 
 TABLE_FILE = "sweep.md"
 LARGER_IS_BETTER = ("inception_score", "precision", "recall")
@@ -52,10 +52,11 @@ def format_report(ranked: Sequence[Result]) -> str:
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     best, record = ranked[0]
     samples, reference = record["samples"], record["reference"]
+    origin = reference.get("images", reference["path"])
     notes = [
         f"Best: {best}.",
-        f"{samples['count']} samples for each cell, from the same seeds; {samples['sampler']} for the best.",
-        f"Reference: {reference.get('count', 'unknown number of')} images, {reference['path']}.",
+        f"{samples['count']} samples for each cell, from the same seeds; {best.sampler} for the best.",
+        f"Reference: {reference.get('count', 'unknown number of')} images, {origin}.",
         *record["warnings"],
     ]
     return f"# Sweep\n\n{table}\n\n" + "\n".join(f"- {note}" for note in notes) + "\n"
@@ -78,8 +79,9 @@ def plot(
     for cell, record in ranked:
         if cell.values.get(axis) is not None:
             others = {name: value for name, value in cell.values.items() if name != axis}
-            lines.setdefault(str(Cell(others, cell.sampling, 0, "")), []).append((position(cell), record[metric]))
-    if len({x for points in lines.values() for x, _ in points}) < 2:
+            lines.setdefault(describe(others), []).append((position(cell), record[metric]))
+    ticks = sorted({x for points in lines.values() for x, _ in points})
+    if len(ticks) < 2:
         return
     figure = new_figure(8, 5)
     axes = figure.subplots()
@@ -87,9 +89,12 @@ def plot(
         axes.plot(*zip(*sorted(points), strict=True), marker="o", markersize=4, label=name)
     if axis == "num_inference_steps":
         axes.set_xscale("log")
+        axes.minorticks_off()
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.set_xlabel(label)
     axes.set_ylabel(ranked[0][1]["labels"][metric])
-    axes.grid(alpha=0.3, which="both")
+    axes.grid(alpha=0.3)
     title = f"the best {MAX_LINES} of {len(lines)}" if len(lines) > MAX_LINES else None
-    axes.legend(fontsize="small", title=title)
+    if any(lines):
+        axes.legend(fontsize="small", title=title)
     write_atomically(path, lambda partial: figure.savefig(partial, dpi=120))

@@ -1,10 +1,7 @@
 import json
-import math
 import os
 import subprocess
 import sys
-from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -14,9 +11,11 @@ from sdt_diffusion.data.raw_images import RawImageArguments
 from sdt_diffusion.evaluation import sweep
 from sdt_diffusion.evaluation.fid import FidArguments, FidSamplingArguments, compare
 from sdt_diffusion.evaluation.sweep import Sweep, SweepArguments
-from sdt_diffusion.evaluation.sweep_axes import GOLDEN, golden_section, parse_axes, parse_search
+from sdt_diffusion.evaluation.sweep_axes import GOLDEN, golden_section, parse_axes
 from sdt_diffusion.metrics.extractors import build_extractor
 from sdt_diffusion.sampling.folder import weights_of
+from sdt_diffusion.sampling.generate import describe_sampling
+from sdt_diffusion.sampling.settings import load_pipeline
 from tests.scripts.process import ROOT
 
 PIXELS = build_extractor("pixels")
@@ -49,12 +48,16 @@ def calls(monkeypatch):
     """Replace the evaluation by a parabola in the guidance scale with its minimum at 2; list its calls."""
     made = []
 
+    def describe(sampling):
+        pipe = load_pipeline(sampling, "cpu")
+        return describe_sampling(pipe, sampling.settings(pipe))
+
     def parabola(args, sampling, *_):
         made.append(sampling)
         weights = weights_of(SDTPipeline.from_pretrained(sampling.model))
         record = {
             **{"fid": (sampling.guidance_scale - 2) ** 2 + 1, "labels": {"fid": "FD-10"}, "warnings": ["A note."]},
-            **{"samples": {"model_weights": weights, "count": 10, "sampler": "Euler"}},
+            **{"samples": {"model_weights": weights, "count": 10, "sampler": describe(sampling)}},
             **{"reference": {"count": 5, "path": args.reference}},
         }
         args.output.write_text(json.dumps(record))
@@ -120,9 +123,10 @@ def test_each_cell_has_the_numbers_of_an_evaluation_by_itself(run, model, tmp_pa
     assert not list((tmp_path / "out" / "samples").iterdir())
     table = (tmp_path / "out" / "sweep.md").read_text()
     assert "| guidance_scale | num_inference_steps | network evaluations | FD(pixels)-10 | cell |" in table
-    values = [float(line.split("|")[4]) for line in table.splitlines() if line.startswith("| ")][1:]
+    values = [float(line.split("|")[4]) for line in table.splitlines()[4:] if line.startswith("| ")]
     assert values == sorted(values)
-    assert f"Best: {best}." in table
+    assert f"- Best: {best}." in table
+    assert "- Reference: 1797 images, digits." in table
     for name in ("evaluations.png", "guidance.png"):
         assert Image.open(tmp_path / "out" / name).size == (960, 600)
 
@@ -154,14 +158,14 @@ def test_a_folder_of_other_settings_is_refused(run, model, calls, make_pipe, mak
         ({"sampling": {"seed": 1}}, "seed: 0 there, 1 now"),
         ({"sampling": {"num_samples": 20}}, "num_samples: 10 there, 20 now"),
         ({"metrics": ["fid", "recall"]}, "metrics: "),
-        ({"reference": "others"}, "reference: 'digits' there"),
+        ({"kid_subsets": 7}, "kid_subsets: 100 there, 7 now"),
     ):
         with pytest.raises(ValueError, match=rf"out holds another sweep \({message}.*: give another output_dir"):
             run(SCALES, **change)
     run(SCALES, "seed=0,1")  # one more axis is no other setting
     assert len(calls) == 4
     make_pipe(transformer=make_model(in_channels=1, num_layers=1)).save_pretrained(model)
-    with pytest.raises(ValueError, match="was computed with other weights than those of .*model now"):
+    with pytest.raises(ValueError, match=r"json is of another model, or of other defaults .*weights: "):
         run(SCALES)
     (model.parent / "photos" / "cells").mkdir(parents=True)
     (model.parent / "photos" / "cells" / "a.jpg").touch()
@@ -185,7 +189,7 @@ def test_settings_without_effect_make_no_cells(run, calls):
 
 def test_a_search_finds_the_best_scale_and_continues(run, calls, monkeypatch, capsys):
     search = {"search": ["guidance_scale", "1", "4"], "search_evaluations": 9}
-    found, best = run("num_inference_steps=1,2", **search)
+    _, best = run("num_inference_steps=1,2", **search)
     assert len(calls) == 18
     assert best.values["guidance_scale"] == pytest.approx(2, abs=3 * GOLDEN**8)
     assert best.evaluations == 2  # the cheaper one of two that are equally good
@@ -203,7 +207,7 @@ def test_larger_is_better_for_some_metrics(run, tmp_path):
 def test_the_best_settings_become_those_of_the_pipeline(run, model, calls):
     files = {path: path.read_bytes() for path in model.rglob("*.safetensors")}
     axes = ("guidance_scale=1.5,2,3", "guidance=decay", "scheduler=UniPCMultistepScheduler", "num_inference_steps=3")
-    _, best = run(*axes, save_best=True)
+    run(*axes, save_best=True)
     pipe = SDTPipeline.from_pretrained(model)
     assert pipe.sampling_settings() == {"guidance_scale": 2, "num_inference_steps": 3}
     assert pipe.guider.config.decay_factor == 4
@@ -254,6 +258,12 @@ def test_other_grids_are_compared_with_references_of_their_size(run, tmp_path):
         ([SCALES], {"sampling": {"model": None}}, "Give a model"),
         ([SCALES], {"sampling": {"samples_dir": "a"}}, "samples_dir is the sweep's own"),
         ([SCALES], {"sampling": {"height": 9}}, "An image of 9x8 is not divisible into patches"),
+        (
+            [SCALES],
+            {"sampling": {"height": 12}},
+            "digits: its pool features have 192 dimensions, those of the samples 288",
+        ),
+        ([SCALES], {"reference": "no/such"}, "no/such"),
         ([SCALES], {"best_by": "recall"}, "best_by must be one of the metrics, fid, not 'recall'"),
         ([SCALES], {"metrics": [], "best_by": "sfid"}, "sfid needs spatial features"),
         ([SCALES], {"metrics": ["fid", "kid"]}, "kid takes at least 1000 samples"),
@@ -279,15 +289,15 @@ def test_bad_requests_are_refused_before_the_first_cell(run, calls, tmp_path, ax
     assert not (tmp_path / "out").exists()
 
 
-def test_processes_share_the_cells_and_change_no_digit(run, model, tmp_path):
-    found, _ = run(SCALES)
+def test_processes_share_the_work_and_change_no_digit(run, model, tmp_path):
+    found, _ = run(SCALES, sampling={"batch_size": 3})
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "eval/sweep.py"]
     flags = f"--num_samples 10 --num_inference_steps 2 --batch_size 3 --extractor pixels --axes {SCALES}".split()
     flags += ["--reference", "digits", "--metrics", "fid", "--model", model, "--output_dir", tmp_path / "two"]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        list(map(str, [*launch, *flags])), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
-    )
+    command, options = list(map(str, [*launch, *flags])), {"capture_output": True, "text": True, "timeout": 300}
+    result = subprocess.run(command, cwd=ROOT, env=environment, check=False, **options)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("Best: guidance_scale") == 1
-    assert len(cells(tmp_path / "two")) == 2
+    for cell, record in found.finished.values():
+        assert json.loads((tmp_path / "two" / "cells" / f"{cell.name}.json").read_text())["fid"] == record["fid"]

@@ -244,7 +244,7 @@ class Sweep:
         args, state = self.args, PartialState()
         output = args.output_dir / CELLS_FOLDER / f"{cell.name}.json"
         samples = args.output_dir / SAMPLES_FOLDER / cell.name
-        record = self._read(output, cell)
+        known = record = self._read(output, cell)
         if record is None:
             start = time.monotonic()
             if state.is_main_process:
@@ -267,7 +267,8 @@ class Sweep:
         if state.is_main_process:
             if not args.keep_samples:
                 shutil.rmtree(samples, ignore_errors=True)
-            write_report(args.output_dir, list(self.finished.values()), args.best_by)
+            if known is None:
+                write_report(args.output_dir, list(self.finished.values()), args.best_by)
             label = record["labels"][args.best_by]
             print(f"{cell}: {label} {record[args.best_by]:.6g}{self._time_left()}", flush=True)
         return record[args.best_by] * (-1 if args.best_by in LARGER_IS_BETTER else 1)

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -301,3 +302,22 @@ def test_processes_share_the_work_and_change_no_digit(run, model, tmp_path):
     assert result.stdout.count("Best: guidance_scale") == 1
     for cell, record in found.finished.values():
         assert json.loads((tmp_path / "two" / "cells" / f"{cell.name}.json").read_text())["fid"] == record["fid"]
+
+
+PAGE = (ROOT / "docs" / "sweeping.md").read_text()
+COMMANDS = re.findall(r"python eval/sweep.py ((?:\\\n|.)*)", PAGE)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_commands_of_the_documentation_run(calls, model, tmp_path, command):
+    for old, new in (("\\\n", ""), ("outputs/digits", str(model)), ("outputs/", f"{tmp_path}/")):
+        command = command.replace(old, new)
+    sweep.main(command.split())
+    (folder,) = {path.parent for path in tmp_path.glob("*/sweep.md")}
+    assert (folder / "guidance.png").is_file()
+
+
+def test_the_axes_of_the_documentation_are_axes():
+    axes = [word for word in re.findall(r"`([a-z_]+=\S+)`", PAGE) if "..." not in word and "VALUE" not in word]
+    assert len(axes) > 8
+    assert list(parse_axes(axes)) == [axis.partition("=")[0] for axis in axes]

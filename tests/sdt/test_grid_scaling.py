@@ -2,6 +2,8 @@
 
 import copy
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -156,3 +158,12 @@ def test_what_cannot_be_scaled_is_refused(make_model, changes, message):
     with pytest.raises(ValueError, match=message):
         model.set_grid_scaling(**scalings)
     assert dict(model.config) == before
+
+
+def test_the_example_of_the_documentation_runs(make_pipe):
+    page = (Path(__file__).parents[2] / "docs" / "sampling.md").read_text()
+    example = re.search(r"```python\n(images = pipe.*?)```", page, re.DOTALL)[1]
+    names = {"pipe": make_pipe(num_inference_steps=1)}
+    exec(example.replace("[3, 7]", "[3, 4]"), names)
+    assert names["images"][0].size == (16, 16)
+    assert names["pipe"].transformer.config.pos_embed_scaling == "ntk"

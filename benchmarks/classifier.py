@@ -12,7 +12,7 @@ import argparse
 import statistics
 
 import torch
-from model import keep_freed_memory, timed
+from timing import keep_freed_memory, timed
 from tqdm import tqdm
 
 from sdt_diffusion.classification import SDTHNetwork

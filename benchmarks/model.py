@@ -6,39 +6,39 @@ compiled, includes the compiler). A graph break in our models or a recompilation
 
     python benchmarks/model.py                            # SDT-S/2, batch 8, 256 tokens
     python benchmarks/model.py --preset SDT-B/2 --rounds 5
+    python benchmarks/model.py --tokens 1024 --batch_size 2
 """
 
 import argparse
-import ctypes
+import math
 import multiprocessing
-import statistics
-import time
 from pathlib import Path
 
 import torch
 from diffusers import DiTTransformer2DModel
-from tqdm import tqdm
+from timing import describe_machine, in_turns, keep_freed_memory, print_table, write_results
 
 from sdt_diffusion import SDTTransformer2DModel
 
 BASELINE = "none"
 
 
-def build_model(name, preset, device):
+def build_model(name, args):
     """Build our model with the spatial decay `name`, or diffusers' DiT of the same size."""
     torch.manual_seed(0)
+    config = SDTTransformer2DModel.preset_config(args.preset)
+    config["sample_size"] = math.isqrt(args.tokens) * config["patch_size"]
     if name != "diffusers DiT":
-        model = SDTTransformer2DModel.from_preset(preset, spatial_decay=name)
+        model = SDTTransformer2DModel(**{**config, "spatial_decay": name})
     else:
-        config = SDTTransformer2DModel.preset_config(preset)
         keys = ("num_layers", "num_attention_heads", "attention_head_dim", "in_channels", "sample_size", "patch_size")
         model = DiTTransformer2DModel(**{key: config[key] for key in keys})
-    return model.to(device)
+    return model.to(args.device)
 
 
 def build_step(name, compiled, mode, args):
     """Return a function that runs one forward pass or one training step (forward, backward, AdamW)."""
-    model = build_model(name, args.preset, args.device).train(mode == "training")
+    model = build_model(name, args).train(mode == "training")
     config = model.config
     generator = torch.Generator().manual_seed(0)
     shape = (args.batch_size, config.in_channels, config.sample_size, config.sample_size)
@@ -62,15 +62,6 @@ def build_step(name, compiled, mode, args):
         optimizer.zero_grad()
 
     return forward if mode == "forward" else training
-
-
-def timed(step, device):
-    """Return the seconds that a step takes."""
-    start = time.perf_counter()
-    step()
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def _resident_kib(field):
@@ -103,20 +94,6 @@ def peak_memory(*measurement):
     return queue.get()
 
 
-def keep_freed_memory():
-    """Tell glibc not to return freed memory to the system.
-
-    It does so when the top of the heap is free, and the next step then pages all of it in again. That takes up to a
-    fifth of a training step, and affects only the model that happens to lie at the top.
-    """
-    try:
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-1, 2**30)  # M_TRIM_THRESHOLD; setting it stops glibc from tuning the other, so set that too
-        libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, the most that glibc would tune it to
-    except (OSError, AttributeError):
-        print("Not glibc: freed memory may return to the system, which adds noise.")
-
-
 def main():
     """Run the benchmark and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -127,35 +104,39 @@ def main():
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="bf16 is by autocast")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--models", nargs="+", default=["none", "context", "diffusers DiT"], help="`none` among them")
+    parser.add_argument("--tokens", type=int, default=256, help="patches of an image, a square number")
     parser.add_argument("--no_compile", action="store_true")
     parser.add_argument("--no_memory", action="store_true")
+    parser.add_argument("--keep_freed_memory", action="store_true", help="see docs/performance.md")
+    parser.add_argument("--output", help="JSON file for the results")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    keep_freed_memory()
+    if args.keep_freed_memory:
+        keep_freed_memory()
 
-    print(f"{args.preset}, batch {args.batch_size}, {args.dtype}, {args.device}, {args.threads} threads")
-    print(f"torch {torch.__version__}, medians of {args.rounds} interleaved rounds, ratios to `{BASELINE}`\n")
-    print("| | | model | ms | ratio | peak MiB |\n|---|---|---|---|---|---|")
+    machine = describe_machine(args.device)
+    print(f"{args.preset}, batch {args.batch_size}, {args.tokens} tokens, {args.dtype}, {machine}")
+    print(f"Medians of {args.rounds} interleaved rounds, ratios to `{BASELINE}`\n")
+    rows = []
     for compiled in (False,) if args.no_compile else (False, True):
         for mode in ("forward", "training"):
             torch.compiler.reset()
             steps = {name: build_step(name, compiled, mode, args) for name in args.models}
             for step in steps.values():
-                for _ in range(2):
-                    step()
-            times = {name: [] for name in steps}
+                step()
+            kind = "compiled" if compiled else "eager"
             # A step that needed a recompilation ends the benchmark.
             with torch.compiler.set_stance("fail_on_recompile" if compiled else "default"):
-                for _ in tqdm(range(args.rounds), desc=f"compiled={compiled} {mode}", leave=False):
-                    for name, step in steps.items():
-                        times[name].append(timed(step, args.device))
-            medians = {name: statistics.median(seconds) for name, seconds in times.items()}
+                medians = in_turns(steps, args.rounds, args.device, f"{kind} {mode}")
             del steps
             for name, median in medians.items():
                 ratio = median / medians[BASELINE]
                 peak = "-" if args.no_memory else f"{peak_memory(name, compiled, mode, args) / 2**20:.0f}"
-                kind = "compiled" if compiled else "eager"
-                print(f"| {kind} | {mode} | {name} | {median * 1e3:.0f} | {ratio:.3f} | {peak} |", flush=True)
+                row = {"": kind, " ": mode, "model": name, "ms": f"{median * 1e3:.0f}", "ratio": f"{ratio:.3f}"}
+                rows.append(row | {"peak MiB": peak})
+                print(rows[-1], flush=True)
+    print_table(rows)
+    write_results(args.output, machine, rows)
 
 
 if __name__ == "__main__":

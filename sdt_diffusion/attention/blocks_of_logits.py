@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 
 LOG2_E = 1 / math.log(2)
+#: More multiply-adds of a pair of sample and head than these are worth the calls of oneDNN, one for each pair.
+MKL_MULTIPLY_ADDS = 2**22
 
 
 class Scratch(threading.local):
@@ -34,9 +36,14 @@ class Scratch(threading.local):
 scratch = Scratch()
 
 
+def _prefers_onednn(a: torch.Tensor, b: torch.Tensor) -> bool:
+    multiply_adds = a.shape[1] * a.shape[2] * b.shape[2]
+    return a.dtype == b.dtype == torch.float32 and multiply_adds > MKL_MULTIPLY_ADDS and _onednn_is_faster()
+
+
 @functools.cache
-def _prefers_onednn() -> bool:
-    """Return whether oneDNN multiplies fp32 matrices faster than MKL, which does not use AVX-512 on AMD's CPUs."""
+def _onednn_is_faster() -> bool:
+    """Return whether oneDNN multiplies large fp32 matrices faster than MKL, which has no AVX-512 for AMD's CPUs."""
     cpu = Path("/proc/cpuinfo")
     return (
         torch.backends.mkl.is_available()
@@ -63,13 +70,25 @@ def product(
     if low != dtype:
         result = (a.to(low) @ b.to(low)).to(dtype)
         return result if bias is None else result.add_(bias)
-    a, b, place = a.to(low), b.to(low), scratch.empty(name, len(a), a.shape[1], b.shape[2], dtype=dtype)
-    if dtype == torch.float32 and _prefers_onednn():
-        for i in range(len(a)):
-            shift = None if bias is None else bias[i, 0]
-            place[i] = torch.ops.mkldnn._linear_pointwise(a[i], b[i].T, shift, "none", [], "")
-        return place
+    a, b = a.to(low), b.to(low)
+    if _prefers_onednn(a, b):
+        return _onednn_product(name, a, b, bias)
+    place = scratch.empty(name, len(a), a.shape[1], b.shape[2], dtype=dtype)
     return torch.bmm(a, b, out=place) if bias is None else torch.baddbmm(bias, a, b, out=place)
+
+
+def _onednn_product(name, a, b, bias=None, total=None):
+    """Return a @ b + bias + total by torch's operators of oneDNN, which take one pair at a time."""
+    results = []
+    for i in range(len(a)):
+        shift = None if bias is None else bias[i, 0]
+        if total is None:
+            results.append(torch.ops.mkldnn._linear_pointwise(a[i], b[i].T, shift, "none", [], ""))
+        else:
+            results.append(torch.ops.mkldnn._linear_pointwise.binary(a[i], total[i], b[i].T, shift, "add"))
+    if len(results) == 1:
+        return results[0][None]
+    return torch.stack(results, out=scratch.empty(name, len(a), a.shape[1], b.shape[2], dtype=a.dtype))
 
 
 def logits(
@@ -92,13 +111,14 @@ def logits(
         distance: Shape (rows, columns), or (pairs, rows, columns).
         shift: In units of log 2, shape (pairs, 1, columns).
     """
-    shape = (*u_i.shape[:2], u_j.shape[2])
-    sums = torch.add(u_i, u_j, out=scratch.empty("sums", *shape, dtype=u_i.dtype))
-    if query.dtype == sums.dtype:
-        result = product("logits", query * (scale * LOG2_E), key.transpose(1, 2), sums.dtype, shift)
-        return result.addcmul_(sums, distance)
-    result = sums.mul_(distance).add_(query @ key.transpose(1, 2), alpha=scale * LOG2_E)
-    return result if shift is None else result.add_(shift)
+    shape, key = (*u_i.shape[:2], u_j.shape[2]), key.transpose(1, 2)
+    decay = torch.add(u_i, u_j, out=scratch.empty("decay", *shape, dtype=u_i.dtype))
+    if decay.dtype == torch.float32 and _prefers_onednn(query, key):
+        return _onednn_product("logits", query * (scale * LOG2_E), key, shift, decay.mul_(distance))
+    decay = decay.mul_(distance) if shift is None else torch.addcmul(shift, decay, distance, out=decay)
+    if query.dtype == decay.dtype:
+        return decay.baddbmm_(query, key, alpha=scale * LOG2_E)
+    return decay.add_(query @ key, alpha=scale * LOG2_E)
 
 
 def weighted_mean(logits: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -14,10 +14,12 @@ from .formula import Decay, manhattan_distance
 from .pruning import coordinates_of, needed_tiles, tile_order
 
 #: Bytes of logits that each thread computes at a time; more where `MIN_ROWS` tokens of one head already need more.
-BLOCK_BYTES = 2**20
+BLOCK_BYTES = 2**21
 MIN_ROWS = 64
 #: Tokens of the largest grid whose distances are kept in memory, 64 MiB in fp32.
 MAX_CACHED_TOKENS = 4096
+#: Fewer tokens are computed whole: bounds would take longer than what they save.
+MIN_PRUNED_TOKENS = 2048
 #: Above this fraction of needed tiles, computing all tiles is as fast as collecting those.
 MAX_DENSITY = 0.7
 
@@ -28,7 +30,7 @@ def blockwise_attention(
     """Compute spatial decay attention block by block, without keeping any logits."""
     half_decay, grid_size, needed = decay.half_decay(), decay.grid_size, None
     with torch.autocast(query.device.type, enabled=False):  # the operands already have the dtypes they need
-        if decay.prune_eps:
+        if decay.prune_eps and query.shape[2] >= MIN_PRUNED_TOKENS:
             tensors = (x.detach() for x in (query, key, half_decay))
             where = (coordinates_of(grid_size), tile_order(grid_size))
             needed = needed_tiles(*tensors, *where, scale, decay.prune_eps, decay.clamp)
@@ -94,8 +96,7 @@ def _backward(
         q, k, v, g = (_load(name, x[group]) for name, x in tensors)  # (P, N, d)
         u = half_decay[group].flatten(0, 1) * LOG2_E  # (P, N)
         shift, minus_delta = (x[group].flatten(0, 1)[:, None].neg() for x in (log_sum, row_sum))  # (P, 1, N)
-        grad_q = scratch.empty("grad_q", *q.shape, dtype=u.dtype).zero_()
-        grad_u = torch.zeros_like(u)
+        grad_q, grad_u = scratch.empty("grad_q", *q.shape, dtype=u.dtype), torch.zeros_like(u)
         for rows in _rows(half_decay):
             distance = _distances_from(rows, height, width, clamp, u.dtype)  # (n, N)
             scores = logits(k[:, rows], q, scale, u[:, rows, None], u[:, None], distance, shift)  # (P, n, N)
@@ -103,11 +104,12 @@ def _backward(
             _store(grad_value[group][:, :, rows], product("result", attention, g, g.dtype))
             grad_logits = product("grad_logits", v[:, rows], g.transpose(1, 2), u.dtype, minus_delta).mul_(attention)
             _store(grad_key[group][:, :, rows], product("result", grad_logits, q, q.dtype).mul_(scale))
-            grad_q += product("result", grad_logits.transpose(1, 2), k[:, rows], u.dtype)
+            part = product("part", grad_logits.transpose(1, 2), k[:, rows], u.dtype).mul_(scale)  # (P, N, d)
+            grad_q = grad_q.copy_(part) if rows.start == 0 else grad_q.add_(part)
             weighted = grad_logits.mul_(distance)
             grad_u[:, rows] += weighted.sum(dim=-1)
             grad_u += weighted.sum(dim=-2)
-        _store(grad_query[group], grad_q.mul_(scale))
+        _store(grad_query[group], grad_q)
         _store(grad_half_decay[group], grad_u)
     return grad_query, grad_key, grad_value, grad_half_decay
 
@@ -136,14 +138,10 @@ def _autograd(ctx, grad_output, grad_log_sum):
 _forward.register_autograd(_autograd, setup_context=_setup_context)
 
 
-def _rows_of(half_decay):
-    tokens = half_decay.shape[-1]
-    return min(tokens, max(MIN_ROWS, BLOCK_BYTES // (tokens * half_decay.element_size())))
-
-
 def _rows(half_decay: torch.Tensor) -> Iterator[slice]:
     """Yield the tokens whose logits with all tokens are computed at a time."""
-    tokens, count = half_decay.shape[-1], _rows_of(half_decay)
+    tokens = half_decay.shape[-1]
+    count = max(MIN_ROWS, _block_size(half_decay) // tokens)
     for first in range(0, tokens, count):
         yield slice(first, min(first + count, tokens))
 
@@ -151,12 +149,15 @@ def _rows(half_decay: torch.Tensor) -> Iterator[slice]:
 def _groups(half_decay: torch.Tensor) -> Iterator[tuple[slice, slice]]:
     """Yield samples and heads: several samples if their logits fit, otherwise some heads of one sample."""
     batch, heads, tokens = half_decay.shape
-    block_bytes = tokens * _rows_of(half_decay) * half_decay.element_size()
-    pairs = torch.get_num_threads() * max(1, BLOCK_BYTES // block_bytes)
+    pairs = max(1, _block_size(half_decay) // tokens**2)
     samples, heads_at_once = max(1, pairs // heads), min(pairs, heads)
     for first_sample in range(0, batch, samples):
         for first_head in range(0, heads, heads_at_once):
             yield slice(first_sample, first_sample + samples), slice(first_head, first_head + heads_at_once)
+
+
+def _block_size(half_decay):
+    return torch.get_num_threads() * BLOCK_BYTES // half_decay.element_size()
 
 
 def _load(name: str, tensor: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ from typing import Literal
 import numpy as np
 
 from ..data import LabeledImages
-from ..sdt.pipeline_sdt import labels_of_names
+from ..sdt.class_names import labels_of_names
 
 Matching = Literal["auto", "name", "index"]
 

@@ -10,7 +10,7 @@ from typing import Any, cast
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ..sdt.pipeline_sdt import labels_of_names
+from ..sdt.class_names import labels_of_names
 from ..utils.files import shorten_path, write_atomically
 from ..utils.reading import read_json
 from .results import Result, read_results

@@ -11,6 +11,7 @@ from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 from ..sdt import SDTGuidance, SDTPipeline
+from ..sdt.steps import set_schedule
 from ..utils.seeding import Stream, numpy_generator, torch_generator
 
 
@@ -64,7 +65,7 @@ def _plan(pipe, sampling):
     settings = pipe.sampling_settings(sampling.get("guidance_scale"), sampling.get("num_inference_steps"))
     guidance = settings["guidance_scale"]
     scheduler, guider = copy.deepcopy(pipe.scheduler), copy.copy(pipe.guider or SDTGuidance())
-    scheduler.set_timesteps(settings["num_inference_steps"])
+    set_schedule(scheduler, settings["num_inference_steps"], uniform=pipe.config.uniform_sigmas)
     timesteps, words = scheduler.timesteps.tolist(), type(guider).__name__
     guider.guidance_scale = guidance
     if isinstance(guider, SDTGuidance):

@@ -17,6 +17,7 @@ from ..sdt.guidance import DECAY_FACTORS, RESCALE, clean_image_of
 from ..sdt.loading import open_pipeline
 from ..sdt.pipeline_sdt import DEFAULT_GUIDANCE_SCALE, DEFAULT_NUM_INFERENCE_STEPS, SIDE_RANGE
 from ..sdt.schedulers import GUIDANCE, STEPS, swap_scheduler
+from ..utils.arguments import json_object
 from ..utils.ranges import RANGE_KEY, CheckedArguments, Range, a_seed, between
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -28,7 +29,18 @@ class SamplerArguments(CheckedArguments):
 
     scheduler: str | None = field(
         default=None,
-        metadata={"help": "Class name of another diffusers scheduler than the pipeline's.", "resumable": True},
+        metadata={
+            "help": "Class name of another diffusers scheduler than the pipeline's, or FlowMatchSDEScheduler.",
+            "resumable": True,
+        },
+    )
+    scheduler_options: str | None = field(
+        default=None,
+        metadata={
+            "help": "Options of the scheduler as JSON, such as "
+            '{"variance_type": "fixed_large", "timestep_spacing": "linspace"}, with which DDPMScheduler is DiT\'s.',
+            "resumable": True,
+        },
     )
     num_inference_steps: int | None = field(
         default=None,
@@ -128,8 +140,10 @@ class SamplerArguments(CheckedArguments):
         Raises:
             ValueError: If one of them is unknown or does not fit the model.
         """
-        if self.scheduler is not None:
-            pipe.scheduler = swap_scheduler(pipe.scheduler, self.scheduler)
+        options = json_object(self.scheduler_options, "scheduler_options")
+        if self.scheduler is not None or options:
+            name = self.scheduler or type(pipe.scheduler).__name__
+            pipe.scheduler = swap_scheduler(pipe.scheduler, name, **options)
         self._apply_guidance_to(pipe)
         for model in (pipe.transformer, pipe.guide_transformer):
             if model is not None:

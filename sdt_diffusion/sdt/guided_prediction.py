@@ -1,10 +1,11 @@
-"""Predict with guidance: one batched forward pass for both predictions, and what networks can give which guidance."""
+"""Predict with guidance: one batched forward pass for both predictions, and what parts make a pipeline together."""
 
 from typing import Any
 
 import torch
 from diffusers import FasterCacheConfig, PyramidAttentionBroadcastConfig
 from diffusers.guiders import BaseGuidance
+from diffusers.schedulers import SchedulerMixin
 
 from .guidance import GUIDANCE_KINDS, SDTGuidance
 
@@ -137,3 +138,17 @@ def check_guidance(guider: Any, transformer: Any, guide_transformer: Any, scale:
 def _sides(size: Any) -> Any:
     """Return height and width, which a config gives as one number if they are equal; other values as they are."""
     return (size[0] if size[0] == size[1] else tuple(size)) if isinstance(size, (list, tuple)) else size
+
+
+def check_parts(transformer: Any, scheduler: Any, vae: Any, id2label: Any) -> None:
+    """Refuse parts of another kind; diffusers loads what `model_index.json` names. `None` leaves a part out."""
+    for name, part, fits, wanted in (
+        ("transformer", transformer, "num_classes" in getattr(transformer, "config", ()), "an SDTTransformer2DModel"),
+        ("scheduler", scheduler, isinstance(scheduler, SchedulerMixin), "a scheduler of diffusers"),
+        ("vae", vae, hasattr(vae, "decode") and hasattr(vae, "config"), "a VAE of diffusers"),
+    ):
+        if part is not None and not fits:
+            raise ValueError(f"{name} must be {wanted}, not a {type(part).__name__}.")
+    items = id2label.items() if isinstance(id2label, dict) else [(id2label, "")] if id2label else []
+    if not all(str(label).isdecimal() and isinstance(text, str) for label, text in items):
+        raise ValueError("id2label must map label ids to class names.")

@@ -15,9 +15,17 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from ..utils.ranges import Range, check_value
 from ..utils.reading import CHECKSUMS_FILE, verify_checksums, write_checksums
+from .class_names import flat_labels, label_ids, labels_of_names
 from .guidance import SDTGuidance
-from .guided_prediction import check_guidance, predict
-from .schedulers import check_sampling_setting, learns_variance
+from .guided_prediction import check_guidance, check_parts, predict
+from .schedulers import (
+    check_fits,
+    check_objective,
+    check_sampling_setting,
+    learns_variance,
+    objective_of,
+)
+from .steps import set_schedule
 from .transformer_sdt import SDTTransformer2DModel
 from .vae import decode_latents, vae_spatial_scale
 
@@ -40,6 +48,10 @@ class SDTPipeline(DiffusionPipeline):
         guider: Guidance of another kind than plain classifier-free: `SDTGuidance`, or a guider of diffusers that
             changes no model. Its scale takes the place of `guidance_scale`.
         guide_transformer: The weaker model of autoguidance.
+        objective: What the model has learned, which no scheduler may contradict: the prediction type and the betas or
+            the number of timesteps; those of `scheduler` if `None`.
+        uniform_sigmas: Whether Euler's method takes the noise levels 1 - i/N of a flow, so that N steps are worth N,
+            in place of diffusers', the last of which is 0.001.
 
     Raises:
         ValueError: If a part is of another kind, or a setting is none.
@@ -59,20 +71,32 @@ class SDTPipeline(DiffusionPipeline):
         num_inference_steps: int | None = None,
         guider: BaseGuidance | None = None,
         guide_transformer: SDTTransformer2DModel | None = None,
+        objective: dict[str, Any] | None = None,
+        uniform_sigmas: bool = False,
     ):
         super().__init__()
-        _check_parts(transformer, scheduler, vae, id2label)
+        check_parts(transformer, scheduler, vae, id2label)
         if transformer is not None and not (guider is guide_transformer is None):
             check_guidance(guider or SDTGuidance(), transformer, guide_transformer)
         for name, value in (("guidance_scale", guidance_scale), ("num_inference_steps", num_inference_steps)):
             if value is not None:
                 check_sampling_setting(name, value)
+        if objective is not None:
+            check_objective(objective)
+        elif scheduler is not None:
+            objective = objective_of(scheduler)
+        if not isinstance(uniform_sigmas, bool):
+            raise ValueError(f"uniform_sigmas must be true or false, not {uniform_sigmas!r}.")
         self.register_modules(
             transformer=transformer, scheduler=scheduler, vae=vae, guider=guider, guide_transformer=guide_transformer
         )
         self.id2label = {int(label): name for label, name in (id2label or {}).items()}  # in JSON, keys are strings
         self.register_to_config(
-            id2label=self.id2label, guidance_scale=guidance_scale, num_inference_steps=num_inference_steps
+            id2label=self.id2label,
+            guidance_scale=guidance_scale,
+            num_inference_steps=num_inference_steps,
+            objective=objective,
+            uniform_sigmas=uniform_sigmas,
         )
         self._guider, self._current_timestep = copy.copy(guider or SDTGuidance()), None
         self._guidance_scale = self.own_guidance_scale
@@ -88,6 +112,10 @@ class SDTPipeline(DiffusionPipeline):
             ValueError: If weights are missing, left over, or changed since they were saved; names them.
         """
         verify_checksums(Path(pretrained_model_name_or_path, "vae"))  # the transformer compares its own
+        if "scheduler" in kwargs and cls.load_config(pretrained_model_name_or_path).get("objective") is None:
+            # Saved by 0.1: the scheduler that was saved with the model knows what it has learned.
+            saved = cls.from_pretrained(pretrained_model_name_or_path, transformer=None, vae=None)
+            kwargs.setdefault("objective", saved.objective)
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     def save_pretrained(self, save_directory, *args, **kwargs):
@@ -143,8 +171,8 @@ class SDTPipeline(DiffusionPipeline):
             `guidance_scale` and `num_inference_steps`.
 
         Raises:
-            ValueError: If one of them is out of range, there are more steps than the model was trained with, or the
-                networks cannot give the guidance.
+            ValueError: If one of them is out of range, there are more steps than the model was trained with, the
+                scheduler does not fit the model, or the networks cannot give the guidance.
         """
         if num_inference_steps is None:
             num_inference_steps = self.config.num_inference_steps
@@ -152,6 +180,7 @@ class SDTPipeline(DiffusionPipeline):
             "guidance_scale": self.own_guidance_scale if guidance_scale is None else guidance_scale,
             "num_inference_steps": DEFAULT_NUM_INFERENCE_STEPS if num_inference_steps is None else num_inference_steps,
         }
+        check_fits(self.scheduler, self.objective)
         for name, value in settings.items():
             check_sampling_setting(name, value, self.scheduler)
         guider, networks = self.guider or SDTGuidance(), (self.transformer, self.guide_transformer)
@@ -159,6 +188,11 @@ class SDTPipeline(DiffusionPipeline):
         if isinstance(guider, SDTGuidance):
             guider.check_interval(self.scheduler)
         return settings
+
+    @property
+    def objective(self) -> dict[str, Any]:
+        """What the model has learned: prediction type and noise schedule; `swap_scheduler` takes it too."""
+        return self.config.objective or objective_of(self.scheduler)
 
     @property
     def own_guidance_scale(self) -> float:
@@ -172,18 +206,7 @@ class SDTPipeline(DiffusionPipeline):
         Raises:
             ValueError: If a name is unknown, or means several classes.
         """
-        names = [label] if isinstance(label, str) else list(label)
-        unknown = [name for name in names if name not in self._labels_of_name]
-        if unknown:
-            known = list(dict.fromkeys(self.id2label.values()))
-            listed = ", ".join(map(repr, known[:20])) or "none: the pipeline has no id2label"
-            more = f" and {len(known) - 20} more" if len(known) > 20 else ""
-            raise ValueError(f"Unknown class name(s) {', '.join(map(repr, unknown))}. Known names: {listed}{more}.")
-        for name in names:
-            if len(self._labels_of_name[name]) > 1:
-                ids = ", ".join(map(str, self._labels_of_name[name]))
-                raise ValueError(f"{name!r} is a name of the classes {ids}: give the id.")
-        return [self._labels_of_name[name][0] for name in names]
+        return label_ids(label, self._labels_of_name, list(self.id2label.values()))
 
     def prepare_class_labels(self, class_labels: Any) -> list[int]:
         """Turn ids, names, or a sequence or tensor of them, nested at most once, into a list of label ids.
@@ -191,13 +214,7 @@ class SDTPipeline(DiffusionPipeline):
         Raises:
             ValueError: If a label is out of range, of a wrong type, or an unknown name.
         """
-        if isinstance(class_labels, torch.Tensor) or hasattr(class_labels, "tolist"):
-            class_labels = class_labels.tolist()
-        if isinstance(class_labels, str) or not isinstance(class_labels, Sequence):
-            class_labels = [class_labels]
-        class_labels = [
-            label for each in class_labels for label in (each if isinstance(each, (list, tuple)) else [each])
-        ]
+        class_labels = flat_labels(class_labels)
         if not class_labels:
             raise ValueError("class_labels is empty.")
         num_classes = self.transformer.config.num_classes
@@ -263,6 +280,8 @@ class SDTPipeline(DiffusionPipeline):
         return_dict: bool = True,
         callback_on_step_end: Callable[["SDTPipeline", int, torch.Tensor, dict], dict] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        timesteps: Sequence[float] | torch.Tensor | None = None,
+        sigmas: Sequence[float] | torch.Tensor | None = None,
     ) -> ImagePipelineOutput | tuple:
         """Generate images of the given classes.
 
@@ -283,6 +302,8 @@ class SDTPipeline(DiffusionPipeline):
             callback_on_step_end: Called as `callback(pipe, step, timestep, {"latents": ...})` after each step; it
                 may return a dictionary with replaced latents.
             callback_on_step_end_tensor_inputs: Tensors that the callback gets; only "latents" exists.
+            timesteps: The model's timesteps, decreasing, in place of a number of steps.
+            sigmas: The scheduler's noise levels, decreasing, without the 0 at the end, in place of a number of steps.
 
         Returns:
             The images.
@@ -292,7 +313,6 @@ class SDTPipeline(DiffusionPipeline):
         """
         label_ids = self.prepare_class_labels(class_labels)
         settings = self.sampling_settings(guidance_scale, num_inference_steps)
-        num_steps = settings["num_inference_steps"]
         check_value("eta", eta, (float,), ETA_RANGE)
         height, width = self._check_inputs(
             height, width, num_images_per_prompt, output_type, callback_on_step_end_tensor_inputs
@@ -302,22 +322,25 @@ class SDTPipeline(DiffusionPipeline):
         device = self._execution_device
         class_labels = torch.tensor(label_ids, device=device).repeat_interleave(num_images_per_prompt)
 
-        self.scheduler.set_timesteps(num_steps, device=device)
-        timesteps = self.scheduler.timesteps
-        self._num_timesteps = len(timesteps)
+        num_steps = num_inference_steps
+        if timesteps is None and sigmas is None:
+            num_steps = settings["num_inference_steps"]
+        num_steps = set_schedule(self.scheduler, num_steps, device, timesteps, sigmas, self.config.uniform_sigmas)
+        run = self.scheduler.timesteps
+        self._num_timesteps = len(run)
         self._guider = copy.copy(self.guider or SDTGuidance())  # whose state is that of this call
         if isinstance(self._guider, SDTGuidance):
-            self._guider.start_run(self.scheduler, timesteps.tolist())
+            self._guider.start_run(self.scheduler, run.tolist())
         latents = self.prepare_latents(len(class_labels), height, width, generator, latents)
         accepted = inspect.signature(self.scheduler.step).parameters
         step_kwargs = {k: v for k, v in {"eta": eta, "generator": generator}.items() if k in accepted}
 
         with self.progress_bar(total=num_steps) as progress_bar:
-            for i, t in enumerate(timesteps):
+            for i, t in enumerate(run):
                 if self.interrupt:
                     continue
                 self._current_timestep = t
-                self._guider.set_state(i, len(timesteps), t)
+                self._guider.set_state(i, len(run), t)
                 model_input = latents
                 if hasattr(self.scheduler, "scale_model_input"):
                     model_input = self.scheduler.scale_model_input(latents, t)
@@ -326,7 +349,7 @@ class SDTPipeline(DiffusionPipeline):
                 if callback_on_step_end is not None:
                     tensors = dict.fromkeys(callback_on_step_end_tensor_inputs, latents)
                     latents = (callback_on_step_end(self, i, t, tensors) or {}).get("latents", latents)
-                if (i + 1) * num_steps // len(timesteps) > progress_bar.n:
+                if (i + 1) * num_steps // len(run) > progress_bar.n:
                     progress_bar.update()  # second-order schedulers have two timesteps a step
 
         self._current_timestep = None
@@ -352,10 +375,11 @@ class SDTPipeline(DiffusionPipeline):
                 f"An image of {height}x{width} is not divisible into patches: both sides must be multiples of {unit} "
                 f"(patch_size {self.transformer.config.patch_size}, VAE factor {self.vae_scale_factor})."
             )
-        if learns_variance(self.scheduler) and not isinstance(self.scheduler, DDPMScheduler):
+        channels = self.transformer.config.in_channels
+        if learns_variance(self.scheduler) and self.transformer.config.get("out_channels") != 2 * channels:
             raise ValueError(
-                f"{type(self.scheduler).__name__} with variance_type {self.scheduler.config.variance_type!r} cuts "
-                "predictions to three channels. Make it with sdt_diffusion.swap_scheduler."
+                f"variance_type {self.scheduler.config.variance_type!r} needs a model that predicts the variance: "
+                f"{2 * channels} out_channels."
             )
         check_value("num_images_per_prompt", num_images_per_prompt, (int,), IMAGES_RANGE)
         if output_type not in ("pil", "np", "pt", "latent"):
@@ -366,30 +390,3 @@ class SDTPipeline(DiffusionPipeline):
                 f"callback_on_step_end_tensor_inputs must be in {self._callback_tensor_inputs}, but has {unknown}."
             )
         return height, width
-
-
-def _check_parts(transformer, scheduler, vae, id2label):
-    """Refuse parts of another kind; diffusers loads what `model_index.json` names. `None` leaves a part out."""
-    for name, part, fits, wanted in (
-        ("transformer", transformer, "num_classes" in getattr(transformer, "config", ()), "an SDTTransformer2DModel"),
-        ("scheduler", scheduler, isinstance(scheduler, SchedulerMixin), "a scheduler of diffusers"),
-        ("vae", vae, hasattr(vae, "decode") and hasattr(vae, "config"), "a VAE of diffusers"),
-    ):
-        if part is not None and not fits:
-            raise ValueError(f"{name} must be {wanted}, not a {type(part).__name__}.")
-    items = id2label.items() if isinstance(id2label, dict) else [(id2label, "")] if id2label else []
-    if not all(str(label).isdecimal() and isinstance(text, str) for label, text in items):
-        raise ValueError("id2label must map label ids to class names.")
-
-
-def labels_of_names(id2label: dict[int, str]) -> dict[str, list[int]]:
-    """Map class names, and the words of names that are lists separated by commas, to their labels.
-
-    The full name of a class means that class, even if it is also one of several words for another.
-    """
-    full, words = {}, {}
-    for label, name in sorted(id2label.items()):
-        full.setdefault(name, []).append(label)
-        for word in {word.strip() for word in name.split(",")}:
-            words.setdefault(word, []).append(label)
-    return {**words, **full}

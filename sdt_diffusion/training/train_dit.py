@@ -320,9 +320,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     seed_global_generators(Stream.INITIALIZATION, run_args.seed)
     channels, side, _ = data.sample_shape
     sizes = {"sample_size": side, "in_channels": channels, "num_classes": data.images.num_classes}
+    objective = build_objective(objective_args)
+    if objective.learn_sigma:
+        sizes["out_channels"] = 2 * channels
     model = model_args.build(data.images.class_names, **sizes)
     set_attention_backend(model, sampler_args.attention_backend, sampler_args.attention_prune_eps)
-    objective = build_objective(objective_args)
     loss = DiffusionLoss(objective, model.config.class_dropout_prob, data.clean)
     config = TrainingConfig(
         run_args,
@@ -350,6 +352,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             id2label=dict(enumerate(data.images.class_names)),
             guidance_scale=sampler_args.guidance_scale,
             num_inference_steps=sampler_args.num_inference_steps,
+            uniform_sigmas=True,
         )
         sampler_args.apply_to(pipe)
         sampling = {"seed": run_args.seed, **sampler_args.settings(pipe)}

@@ -137,6 +137,10 @@ def test_a_larger_share_skips_more():
 
 
 class TestBlockwise:
+    @pytest.fixture(autouse=True)
+    def short_grids(self, monkeypatch):
+        monkeypatch.setattr(blockwise, "MIN_PRUNED_TOKENS", 0)
+
     @pytest.mark.parametrize(
         ("grid", "variant", "batch"),
         [((32, 32), "context", 1), ((33, 30), "context", 2), ((24, 40), "content", 1), ((5, 9), "fixed", 2)],
@@ -165,6 +169,13 @@ class TestBlockwise:
         decay = Decay(gate, alpha, (16, 16))
         pruned = blockwise_attention(query, key, value, decay._replace(prune_eps=EPS), 0.3)
         assert torch.equal(pruned, blockwise_attention(query, key, value, decay, 0.3))
+
+    def test_short_grids_are_computed_whole(self, monkeypatch):
+        monkeypatch.setattr(blockwise, "MIN_PRUNED_TOKENS", 257)
+        query, key, value, gate, alpha = inputs((16, 16), gate=-80.0)
+        with tile_densities() as densities:
+            blockwise_attention(query, key, value, Decay(gate, alpha, (16, 16), "context", EPS), 0.3)
+        assert not densities
 
     def test_half_precision_is_as_near_as_without_pruning(self):
         query, key, value, gate, alpha = inputs((32, 32), gate=-6.0, dtype=torch.float32)

@@ -4,49 +4,28 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.cache_utils import CacheMixin
 
-from sdt_diffusion.sdt.schedulers import DIFFUSION_SCHEDULERS, FLOW_SCHEDULERS, is_flow, noise_scales, swap_scheduler
+from sdt_diffusion import swap_scheduler
+from sdt_diffusion.sdt.schedulers import (
+    DIFFUSION_SCHEDULERS,
+    DIT_SCHEDULE,
+    FLOW_SCHEDULERS,
+    UNFIT_SCHEDULERS,
+    is_flow,
+    noise_scales,
+)
 
-MEAN, STD = 0.4, 0.5
-
-
-class GaussianDenoiser(diffusers.ModelMixin, ConfigMixin, CacheMixin):
-    """What a perfectly trained model predicts when every pixel of the data is N(0.4, 0.5^2)."""
-
-    @register_to_config
-    def __init__(self, kind, in_channels=1, sample_size=32, patch_size=1, num_classes=1):
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(()))  # gives the model a device and a dtype
-        self.log_alphas_cumprod = np.log(np.cumprod(1 - np.linspace(1e-4, 2e-2, 1000)))
-
-    def forward(self, hidden_states, timestep, class_labels, return_dict=False):
-        t, x = timestep[0].double(), hidden_states.double()
-        if self.config.kind == "flow":
-            a, sigma = 1 - t / 1000, t / 1000
-        else:
-            log_alpha = np.interp(t.item(), np.arange(1000), self.log_alphas_cumprod)
-            a, sigma = np.exp(log_alpha / 2), np.sqrt(1 - np.exp(log_alpha))
-        variance = a**2 * STD**2 + sigma**2
-        clean = MEAN + a * STD**2 / variance * (x - a * MEAN)
-        noise = sigma / variance * (x - a * MEAN)
-        prediction = {"flow": noise - clean, "epsilon": noise, "v_prediction": a * noise - sigma * clean}
-        return (prediction[self.config.kind].float(),)
+from .gaussian import MEAN, STD, GaussianDenoiser, draw, saved_scheduler
 
 
-def sample(make_pipe, kind, scheduler):
-    pipe = make_pipe(scheduler, transformer=GaussianDenoiser(kind))
-    generator = torch.Generator().manual_seed(0)
-    return pipe([0] * 16, guidance_scale=1, num_inference_steps=100, generator=generator, output_type="latent").images
+def sample(make_pipe, kind, scheduler, steps=100):
+    return draw(make_pipe(scheduler, transformer=GaussianDenoiser(kind)), num_inference_steps=steps)
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("name", DIFFUSION_SCHEDULERS)
 def test_diffusion_schedulers_sample_the_gaussian(make_pipe, name, prediction_type):
-    saved = diffusers.DDIMScheduler(
-        1000, 1e-4, 2e-2, "linear", prediction_type=prediction_type, clip_sample=False, timestep_spacing="trailing"
-    )
+    saved = saved_scheduler(prediction_type)
     samples = sample(make_pipe, prediction_type, swap_scheduler(saved, name))
     assert samples.mean().item() == pytest.approx(MEAN, abs=0.03)
     assert samples.std().item() == pytest.approx(STD, abs=0.03)
@@ -59,6 +38,21 @@ def test_flow_schedulers_sample_the_gaussian(make_pipe, name, shift):
     samples = sample(make_pipe, "flow", swap_scheduler(saved, name))
     assert samples.mean().item() == pytest.approx(MEAN, abs=0.03)
     assert samples.std().item() == pytest.approx(STD, abs=0.03)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["DDPMScheduler", "EulerAncestralDiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "SASolverScheduler"],
+)
+def test_the_noise_of_steps_is_that_of_each_image(make_pipe, name):
+    pipe = make_pipe(swap_scheduler(saved_scheduler("epsilon"), name), transformer=GaussianDenoiser("epsilon"))
+
+    def images(*seeds):
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        return pipe([0] * len(seeds), 1, 4, generator=generators, output_type="latent").images
+
+    torch.testing.assert_close(images(5, 6)[1:], images(6), rtol=0, atol=1e-5)
+    assert not torch.allclose(images(5), images(6))
 
 
 def test_swapping_keeps_the_noise_schedule():
@@ -117,3 +111,107 @@ def test_timesteps_that_a_model_does_not_know_are_refused():
     for timestep in (1000.5, -1, float("nan")):
         with pytest.raises(ValueError, match=f"--t must be between 0 and 1000, .*, not {timestep}"):
             noise_scales(diffusers.FlowMatchEulerDiscreteScheduler(), timestep, "--t")
+
+
+class LearnedGaussian(GaussianDenoiser):
+    """Also predicts how exactly x_t-1 is known: where its log variance lies between posterior and beta."""
+
+    def __init__(self, scheduler):
+        super().__init__("epsilon")
+        self.scheduler = scheduler
+        self.register_to_config(out_channels=2)
+
+    def forward(self, hidden_states, timestep, class_labels, return_dict=False):
+        noise = super().forward(hidden_states, timestep, class_labels)[0]
+        t = int(timestep[0])
+        before_t = int(self.scheduler.previous_timestep(t))
+        now = np.exp(self.log_alphas_cumprod[t])
+        before = np.exp(self.log_alphas_cumprod[before_t]) if before_t >= 0 else 1.0
+        beta = 1 - now / before
+        posterior = max(beta * (1 - before) / (1 - now), 1e-20)
+        # Var(x_t-1 | x_t) = posterior + (factor of x_0)^2 Var(x_0 | x_t)
+        of_clean = 1 / (1 / STD**2 + now / (1 - now))
+        variance = posterior + before * (beta / (1 - now)) ** 2 * of_clean
+        share = np.log(variance / posterior) / np.log(beta / posterior)
+        return (torch.cat([noise, torch.full_like(noise, 2 * share - 1)], dim=1),)
+
+
+def test_ddpm_of_the_exact_variance_is_exact_in_few_steps(make_pipe):
+    errors = {}
+    for variance_type in ("learned_range", "fixed_small", "fixed_large"):
+        scheduler = swap_scheduler(
+            saved_scheduler("epsilon"), "DDPMScheduler", variance_type=variance_type, timestep_spacing="trailing"
+        )
+        transformer = LearnedGaussian(scheduler) if variance_type == "learned_range" else GaussianDenoiser("epsilon")
+        samples = draw(make_pipe(scheduler, transformer=transformer), num_inference_steps=100)
+        # The last step adds no noise: the images have the variance of E[x_0 | x_1].
+        errors[variance_type] = abs(samples.std().item() / STD - 1)
+    assert errors["learned_range"] < 0.01
+    assert errors["fixed_small"] > 0.04
+    assert errors["fixed_large"] > 0.02
+
+
+def test_ddpm_is_the_sampler_of_dit(make_pipe):
+    """DiT makes a diffusion of fewer steps with betas of its own, and draws x_t-1 from N(mean, variance)."""
+    steps, alpha_bar = 20, np.cumprod(1 - np.linspace(1e-4, 2e-2, 1000))
+    options = {"variance_type": "learned_range", "timestep_spacing": "linspace"}
+    scheduler = swap_scheduler(saved_scheduler("epsilon"), "DDPMScheduler", **options)
+    scheduler.set_timesteps(50)
+    assert scheduler.timesteps[:4].tolist() == [999, 979, 958, 938]
+
+    used = np.round(np.linspace(0, 999, steps)).astype(int)
+    kept = alpha_bar[used]
+    before = np.append(1.0, kept[:-1])
+    betas = 1 - kept / before
+    variance = betas * (1 - before) / (1 - kept)
+    log_variance = np.log(np.append(variance[1], variance[1:]))
+    model, generator = LearnedGaussian(scheduler), torch.Generator().manual_seed(0)
+    x = torch.randn(16, 1, 32, 32, generator=generator)
+    scheduler.set_timesteps(steps)
+    for i in reversed(range(steps)):
+        noise, share = model(x, torch.tensor([used[i]]), None)[0].chunk(2, dim=1)
+        clean = (x - (1 - kept[i]) ** 0.5 * noise) / kept[i] ** 0.5
+        mean = before[i] ** 0.5 * betas[i] / (1 - kept[i]) * clean
+        mean = mean + (1 - betas[i]) ** 0.5 * (1 - before[i]) / (1 - kept[i]) * x
+        log = (share + 1) / 2 * np.log(betas[i]) + (1 - share) / 2 * log_variance[i]
+        x = mean + (i > 0) * torch.exp(log / 2) * (torch.randn(x.shape, generator=generator) if i else 0)
+    torch.testing.assert_close(draw(make_pipe(scheduler, transformer=model), num_inference_steps=steps), x.float())
+
+
+def test_an_objective_without_a_noise_schedule_is_refused():
+    with pytest.raises(ValueError, match="objective must hold a prediction_type and num_train_timesteps"):
+        swap_scheduler({}, "DDIMScheduler")
+
+
+def test_options_of_schedulers():
+    saved = saved_scheduler("epsilon")
+    options = {"algorithm_type": "sde-dpmsolver++", "use_karras_sigmas": True}
+    swapped = swap_scheduler(saved, "DPMSolverMultistepScheduler", **options)
+    assert {name: swapped.config[name] for name in options} == options
+    assert swap_scheduler(saved, "DDIMScheduler", timestep_spacing="leading").config.timestep_spacing == "leading"
+    for name, value, message in (
+        ("spacing", "leading", "DDIMScheduler has no option 'spacing': it has "),
+        ("beta_end", 0.01, "beta_end follows from the model and cannot be chosen"),
+        ("prediction_type", "epsilon", "prediction_type follows from the model"),
+        ("use_flow_sigmas", True, "use_flow_sigmas follows from the model"),
+        ("clip_sample", "yes", "clip_sample must be like"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            swap_scheduler(saved, "DDIMScheduler", **{name: value})
+
+
+def test_pixels_are_clipped_after_swapping_back_too():
+    there = swap_scheduler(diffusers.DDIMScheduler(**DIT_SCHEDULE, clip_sample=True), "UniPCMultistepScheduler")
+    assert swap_scheduler(there, "DDPMScheduler").config.clip_sample
+
+
+def test_swapping_does_not_start_to_clip_latents():
+    saved = diffusers.DPMSolverMultistepScheduler(**DIT_SCHEDULE)
+    for name in ("DDPMScheduler", "DDIMScheduler"):
+        assert not swap_scheduler(saved, name).config.clip_sample
+
+
+def test_a_scheduler_that_does_not_fit_is_refused_with_the_reason():
+    for name, reason in UNFIT_SCHEDULERS.items():
+        with pytest.raises(ValueError, match=f"{name}' is not a scheduler for this .* model: it {reason}"):
+            swap_scheduler(saved_scheduler("flow" if name.startswith("Flow") else "epsilon"), name)

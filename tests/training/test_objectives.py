@@ -1,3 +1,5 @@
+import math
+
 import diffusers
 import pytest
 import torch
@@ -176,3 +178,108 @@ def test_another_objective_is_a_class_and_a_line_in_the_table(monkeypatch):
 def test_an_unknown_objective_is_refused():
     with pytest.raises(ValueError, match="objective must be one of flow, ddpm, not 'score'"):
         ObjectiveArguments(objective="score")
+
+
+class TestLearnedVariance:
+    """DiT's hybrid loss: the squared error, and the variational bound for the variance alone."""
+
+    ALPHA_BAR = torch.cumprod(1 - torch.linspace(1e-4, 2e-2, 1000, dtype=torch.float64), 0)
+
+    @pytest.fixture
+    def objective(self):
+        return build_objective(ObjectiveArguments(objective="ddpm", learn_sigma=True))
+
+    def normals(self, t, clean, sample, noise, share):
+        """Return the posterior and the model's step as distributions."""
+        now, before = self.ALPHA_BAR[t], self.ALPHA_BAR[t - 1] if t else torch.ones((), dtype=torch.float64)
+        beta, alpha = 1 - now / before, now / before
+        variance = beta * (1 - before) / (1 - now)
+        predicted = (sample - (1 - now).sqrt() * noise) / now.sqrt()
+        means = [
+            (before.sqrt() * beta * x + alpha.sqrt() * (1 - before) * sample) / (1 - now) for x in (clean, predicted)
+        ]
+        if t == 0:
+            variance = self.normals(1, clean, sample, noise, share)[0].variance[0, 0, 0, 0]
+        log = (share + 1) / 2 * beta.log() + (1 - share) / 2 * variance.log()
+        return torch.distributions.Normal(means[0], variance.sqrt()), torch.distributions.Normal(
+            means[1], (log / 2).exp()
+        )
+
+    @pytest.mark.parametrize("t", [0, 1, 2, 10, 500, 999])
+    def test_the_bound_is_that_of_the_distributions(self, objective, t):
+        generator = torch.Generator().manual_seed(t)
+        clean, noise, error, share = torch.randn(4, 2, 3, 4, 4, generator=generator, dtype=torch.float64)
+        clean = (clean * 127.5).round().clamp(-127.5, 127.5) / 127.5
+        now = self.ALPHA_BAR[t]
+        sample, predicted = now.sqrt() * clean + (1 - now).sqrt() * noise, noise + 0.1 * error
+        posterior, model = self.normals(t, clean, sample, predicted, share)
+        if t:
+            expected = torch.distributions.kl_divergence(posterior, model)
+        else:
+            half = torch.tensor(1 / 255, dtype=torch.float64)
+            above = torch.where(clean > 0.999, 1.0, model.cdf(clean + half))
+            expected = -(above - torch.where(clean < -0.999, 0.0, model.cdf(clean - half))).clamp(min=1e-300).log()
+        found = objective.variational_bound(clean, sample, torch.tensor([t, t]), predicted, share)
+        torch.testing.assert_close(found.double(), expected.mean(dim=(1, 2, 3)) / math.log(2), rtol=2e-3, atol=1e-5)
+
+    def test_there_is_nothing_to_learn_from_a_known_image(self, objective):
+        clean, noise = torch.zeros(4, 1, 2, 2), torch.randn(4, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+        t = torch.tensor([1, 10, 500, 999])
+        sample = objective.noise_scheduler.add_noise(clean, noise, t)
+        bound = objective.variational_bound(clean, sample, t, noise, -torch.ones_like(clean))
+        torch.testing.assert_close(bound, torch.zeros(4), rtol=0, atol=1e-4)
+
+    def test_probabilities_of_all_values_sum_to_one(self):
+        values = torch.arange(256) / 127.5 - 1
+        for mean, std in ((0.0, 0.3), (0.9, 0.02), (-1.5, 1.0)):
+            logs = objectives.log_probability_of_pixels(values, torch.tensor(mean), torch.tensor(math.log(std)))
+            assert logs.exp().sum().item() == pytest.approx(1, abs=1e-4)
+        far = torch.tensor(5.0, requires_grad=True)
+        log = objectives.log_probability_of_pixels(torch.tensor(0.0), far, torch.tensor(-5.0))
+        log.backward()
+        assert log.item() == pytest.approx(-((5 - 1 / 255) ** 2) / 2 * math.exp(10), rel=1e-3)
+        assert far.grad.isfinite()
+
+    def test_the_loss_is_the_error_and_the_bound_which_moves_the_variance_alone(self, objective):
+        class Model(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.noise = torch.nn.Parameter(torch.tensor(0.3))
+                self.share = torch.nn.Parameter(torch.tensor(0.2))
+
+            def forward(self, sample, timestep, class_labels, force_drop_ids, return_dict):
+                return (torch.cat([self.noise * sample, self.share * torch.ones_like(sample)], 1),)
+
+        model, clean = Model(), torch.full((64, 1, 2, 2), 0.7)
+        loss = DiffusionLoss(objective)
+        loss(model, clean, None, draws_for(64)).backward()
+        batch = objective.noised(clean, draws_for(64))
+        error = ((0.3 * batch.sample - batch.target) ** 2).mean()
+        share = torch.full_like(clean, 0.2)
+        bound = objective.variational_bound(clean, batch.sample, batch.timestep, 0.3 * batch.sample, share).mean()
+        torch.testing.assert_close(loss(model, clean, None, draws_for(64)), error + bound)
+        of_error = (2 * (0.3 * batch.sample - batch.target) * batch.sample).mean()
+        torch.testing.assert_close(model.noise.grad, of_error)
+        assert model.share.grad.abs() > 1e-4
+
+    def test_the_saved_scheduler_is_dits(self, objective):
+        saved = objective.sampling_scheduler(pixels=False)
+        saved.set_timesteps(50)
+        assert saved.timesteps[:3].tolist() == [999, 979, 958]
+        assert (saved.config.variance_type, saved.config.clip_sample) == ("learned_range", False)
+
+    def test_a_model_without_variance_is_refused(self, objective):
+        with pytest.raises(ValueError, match=r"predicts \(2, 1, 4, 4\), but .* \(2, 2, 4, 4\).*learn_sigma"):
+            DiffusionLoss(objective)(Zero(), torch.zeros(2, 1, 4, 4), None, draws_for(2))
+
+    def test_flows_have_none(self):
+        with pytest.raises(ValueError, match="learn_sigma does not apply to objective flow"):
+            ObjectiveArguments(learn_sigma=True)
+
+    def test_a_tiny_model_trains_and_samples(self, objective, make_model, make_pipe):
+        model = make_model(out_channels=6).train()
+        clean, labels = torch.rand(4, 3, 8, 8) * 2 - 1, torch.arange(4)
+        DiffusionLoss(objective)(model, clean, labels, draws_for(4)).backward()
+        assert all(parameter.grad.isfinite().all() for parameter in model.parameters() if parameter.grad is not None)
+        pipe = make_pipe(objective.sampling_scheduler(pixels=True), transformer=model.eval())
+        assert pipe([0], num_inference_steps=2, output_type="pt").images.isfinite().all()

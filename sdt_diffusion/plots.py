@@ -133,7 +133,7 @@ def plot_loss_curve(records: Sequence[Mapping[str, float]], path: Path) -> None:
     named = {key for record in records for key in record if key.lower().startswith("fid")}
     scores = sorted(key for key in named if len(_points(records, key)[0]))
     heights = [4, 4, *([3] if scores else []), 1]
-    figure = _new_figure(8, 8 * sum(heights) / 9)
+    figure = new_figure(8, 8 * sum(heights) / 9)
     panels = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
     _plot_losses(logged, _points(records, "validation_loss"), panels[0])
     _plot_losses_by_timestep(logged, panels[1])
@@ -158,7 +158,7 @@ def plot_accuracy_curve(records: Sequence[Mapping[str, float]], path: Path) -> N
         records: Dictionaries with `step` and `loss`, or with `step`, `test_accuracy` and `test_loss`.
         path: PNG to write.
     """
-    figure = _new_figure(8, 6)
+    figure = new_figure(8, 6)
     accuracy_axes, loss_axes = figure.subplots(2, 1, sharex=True)
     steps, accuracies = _points(records, "test_accuracy")
     accuracies = 100 * accuracies
@@ -257,7 +257,7 @@ def plot_confusion(counts: np.ndarray, class_names: Sequence[str], title: str, p
     fractions = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     rows, columns = counts.shape
     side = 3.5 + columns * (0.42 if numbered else 0.22) if named else 11
-    figure = _new_figure(side + 1, side)
+    figure = new_figure(side + 1, side)
     axes = figure.subplots()
     picture = axes.imshow(fractions, cmap="Blues", norm=PowerNorm(COLOR_POWER, 0, 1), interpolation="nearest")
     ticks = list(range(rows) if named else range(0, rows, -(-rows // 10)))
@@ -291,7 +291,7 @@ def _shorten(name: str, length: int = 24) -> str:
     return name if len(name) <= length else name[: length - 1] + "…"
 
 
-def _new_figure(width: float, height: float) -> "Figure":
+def new_figure(width: float, height: float) -> "Figure":
     """Return a figure that is drawn to files only, without a backend that may need a display."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

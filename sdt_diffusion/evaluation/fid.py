@@ -60,9 +60,9 @@ from .label_accuracy import shape_of_samples
 _OF = {each.name: each.metadata for each in fields(MetricSettings)}
 
 
-@dataclass
-class FidArguments(CheckedArguments):
-    """What to compare, and how."""
+@dataclass(kw_only=True)
+class MetricArguments(CheckedArguments):
+    """What to compare samples with, and by which metrics."""
 
     reference: str = field(
         metadata={
@@ -70,17 +70,9 @@ class FidArguments(CheckedArguments):
             "eval/make_reference.py."
         }
     )
-    output: Path = field(metadata={"help": "JSON file for the numbers; a picture and samples go beside it."})
-    samples: str | None = field(
-        default=None,
-        metadata={"help": "Folder of images, .npz of ADM's layout, or --samples_dir of another run."},
-    )
     metrics: list[str] = field(
         default_factory=list,
         metadata={"help": f"Of {', '.join(METRICS)}; by default all that extractor and images allow."},
-    )
-    samples_npz: Path | None = field(
-        default=None, metadata={"help": "Also write the samples to this .npz, for ADM's evaluation."}
     )
     num_features: int = field(
         default=10_000,
@@ -93,6 +85,20 @@ class FidArguments(CheckedArguments):
     kid_subsets: int = field(default=100, metadata={"help": "Subsets of KID.", **_OF["kid_subsets"]})
     kid_subset_size: int = field(
         default=1000, metadata={"help": "Images of each side in a subset of KID.", **_OF["kid_subset_size"]}
+    )
+
+
+@dataclass(kw_only=True)
+class FidArguments(MetricArguments):
+    """What to compare, and where to write the numbers."""
+
+    output: Path = field(metadata={"help": "JSON file for the numbers; a picture and samples go beside it."})
+    samples: str | None = field(
+        default=None,
+        metadata={"help": "Folder of images, .npz of ADM's layout, or --samples_dir of another run."},
+    )
+    samples_npz: Path | None = field(
+        default=None, metadata={"help": "Also write the samples to this .npz, for ADM's evaluation."}
     )
 
 
@@ -154,7 +160,8 @@ def compare(
     samples: Any = None
     if args.samples is None:
         pipe = load_pipeline(sampling_args, PartialState().device)
-        num_samples, shape = sampling_args.num_samples or FULL_COUNT, shape_of_samples(pipe)
+        num_samples = sampling_args.num_samples or FULL_COUNT
+        shape = shape_of_samples(pipe, sampling_args.height, sampling_args.width)
     else:
         samples = open_samples(args.samples, sampling_args.num_samples, for_samples)
         num_samples, shape = len(samples), samples[0].shape
@@ -163,7 +170,7 @@ def compare(
     metrics, too_few = _choose(metrics, bool(args.metrics), lambda names: check_counts(names, *counts))
     notes += too_few
     dims = measure_dims(extractor, shape)
-    _check_dimensions(args.reference, reference.dims(extractor), dims)
+    check_dimensions(args.reference, reference.dims(extractor), dims)
 
     statistics = [METRICS[name].statistics for name in metrics if METRICS[name].statistics]
     with_features = any(METRICS[name].features for name in metrics)
@@ -348,7 +355,12 @@ def _notes_on_sampling(pipe: SDTPipeline, args: FidSamplingArguments) -> list[st
     return [f"The pipeline has no guidance_scale saved: {guidance:g} was used; FIDs are best at about 1.5."]
 
 
-def _check_dimensions(path: str, expected: dict[str, int], found: dict[str, int]) -> None:
+def check_dimensions(path: str, expected: dict[str, int], found: dict[str, int]) -> None:
+    """Refuse a reference whose features have other dimensions than those of samples.
+
+    Raises:
+        ValueError: Names the reference, the kind of features, and both dimensions.
+    """
     for kind in sorted(set(expected) & set(found)):
         if expected[kind] != found[kind]:
             raise ValueError(

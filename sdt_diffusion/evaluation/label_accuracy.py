@@ -50,7 +50,7 @@ def label_accuracy(
     labels = class_labels_for(num_images, range(real.num_classes))
     pipe.prepare_class_labels(sorted(set(labels)))
     channels, height, width = np.asarray(real[0][0]).shape
-    made = shape_of_samples(pipe)
+    made = shape_of_samples(pipe, sampling.get("height"), sampling.get("width"))
     if made != (height, width, channels):
         raise ValueError(f"Samples of shape {made} do not fit real images {(height, width, channels)}.")
     if len(real) * prod(made) > MAX_SVM_VALUES:
@@ -91,18 +91,19 @@ def svm_label_accuracy(real: LabeledImages, samples: np.ndarray, labels: Sequenc
     return float((classifier.predict(samples.reshape(len(samples), -1)) == np.asarray(labels)).mean())
 
 
-def shape_of_samples(pipe: SDTPipeline) -> tuple[int, int, int]:
-    """Return height, width and channels of the images that a pipeline makes.
+def shape_of_samples(pipe: SDTPipeline, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
+    """Return height, width and channels of the images that a pipeline makes, by default on its trained grid.
 
     Raises:
         ValueError: If they are neither gray nor RGB.
     """
     size = pipe.transformer.config.sample_size
-    height, width = (size, size) if isinstance(size, int) else size
+    trained_height, trained_width = (size, size) if isinstance(size, int) else size
     channels = (pipe.transformer if pipe.vae is None else pipe.vae).config.in_channels
     if channels not in IMAGE_MODES:
         raise ValueError(f"The pipeline makes images of {channels} channels; only 1 and 3 can be evaluated.")
-    return height * pipe.vae_scale_factor, width * pipe.vae_scale_factor, channels
+    factor = pipe.vae_scale_factor
+    return height or trained_height * factor, width or trained_width * factor, channels
 
 
 @dataclass

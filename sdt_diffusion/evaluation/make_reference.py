@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
-from ..data.raw_images import RawImageArguments, open_images
+from ..data.raw_images import RawImageArguments, RawImages, open_images
 from ..metrics.extraction import measure_dims, summarize
-from ..metrics.extractors import ExtractorArguments
+from ..metrics.extractors import ExtractorArguments, FeatureExtractor
 from ..metrics.features import MAX_FEATURES, STATISTICS_KEYS, check_summary_path, save_summary
 from ..utils.arguments import exit_on_error, parse_arguments
 from ..utils.files import check_writable, require_space
@@ -35,6 +35,37 @@ class ReferenceArguments(CheckedArguments):
     )
 
 
+def save_reference(
+    path: Path, images: RawImages, extractor: FeatureExtractor, num_features: int, num_workers: int = 0
+) -> None:
+    """Write the statistics of images, and features of some, to a file. Called by all processes.
+
+    Args:
+        path: `.safetensors` or `.npz`; its folder exists.
+        images: The images.
+        extractor: Computes the features.
+        num_features: Images, at random, whose features to keep.
+        num_workers: Processes that read images.
+
+    Raises:
+        OSError: If the disk cannot hold them.
+        ValueError: If an image cannot be used.
+    """
+    num_values = min(num_features, len(images)) * measure_dims(extractor, images[0].shape)["pool"]
+    require_space(path.parent, 2 * 4 * num_values, "The features, while they are written,")
+    summary = summarize(
+        images,
+        extractor,
+        statistics=[kind for kind in STATISTICS_KEYS if kind in extractor.provides],
+        num_features=num_features,
+        feature_folder=path.parent,
+        num_workers=num_workers,
+        desc="Reference",
+    )
+    if summary is not None:  # on the main process
+        save_summary(path, summary)
+
+
 @exit_on_error()
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the script; `argv` is the command line's by default."""
@@ -47,18 +78,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     images = open_images(args.images, image_args)
     with state.local_main_process_first():  # one process downloads the weights
         extractor = extractor_args.build(state.device)
-    num_values = min(args.num_features, len(images)) * measure_dims(extractor, images[0].shape)["pool"]
-    require_space(args.output.parent, 2 * 4 * num_values, "The features, while they are written,")
-    summary = summarize(
-        images,
-        extractor,
-        statistics=[kind for kind in STATISTICS_KEYS if kind in extractor.provides],
-        num_features=args.num_features,
-        feature_folder=args.output.parent,
-        num_workers=extractor_args.dataloader_num_workers,
-    )
-    if summary is not None:  # on the main process
-        save_summary(args.output, summary)
+    save_reference(args.output, images, extractor, args.num_features, extractor_args.dataloader_num_workers)
+    if state.is_main_process:
         print(f"Statistics of {len(images)} images written to {args.output}.")
 
 

@@ -108,6 +108,7 @@ def sample_into(
         "scheduler": {"_class_name": type(pipe.scheduler).__name__, **json.loads(pipe.scheduler.to_json_string())},
         **sampling,
         **guider_record(pipe),
+        **scaling_record(pipe, sampling),
         "sampler": describe_sampling(pipe, sampling),
         **(attention or {}),
         "batch_size": batch_size,
@@ -166,6 +167,14 @@ def guider_record(pipe: SDTPipeline) -> dict[str, Any]:
     if pipe.guider is None:
         return {}
     return {"guider": {"_class_name": type(pipe.guider).__name__, **json.loads(pipe.guider.to_json_string())}}
+
+
+def scaling_record(pipe: SDTPipeline, sampling: dict[str, Any]) -> dict[str, Any]:
+    """Return how positions and distances are measured if the images have other sides than the trained ones."""
+    if not {"height", "width"} & set(sampling):
+        return {}
+    names = ("pos_embed_scaling", "rotary_scaling", "decay_distance_scaling")
+    return {name: pipe.transformer.config[name] for name in names}
 
 
 def bytes_per_sample(pipe: SDTPipeline) -> int:

@@ -36,6 +36,15 @@ def stack_samples(samples: Iterable[tuple[int, np.ndarray]]) -> np.ndarray:
     return np.stack([image for _, image in samples])
 
 
+def count_evaluations(pipe: SDTPipeline, sampling: dict[str, Any]) -> int:
+    """Return the number of network evaluations that a sample takes; see `describe_sampling`.
+
+    Raises:
+        ValueError: If the guidance has an interval that holds none of the steps.
+    """
+    return _plan(pipe, sampling)[0]
+
+
 def describe_sampling(pipe: SDTPipeline, sampling: dict[str, Any]) -> str:
     """Describe the sampler in words: scheduler, steps, network evaluations, guidance and seed.
 
@@ -43,10 +52,20 @@ def describe_sampling(pipe: SDTPipeline, sampling: dict[str, Any]) -> str:
         pipe: The pipeline.
         sampling: Arguments of `generate`; the pipeline's own settings apply where they are missing.
     """
-    settings = pipe.sampling_settings(sampling.get("guidance_scale"), sampling.get("num_inference_steps"))
+    evaluations, settings, words = _plan(pipe, sampling)
     steps, guidance = settings["num_inference_steps"], settings["guidance_scale"]
+    return (
+        f"{type(pipe.scheduler).__name__}, {steps} steps, {evaluations} network evaluations, "
+        f"guidance {guidance:g}{f' ({words})' if words else ''}, seed {sampling.get('seed', 0)}"
+    )
+
+
+def _plan(pipe, sampling):
+    """Return the network evaluations of a run, its settings, and its guidance in words."""
+    settings = pipe.sampling_settings(sampling.get("guidance_scale"), sampling.get("num_inference_steps"))
+    guidance = settings["guidance_scale"]
     scheduler, guider = copy.deepcopy(pipe.scheduler), copy.copy(pipe.guider or SDTGuidance())
-    set_schedule(scheduler, steps, uniform=pipe.config.uniform_sigmas)
+    set_schedule(scheduler, settings["num_inference_steps"], uniform=pipe.config.uniform_sigmas)
     timesteps, words = scheduler.timesteps.tolist(), type(guider).__name__
     guider.guidance_scale = guidance
     if isinstance(guider, SDTGuidance):
@@ -56,10 +75,7 @@ def describe_sampling(pipe: SDTPipeline, sampling: dict[str, Any]) -> str:
     for step, timestep in enumerate(timesteps):
         guider.set_state(step, len(timesteps), timestep)
         evaluations += guider.num_conditions if guidance > 1 else 1
-    return (
-        f"{type(pipe.scheduler).__name__}, {steps} steps, {evaluations} network evaluations, "
-        f"guidance {guidance:g}{f' ({words})' if words else ''}, seed {sampling.get('seed', 0)}"
-    )
+    return evaluations, settings, words
 
 
 def generate(

@@ -33,7 +33,15 @@ from ..utils.files import (
 from ..utils.fingerprint import differences
 from ..utils.ranges import CheckedArguments, between
 from ..utils.reading import read_json, walk_files
-from .folder import MANIFEST_FILE, MAX_SAMPLES, bytes_per_sample, guider_record, sample_into, weights_of
+from .folder import (
+    MANIFEST_FILE,
+    MAX_SAMPLES,
+    bytes_per_sample,
+    guider_record,
+    sample_into,
+    scaling_record,
+    weights_of,
+)
 from .generate import class_labels_for, describe_sampling
 from .settings import SamplingArguments, default_device, load_pipeline, parse_classes
 
@@ -103,6 +111,7 @@ def sample(args: SampleArguments, sampling_args: SamplingArguments) -> str:
         "dtype": sampling_args.dtype,
         **settings,
         **guider_record(pipe),
+        **scaling_record(pipe, settings),
         "labels": labels,
     }
     with FolderLock(folder) if state.is_main_process else nullcontext():

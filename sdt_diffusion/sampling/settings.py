@@ -15,7 +15,7 @@ from ..attention_processor import set_decay_backend
 from ..sdt import GUIDANCE_KINDS, SDTGuidance, SDTPipeline, SDTTransformer2DModel
 from ..sdt.guidance import DECAY_FACTORS, RESCALE, clean_image_of
 from ..sdt.loading import open_pipeline
-from ..sdt.pipeline_sdt import DEFAULT_GUIDANCE_SCALE, DEFAULT_NUM_INFERENCE_STEPS
+from ..sdt.pipeline_sdt import DEFAULT_GUIDANCE_SCALE, DEFAULT_NUM_INFERENCE_STEPS, SIDE_RANGE
 from ..sdt.schedulers import GUIDANCE, STEPS, swap_scheduler
 from ..utils.arguments import json_object
 from ..utils.ranges import RANGE_KEY, CheckedArguments, Range, a_seed, between
@@ -205,6 +205,39 @@ class SamplingArguments(PipelineArguments):
     """What to sample from, and how, for many samples."""
 
     batch_size: int = field(default=64, metadata={"help": "Samples at a time on each process."} | between(1, 100_000))
+    height: int | None = field(
+        default=None, metadata={"help": "Height in pixels, the trained one by default.", RANGE_KEY: SIDE_RANGE}
+    )
+    width: int | None = field(
+        default=None, metadata={"help": "Width in pixels, the trained one by default.", RANGE_KEY: SIDE_RANGE}
+    )
+    pos_embed_scaling: Literal["none", "interpolate", "ntk"] | None = field(
+        default=None, metadata={"help": "Positions on other grids than the trained one; the model's way by default."}
+    )
+    rotary_scaling: Literal["none", "interpolate", "ntk"] | None = field(
+        default=None, metadata={"help": "The same for the positions of a rotary embedding."}
+    )
+    decay_distance_scaling: bool | None = field(
+        default=None,
+        metadata={"help": "Whether the decay measures distances on other grids in patches of the trained one."},
+    )
+
+    def apply_to(self, pipe: SDTPipeline) -> None:
+        """Apply the scalings too; see `SamplerArguments.apply_to`."""
+        super().apply_to(pipe)
+        for model in (pipe.transformer, pipe.guide_transformer):
+            if model is not None:
+                model.set_grid_scaling(self.pos_embed_scaling, self.rotary_scaling, self.decay_distance_scaling)
+
+    def settings(self, pipe: SDTPipeline) -> dict[str, Any]:
+        """Return the arguments of `generate`, with the sides of the images if they were given.
+
+        Raises:
+            ValueError: If a side is not divisible into patches.
+        """
+        pipe._check_inputs(self.height, self.width, 1, "np", ())
+        sides = {"height": self.height, "width": self.width}
+        return super().settings(pipe) | {name: side for name, side in sides.items() if side is not None}
 
 
 def default_device() -> torch.device:

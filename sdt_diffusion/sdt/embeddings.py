@@ -1,31 +1,37 @@
 """What enters the first block of `SDTTransformer2DModel`: patches with their positions, timesteps and classes."""
 
 import torch
-from diffusers.models.embeddings import TimestepEmbedding, Timesteps, get_1d_sincos_pos_embed_from_grid
+from diffusers.models.embeddings import TimestepEmbedding, Timesteps
+from diffusers.utils.torch_utils import maybe_adjust_dtype_for_device
 from torch import nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn import functional as F
 
+from .grid_scaling import scaled_axis
+
 
 def position_embedding(
-    dim: int, grid_size: tuple[int, int], trained_grid_size: tuple[int, int], device: torch.device | str | None = None
+    dim: int,
+    grid_size: tuple[int, int],
+    trained_grid_size: tuple[int, int],
+    device: torch.device | str | None = None,
+    scaling: str = "interpolate",
 ) -> torch.Tensor:
-    """Compute DiT's sine-cosine embedding of a grid that is rescaled to the extent of the trained one.
+    """Compute DiT's sine-cosine embedding of a grid.
 
     Args:
         dim: Width of the tokens.
         grid_size: Rows H and columns W of the grid.
         trained_grid_size: Rows and columns of the grid that the model is trained on.
         device: Device of the result.
+        scaling: One of `sdt_diffusion.sdt.grid_scaling.POSITION_SCALINGS`: how positions of other grids are measured.
 
     Returns:
         A new tensor of shape (1, H*W, dim) in fp32; the first half of the channels encodes x, the second y.
     """
     height, width = grid_size
     y, x = (
-        get_1d_sincos_pos_embed_from_grid(
-            dim // 2, torch.arange(size, dtype=torch.float32, device=device) * (trained / size)
-        ).float()
+        _sines_and_cosines(dim // 2, *scaled_axis(size, trained, dim // 2, scaling, device))
         for size, trained in zip(grid_size, trained_grid_size, strict=True)
     )  # (H, D/2), (W, D/2)
     x = x[None].expand(height, -1, -1)  # (H, W, D/2)
@@ -33,11 +39,16 @@ def position_embedding(
     return torch.cat([x, y], dim=-1).flatten(0, 1)[None]  # (1, N, D)
 
 
-class SDTPatchEmbed(nn.Module):
-    """Patches to tokens by one convolution, plus DiT's fixed 2D sine-cosine position embedding.
+def _sines_and_cosines(dim: int, positions: torch.Tensor, theta: float) -> torch.Tensor:
+    """Compute cat[sin, cos] of p theta^(-i / (dim / 2)) as diffusers does, which has no `theta`: (M,) to (M, dim)."""
+    dtype = maybe_adjust_dtype_for_device(torch.float64, positions.device)  # fp32 where the device has no fp64
+    exponents = torch.arange(dim // 2, dtype=dtype, device=positions.device) / (dim / 2)
+    phases = torch.outer(positions, 1.0 / theta**exponents)  # (M, dim/2)
+    return torch.cat([phases.sin(), phases.cos()], dim=1).float()
 
-    On a grid other than the trained one the positions are rescaled to the trained extent, per axis.
-    """
+
+class SDTPatchEmbed(nn.Module):
+    """Patches to tokens by one convolution, plus DiT's fixed 2D sine-cosine position embedding."""
 
     def __init__(self, in_channels: int, dim: int, patch_size: int, grid_size: tuple[int, int]):
         super().__init__()
@@ -47,8 +58,11 @@ class SDTPatchEmbed(nn.Module):
         embedding = position_embedding(dim, grid_size, grid_size, device="cpu")
         self.register_buffer("pos_embed", embedding, persistent=False)
 
-    def forward(self, sample: torch.Tensor) -> torch.Tensor:
-        """Map (batch, channels, height, width) to (batch, tokens, dim), tokens in raster order."""
+    def forward(self, sample: torch.Tensor, scaling: str = "interpolate") -> torch.Tensor:
+        """Map (batch, channels, height, width) to (batch, tokens, dim), tokens in raster order.
+
+        On a grid other than the trained one, positions are scaled as `grid_scaling.POSITION_SCALINGS` says.
+        """
         tokens = self.proj(sample)  # (B, D, H/p, W/p)
         grid_size = tuple(tokens.shape[-2:])
         is_trained_grid = [size == trained for size, trained in zip(grid_size, self.grid_size, strict=True)]
@@ -56,7 +70,7 @@ class SDTPatchEmbed(nn.Module):
         if all(statically_known_true(equal) for equal in is_trained_grid):
             pos_embed = self.pos_embed
         else:
-            pos_embed = position_embedding(self.proj.out_channels, grid_size, self.grid_size, tokens.device)
+            pos_embed = position_embedding(self.proj.out_channels, grid_size, self.grid_size, tokens.device, scaling)
         tokens = tokens.flatten(2).transpose(1, 2) + pos_embed  # (B, N, D)
         return tokens.to(self.proj.weight.dtype)  # not autocast's: the residual stream of a model in fp32 stays fp32
 

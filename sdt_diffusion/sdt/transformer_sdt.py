@@ -10,7 +10,6 @@ import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import FromOriginalModelMixin, PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin
-from diffusers.models.embeddings import get_1d_rotary_pos_embed
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
@@ -23,6 +22,7 @@ from ..utils.reading import CHECKSUMS_FILE, read_json, shortened, verify_checksu
 from .caching import SDTCacheMixin
 from .config_ranges import MAX_PARAMETERS, check_ranges
 from .embeddings import SDTPatchEmbed, TimestepClassEmbedding
+from .grid_scaling import GridScalingMixin, check_grid_scaling
 from .initialization import initialize_meta, initialize_weights
 
 #: Size -> config. Parameters (patch 2, 4 channels, 1000 classes, `context`) as counted by tests/sdt; DiT's sizes.
@@ -57,6 +57,7 @@ CONFIG_FILE = "config.json"
 
 class SDTTransformer2DModel(
     AttentionBackendMixin,
+    GridScalingMixin,
     ModelMixin,
     AttentionMixin,
     ConfigMixin,
@@ -95,6 +96,9 @@ class SDTTransformer2DModel(
         timestep_frequency_shift: 1 for the frequencies of diffusers' DiT, 0 for those of facebookresearch/DiT.
         norm_eps: Epsilon of the norms.
         norm_type: One of `sdt_diffusion.norms.NORM_TYPES`: "layer" or "rms".
+        pos_embed_scaling: Position embedding on other grids, one of `POSITION_SCALINGS`; see `set_grid_scaling`.
+        rotary_scaling: The same for the rotary embedding.
+        decay_distance_scaling: Whether the decay measures distances on other grids in patches of the trained grid.
 
     Raises:
         ValueError: If a number is out of its range (`RANGES`), sizes do not divide, or an option is unknown.
@@ -135,10 +139,14 @@ class SDTTransformer2DModel(
         timestep_frequency_shift: float = 0.0,
         norm_eps: float = 1e-6,
         norm_type: str = "layer",
+        pos_embed_scaling: str = "interpolate",
+        rotary_scaling: str = "none",
+        decay_distance_scaling: bool = False,
     ):
         values = dict(locals())
         super().__init__()
         check_ranges(values)
+        check_grid_scaling(values)
         height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
         if height % patch_size or width % patch_size:
             raise ValueError(f"sample_size {height}x{width} is not divisible by patch_size {patch_size}.")
@@ -279,12 +287,12 @@ class SDTTransformer2DModel(
         height, width = self._check_input(hidden_states, class_labels)
         grid_size = (height // self.config.patch_size, width // self.config.patch_size)
         timestep = timestep.expand(hidden_states.shape[0])  # (B,)
-        if decay_scale is not None:
-            decay_scale = self._check_decay_scale(decay_scale, hidden_states.shape[0])  # (B, h) or (B, 1)
+        batch_size, device = len(hidden_states), hidden_states.device
+        decay_scale = self._factors_of_decay(decay_scale, batch_size, grid_size, device)  # (B, h) or (B, 1)
 
-        hidden_states = self.pos_embed(hidden_states)  # (B, N, D), N = H/p * W/p
+        hidden_states = self.pos_embed(hidden_states, self.config.pos_embed_scaling)  # (B, N, D), N = H/p * W/p
         conditioning = self.time_class_embed(timestep, class_labels, hidden_states.dtype, force_drop_ids)  # (B, D)
-        image_rotary_emb = self._rotary_embedding(grid_size, hidden_states.device) if self.config.rotary else None
+        image_rotary_emb = self._rotary_embedding(grid_size, device)  # each (N, d)
         inputs = (grid_size, conditioning, image_rotary_emb, decay_scale)
         for block in self.transformer_blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
@@ -359,19 +367,3 @@ class SDTTransformer2DModel(
                     f"{int(class_labels.min())}..{int(class_labels.max())}."
                 )
         return height, width
-
-    def _check_decay_scale(self, decay_scale, batch_size):
-        shapes = ((batch_size,), (batch_size, self.config.num_attention_heads))
-        if self.config.spatial_decay == "none" or decay_scale.shape not in shapes:
-            raise ValueError(
-                f"decay_scale, of shape {tuple(decay_scale.shape)}, must have shape {shapes[0]} or {shapes[1]}, and "
-                f"the model a spatial decay; its spatial_decay is {self.config.spatial_decay!r}."
-            )
-        return decay_scale.reshape(batch_size, -1)
-
-    def _rotary_embedding(self, grid_size, device):
-        y, x = (torch.arange(size, device=device, dtype=torch.float32) for size in grid_size)
-        half = self.config.attention_head_dim // 2
-        rows = get_1d_rotary_pos_embed(half, y.repeat_interleave(grid_size[1]), use_real=True)  # each (N, d/2)
-        columns = get_1d_rotary_pos_embed(half, x.repeat(grid_size[0]), use_real=True)  # each (N, d/2)
-        return tuple(torch.cat(pair, dim=-1) for pair in zip(rows, columns, strict=True))  # each (N, d)

@@ -14,6 +14,7 @@ SCRIPTS = {
     "train/share.py": "sdt_diffusion.hub.push",
     "sample/sample.py": "sdt_diffusion.sampling.sample",
     "eval/fid.py": "sdt_diffusion.evaluation.fid",
+    "eval/sweep.py": "sdt_diffusion.evaluation.sweep",
     "eval/make_reference.py": "sdt_diffusion.evaluation.make_reference",
     "eval/accuracy.py": "sdt_diffusion.evaluation.accuracy",
     "eval/label_accuracy.py": "sdt_diffusion.evaluation.label_accuracy",
@@ -188,6 +189,13 @@ BASES = {
         f"--samples samples.npz --reference images --resolution 8 {PIXELS} --metrics fid --output out/fid.json",
         needs=("samples.npz", "images"),
         reads=("samples.npz", "samples.npz", "images/*/*"),
+    ),
+    "sweep": Base(
+        "eval/sweep.py",
+        "--model run --num_samples 12 --num_inference_steps 2 --axes guidance_scale=1,2 --reference "
+        f"reference.safetensors {PIXELS} --metrics fid --output_dir out",
+        needs=("run", "reference.safetensors"),
+        reads=(*PIPELINE, "reference.safetensors"),
     ),
     "make_reference": Base(
         "eval/make_reference.py",

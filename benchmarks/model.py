@@ -105,6 +105,7 @@ def main():
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--models", nargs="+", default=["none", "context", "diffusers DiT"], help="`none` among them")
     parser.add_argument("--tokens", type=int, default=256, help="patches of an image, a square number")
+    parser.add_argument("--modes", nargs="+", choices=["forward", "training"], default=["forward", "training"])
     parser.add_argument("--no_compile", action="store_true")
     parser.add_argument("--no_memory", action="store_true")
     parser.add_argument("--keep_freed_memory", action="store_true", help="see docs/performance.md")
@@ -119,7 +120,7 @@ def main():
     print(f"Medians of {args.rounds} interleaved rounds, ratios to `{BASELINE}`\n")
     rows = []
     for compiled in (False,) if args.no_compile else (False, True):
-        for mode in ("forward", "training"):
+        for mode in args.modes:
             torch.compiler.reset()
             steps = {name: build_step(name, compiled, mode, args) for name in args.models}
             for step in steps.values():

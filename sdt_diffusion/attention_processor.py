@@ -13,7 +13,7 @@ from diffusers.models.embeddings import apply_rotary_emb
 from torch import nn
 
 from .attention import BACKENDS, check_backend, spatial_decay_attention
-from .attention.dispatch import MAX_PRUNE_EPS, Backend, check_pruning, choose_backend, named_backend
+from .attention.dispatch import MAX_PRUNE_EPS, PRUNES, Backend, check_pruning, choose_backend, named_backend
 from .attention.factored import add_decay_columns
 from .attention.memory_efficient import load_xformers
 from .utils.ranges import Range, check_value
@@ -236,7 +236,8 @@ def _describe(attn, device, dtype, tokens):
         return "reference"
     if attn.spatial_decay == "none":
         return name if name == "reference" else "scaled_dot_product_attention"
-    return f"{name} pruned to {processor.prune_eps:g}" if processor.prune_eps and not attn.decomposed else name
+    prunes = processor.prune_eps and name in PRUNES and not attn.decomposed
+    return f"{name} pruned to {processor.prune_eps:g}" if prunes else name
 
 
 def _attention_modules(model):

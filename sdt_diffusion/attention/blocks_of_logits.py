@@ -16,7 +16,10 @@ MKL_MULTIPLY_ADDS = 2**22
 
 
 class Scratch(threading.local):
-    """Memory that calls use again, since the system hands out fresh memory page by page, which is slow."""
+    """Memory that calls use again, since the system hands out fresh memory page by page, which is slow.
+
+    Each thread has its own, as large as the largest block it has computed, and keeps it.
+    """
 
     def __init__(self):
         self._buffers: dict[str, torch.Tensor] = {}
@@ -111,14 +114,14 @@ def logits(
         distance: Shape (rows, columns), or (pairs, rows, columns).
         shift: In units of log 2, shape (pairs, 1, columns).
     """
-    shape, key = (*u_i.shape[:2], u_j.shape[2]), key.transpose(1, 2)
-    decay = torch.add(u_i, u_j, out=scratch.empty("decay", *shape, dtype=u_i.dtype))
-    if decay.dtype == torch.float32 and _prefers_onednn(query, key):
+    # Half precision would round the products, to which the decay is added in fp32.
+    shape, dtype = (*u_i.shape[:2], u_j.shape[2]), u_i.dtype
+    query, key = query.to(dtype), key.to(dtype).transpose(1, 2)
+    decay = torch.add(u_i, u_j, out=scratch.empty("decay", *shape, dtype=dtype))
+    if _prefers_onednn(query, key):
         return _onednn_product("logits", query * (scale * LOG2_E), key, shift, decay.mul_(distance))
     decay = decay.mul_(distance) if shift is None else torch.addcmul(shift, decay, distance, out=decay)
-    if query.dtype == decay.dtype:
-        return decay.baddbmm_(query, key, alpha=scale * LOG2_E)
-    return decay.add_(query @ key, alpha=scale * LOG2_E)
+    return decay.baddbmm_(query, key, alpha=scale * LOG2_E)
 
 
 def weighted_mean(logits: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -16,7 +16,7 @@ from .pruning import coordinates_of, needed_tiles, tile_order
 #: Bytes of logits that each thread computes at a time; more where `MIN_ROWS` tokens of one head already need more.
 BLOCK_BYTES = 2**21
 MIN_ROWS = 64
-#: Tokens of the largest grid whose distances are kept in memory, 64 MiB in fp32.
+#: Tokens of the largest grid whose distances are kept in memory, 64 MiB in fp32; those of 8 grids are kept.
 MAX_CACHED_TOKENS = 4096
 #: Fewer tokens are computed whole: bounds would take longer than what they save.
 MIN_PRUNED_TOKENS = 2048
@@ -27,7 +27,13 @@ MAX_DENSITY = 0.7
 def blockwise_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, decay: Decay, scale: float
 ) -> torch.Tensor:
-    """Compute spatial decay attention block by block, without keeping any logits."""
+    """Compute spatial decay attention block by block, without keeping any logits.
+
+    Raises:
+        ValueError: If the tensors are not on a CPU.
+    """
+    if query.device.type != "cpu":
+        raise ValueError(f"The backend 'blockwise' computes on CPUs, not on {query.device.type}: choose another.")
     half_decay, grid_size, needed = decay.half_decay(), decay.grid_size, None
     with torch.autocast(query.device.type, enabled=False):  # the operands already have the dtypes they need
         if decay.prune_eps and query.shape[2] >= MIN_PRUNED_TOKENS:
@@ -102,7 +108,8 @@ def _backward(
             scores = logits(k[:, rows], q, scale, u[:, rows, None], u[:, None], distance, shift)  # (P, n, N)
             attention = scores.exp2_()
             _store(grad_value[group][:, :, rows], product("result", attention, g, g.dtype))
-            grad_logits = product("grad_logits", v[:, rows], g.transpose(1, 2), u.dtype, minus_delta).mul_(attention)
+            v_rows, g_columns = v[:, rows].to(u.dtype), g.to(u.dtype).transpose(1, 2)
+            grad_logits = product("grad_logits", v_rows, g_columns, u.dtype, minus_delta).mul_(attention)
             _store(grad_key[group][:, :, rows], product("result", grad_logits, q, q.dtype).mul_(scale))
             part = product("part", grad_logits.transpose(1, 2), k[:, rows], u.dtype).mul_(scale)  # (P, N, d)
             grad_q = grad_q.copy_(part) if rows.start == 0 else grad_q.add_(part)
@@ -180,7 +187,7 @@ def _distances_from(rows: slice, height: int, width: int, clamp: bool, dtype: to
     return distance.clamp_(max=1) if clamp else distance
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=8)
 def _all_distances(height, width, clamp, dtype):
     distance = manhattan_distance((height, width), dtype=dtype)  # (N, N)
     return distance.clamp_(max=1) if clamp else distance

@@ -56,7 +56,7 @@ class Choice(NamedTuple):
     training: bool | None = None
 
 
-#: What is used where nobody names a backend: the first row that applies. The CPU's was measured (docs/benchmarks.md).
+#: What is used where nobody names a backend: the first row that applies. The CPU's was measured (docs/performance.md).
 #: The GPU's was never timed; its kernel needs a fraction of the memory.
 CHOICES = (
     Choice(("blockwise",), device="cpu"),
@@ -85,14 +85,15 @@ def choose_backend(query: torch.Tensor, value: torch.Tensor, device: str | None 
     """Choose a backend where nobody named one, by `CHOICES`.
 
     It is `reference` for exports: an exported program (torch.export, ONNX) then consists of torch's own operators and
-    runs without this package.
+    runs without this package. And in forward-mode differentiation (`torch.func.jvp`), in which operators of our own
+    would give no derivatives, without a word.
 
     Args:
         query: Shape (batch, heads, tokens, head_dim).
         value: Shape (batch, heads, tokens, value_dim).
         device: Type of the device; that of the query by default.
     """
-    if torch.compiler.is_exporting():
+    if torch.compiler.is_exporting() or _in_forward_mode():
         return "reference"
     device, training = device or query.device.type, torch.is_grad_enabled()
     for choice in CHOICES:
@@ -105,6 +106,10 @@ def choose_backend(query: torch.Tensor, value: torch.Tensor, device: str | None 
                 if _supports(name, query, value):
                     return name
     return "reference"
+
+
+def _in_forward_mode():
+    return torch.autograd.forward_ad._current_level >= 0  # no public function tells
 
 
 def _supports(name, query, value):
@@ -150,7 +155,7 @@ def spatial_decay_attention(
         backend: A name in `BACKENDS`, or a function attend(query, key, value, decay, scale), which then has to handle
             every variant; `choose_backend` chooses by default. By name, `raster` is always computed by `reference`,
             and `none` by `torch.nn.functional.scaled_dot_product_attention` unless the name is `reference`.
-            `torch.func` and second derivatives need `reference`.
+            Second derivatives need `reference`, which is chosen by default in forward-mode differentiation.
         prune_eps: Share of each query's softmax that a backend may skip, as `pruning` describes, 0 to 0.5; only
             `blockwise` and `triton` do. Rows and columns of decomposed attention are never pruned.
 
@@ -158,8 +163,8 @@ def spatial_decay_attention(
         Tensor of shape (batch, heads, tokens, value_dim), in the value's dtype or autocast's.
 
     Raises:
-        ValueError: If the variant or backend is unknown, the grid does not match the tokens, a gate is missing or of a
-            wrong shape, or a backend that was named cannot compute this; a default one falls back to another.
+        ValueError: If the variant or backend is unknown, shapes or the grid do not fit each other, a gate is missing
+            or of a wrong shape, or a backend that was named cannot compute this; a default one falls back to another.
     """
     check_variant(variant)
     height, width = grid_size
@@ -168,10 +173,17 @@ def spatial_decay_attention(
             f"grid_size {height}x{width} means {height * width} tokens, but query and key have "
             f"{query.shape[-2]} and {key.shape[-2]}."
         )
+    if key.shape != query.shape or value.shape[:3] != query.shape[:3] or 0 in query.shape[1:]:
+        raise ValueError(
+            f"query, key and value have shapes {tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}: they must "
+            "have the same samples, heads and tokens, at least one of each, and query and key the same columns."
+        )
     query, key = query.to(value.dtype), key.to(value.dtype)  # normalized queries are fp32 under autocast
     if not callable(backend):
         backend = named_backend(backend)
         check_pruning(prune_eps, backend)
+        if backend in PRUNES and _in_forward_mode():
+            raise ValueError(f"The backend {backend!r} has no forward-mode derivatives: use 'reference'.")
         backend = backend or choose_backend(query, value)
     attend = _resolve_backend(backend, variant)
     decay = None
@@ -246,7 +258,8 @@ def _check_gate(
     if alpha.shape != (heads,):
         raise ValueError(f"`alpha` has shape {tuple(alpha.shape)}; ({heads},) is needed.")
     # Keep at least fp32: bf16 would round decays of 16 to 32 to steps of 1/8.
-    return gate.to(torch.promote_types(gate.dtype, torch.float32)).expand(batch, heads, tokens), alpha
+    dtype = torch.promote_types(torch.promote_types(gate.dtype, query.dtype), torch.float32)
+    return gate.to(dtype).expand(batch, heads, tokens), alpha
 
 
 # (batch, heads, H*W, ...) <-> (batch*H, heads, W, ...) and (batch*W, heads, H, ...)

@@ -22,8 +22,8 @@ import torch
 TILE, SIDE = 64, 8
 #: Bounds to compute at a time, in numbers.
 SCRATCH = 2**24
-#: Rounding errors of products, relative to the norms of query and key; those of TF32, which GPUs may be told to use.
-SLACK = 2e-3
+#: Rounding errors of products, relative to the norms of query and key: those of bf16, which torch may be told to use.
+SLACK = 8e-3
 
 
 def coordinates_of(grid_size: tuple[int, int], device: torch.device | None = None) -> torch.Tensor:
@@ -128,7 +128,7 @@ _recorders: ContextVar[tuple[list[torch.Tensor], ...]] = ContextVar("recorders",
 
 @contextlib.contextmanager
 def tile_densities() -> Iterator[list[torch.Tensor]]:
-    """Collect the fraction of tiles that each pruned attention computes, as scalar tensors, in order of the calls."""
+    """Collect the fraction of tiles that each pruned attention needs, as scalar tensors, in order of the calls."""
     densities: list[torch.Tensor] = []
     token = _recorders.set((*_recorders.get(), densities))
     try:

@@ -1,4 +1,5 @@
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -334,6 +335,59 @@ def test_half_precision_keeps_the_decay_in_fp32(backend):
     output = spatial_decay_attention(query, key, value, gate, torch.ones(1), (1, 2), backend=backend)
     assert output.dtype == torch.bfloat16
     assert output[0, 0, 0, 1].item() == pytest.approx(math.exp(-20.03), rel=0.005)
+
+
+@pytest.mark.parametrize("spread", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_blockwise_errs_at_most_twice_as_much_as_plain_attention(dtype, spread):
+    tensors = [x.detach().to(torch.float32) for x in inputs((16, 16), head_dim=64)]
+    low = [(x * factor).to(dtype).requires_grad_() for x, factor in zip(tensors, (spread, spread, 1), strict=False)]
+    exact = [x.detach().double().requires_grad_() for x in low]
+    weights = torch.randn(low[2].shape, generator=torch.Generator().manual_seed(1))
+
+    def results(attend, operands):
+        output = attend(*operands)
+        return [output, *torch.autograd.grad(output, operands, weights.to(output.dtype))]
+
+    def decaying(*operands, backend="blockwise"):
+        return spatial_decay_attention(*operands, tensors[3], tensors[4], (16, 16), backend=backend)
+
+    def errors(found, wanted):
+        return [((x - y).norm() / y.norm()).item() for x, y in zip(found, wanted, strict=True)]
+
+    plain = F.scaled_dot_product_attention
+    allowed = errors(results(plain, low), results(plain, exact))
+    wanted = results(partial(decaying, backend="reference"), exact)
+    for mine, other in zip(errors(results(decaying, low), wanted), allowed, strict=True):
+        assert mine <= 2 * other
+
+
+@pytest.mark.parametrize("change", [(0, (3, 2, 12, 4)), (1, (1, 2, 12, 4)), (2, (2, 4, 12, 4)), (2, (2, 2, 24, 4))])
+def test_shapes_that_do_not_fit_each_other_are_refused(change):
+    tensors = inputs()
+    place, shape = change
+    tensors[place] = torch.zeros(shape, dtype=torch.float64)
+    with pytest.raises(ValueError, match="the same samples, heads and tokens"):
+        spatial_decay_attention(*tensors, GRID)
+
+
+def test_forward_mode_is_computed_by_the_reference_and_refused_by_others():
+    query, *others = (x.detach() for x in inputs())
+
+    def attend(backend):
+        return lambda query: spatial_decay_attention(query, *others, GRID, backend=backend)
+
+    expected = torch.func.jvp(attend("reference"), (query,), (query,))[1]
+    assert expected.norm() > 0
+    torch.testing.assert_close(torch.func.jvp(attend(None), (query,), (query,))[1], expected)
+    with pytest.raises(ValueError, match="'blockwise' has no forward-mode derivatives: use 'reference'"):
+        torch.func.jvp(attend("blockwise"), (query,), (query,))
+
+
+def test_blockwise_is_refused_elsewhere_than_on_cpus():
+    tensors = [x.detach().to("meta") for x in inputs()]
+    with pytest.raises(ValueError, match="'blockwise' computes on CPUs, not on meta"):
+        spatial_decay_attention(*tensors, GRID, backend="blockwise")
 
 
 @pytest.mark.parametrize("backend", ON_CPU)

@@ -129,7 +129,7 @@ class TestFit:
 def test_the_examples_of_the_page_run(make_pipe, make_model):
     page = (Path(__file__).parents[2] / "docs" / "sampling.md").read_text()
     examples = re.findall(r"```python\n(.*?)```", page[: page.index("## How attention")], re.DOTALL)
-    assert len(examples) == 5
+    assert len(examples) == 6
     names = {"pipe": make_pipe(transformer=make_model(num_classes=8), id2label=None, num_inference_steps=2)}
     for example in examples:
         exec(example, names)

@@ -1,7 +1,7 @@
 """Speed and memory of attention with decay, by backend, against torch's plain attention without any.
 
 All candidates take turns in one process; compare ratios rather than times. `far` gates are those that RMT's heads
-start with; `local` ones decay so fast that about a quarter of the tiles is needed at 4,096 tokens. Training is forward
+start with; `local` ones decay so fast that about a sixth of the tiles is needed at 4,096 tokens. Training is forward
 and backward, with all gradients. The floor is the time that the matrix products of plain attention would take at the
 speed at which this machine multiplies large matrices.
 
@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from timing import describe_machine, in_turns, keep_freed_memory, print_table, timed, write_results
 
 from sdt_diffusion.attention import BACKENDS, spatial_decay_attention
+from sdt_diffusion.attention.blockwise import MIN_PRUNED_TOKENS
 from sdt_diffusion.attention.gate import multi_scale_exponents
 from sdt_diffusion.attention.pruning import tile_densities
 
@@ -54,6 +55,8 @@ def candidates(side, batch_size, args):
             continue
         for gate_name, gate in gates.items():
             for eps in (0.0, args.eps) if backend in ("blockwise", "triton") and side > 16 else (0.0,):
+                if eps and backend == "blockwise" and side * side < MIN_PRUNED_TOKENS:
+                    continue  # computed whole
                 if gate_name == "local" and not eps:
                     continue  # takes as long as with other gates
 
@@ -170,7 +173,9 @@ def main():
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, help="default: those that the device can use")
     parser.add_argument("--eps", type=float, default=1e-4, help="share of the softmax that pruning may skip")
     parser.add_argument("--local_gate", type=float, default=-3.0, help="G of the local gates, on average")
-    parser.add_argument("--keep_freed_memory", action="store_true", help="see docs/performance.md")
+    parser.add_argument(
+        "--keep_freed_memory", action="store_true", help="keep glibc from returning freed memory to the system"
+    )
     parser.add_argument("--output", help="JSON file for the results")
     parser.add_argument("--plot", help="JSON file to draw instead of measuring")
     parser.add_argument("--picture", default="attention.png", help="where to draw it")

@@ -108,7 +108,9 @@ def main():
     parser.add_argument("--modes", nargs="+", choices=["forward", "training"], default=["forward", "training"])
     parser.add_argument("--no_compile", action="store_true")
     parser.add_argument("--no_memory", action="store_true")
-    parser.add_argument("--keep_freed_memory", action="store_true", help="see docs/performance.md")
+    parser.add_argument(
+        "--keep_freed_memory", action="store_true", help="keep glibc from returning freed memory to the system"
+    )
     parser.add_argument("--output", help="JSON file for the results")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

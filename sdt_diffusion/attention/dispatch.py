@@ -175,8 +175,8 @@ def spatial_decay_attention(
         )
     if key.shape != query.shape or value.shape[:3] != query.shape[:3] or 0 in query.shape[1:]:
         raise ValueError(
-            f"query, key and value have shapes {tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}: they must "
-            "have the same samples, heads and tokens, at least one of each, and query and key the same columns."
+            f"query, key and value have shapes {tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}: they "
+            "must have the same samples, heads and tokens, at least one of each, and query and key the same columns."
         )
     query, key = query.to(value.dtype), key.to(value.dtype)  # normalized queries are fp32 under autocast
     if not callable(backend):

@@ -1,5 +1,4 @@
 import math
-from functools import partial
 
 import pytest
 import torch
@@ -11,8 +10,6 @@ from torch.utils.checkpoint import checkpoint
 from sdt_diffusion.attention import (
     BACKENDS,
     SPATIAL_DECAY_VARIANTS,
-    Decay,
-    blockwise,
     dispatch,
     spatial_decay,
     spatial_decay_attention,
@@ -202,13 +199,6 @@ def test_functions_as_backends_receive_the_decay_of_each_pass(variant):
     assert decays[-1] is None
 
 
-@pytest.mark.parametrize(("block_bytes", "rows"), [(0, 5), (1152, 12), (2304, 12), (2**20, 12)])
-def test_blocks_of_rows_and_heads_give_what_all_give(monkeypatch, block_bytes, rows):
-    monkeypatch.setattr(blockwise, "BLOCK_BYTES", block_bytes)
-    monkeypatch.setattr(blockwise, "MIN_ROWS", rows)
-    test_backends_equal_the_reference_forward_and_backward(variant="context", decomposed=False, backend="blockwise")
-
-
 def test_the_table_chooses_by_device_dtype_head_tokens_and_gradients(monkeypatch):
     def choose(device, head_dim=64, dtype=torch.bfloat16, tokens=256, value_dim=None):
         query = torch.empty(1, 1, tokens, head_dim, dtype=dtype, device="meta")
@@ -308,13 +298,6 @@ def test_exports_hold_torchs_own_operators():
     torch.testing.assert_close(program.module()(*tensors), spatial_decay_attention(*tensors, GRID))
 
 
-def test_the_blockwise_operator_keeps_torchs_rules_for_operators():
-    query, key, value, gate, alpha = inputs()
-    half_decay = Decay(gate.detach(), alpha.detach(), GRID).half_decay()
-    arguments = (query, key, value, half_decay.requires_grad_(), None, *GRID, False, 0.5)
-    torch.library.opcheck(torch.ops.sdt_diffusion.blockwise_attention.default, arguments)
-
-
 @both_forms
 @decaying
 def test_gradients_by_finite_differences(variant, decomposed):
@@ -337,57 +320,12 @@ def test_half_precision_keeps_the_decay_in_fp32(backend):
     assert output[0, 0, 0, 1].item() == pytest.approx(math.exp(-20.03), rel=0.005)
 
 
-@pytest.mark.parametrize("spread", [1, 3])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_blockwise_errs_at_most_twice_as_much_as_plain_attention(dtype, spread):
-    tensors = [x.detach().to(torch.float32) for x in inputs((16, 16), head_dim=64)]
-    low = [(x * factor).to(dtype).requires_grad_() for x, factor in zip(tensors, (spread, spread, 1), strict=False)]
-    exact = [x.detach().double().requires_grad_() for x in low]
-    weights = torch.randn(low[2].shape, generator=torch.Generator().manual_seed(1))
-
-    def results(attend, operands):
-        output = attend(*operands)
-        return [output, *torch.autograd.grad(output, operands, weights.to(output.dtype))]
-
-    def decaying(*operands, backend="blockwise"):
-        return spatial_decay_attention(*operands, tensors[3], tensors[4], (16, 16), backend=backend)
-
-    def errors(found, wanted):
-        return [((x - y).norm() / y.norm()).item() for x, y in zip(found, wanted, strict=True)]
-
-    plain = F.scaled_dot_product_attention
-    allowed = errors(results(plain, low), results(plain, exact))
-    wanted = results(partial(decaying, backend="reference"), exact)
-    for mine, other in zip(errors(results(decaying, low), wanted), allowed, strict=True):
-        assert mine <= 2 * other
-
-
 @pytest.mark.parametrize("change", [(0, (3, 2, 12, 4)), (1, (1, 2, 12, 4)), (2, (2, 4, 12, 4)), (2, (2, 2, 24, 4))])
 def test_shapes_that_do_not_fit_each_other_are_refused(change):
     tensors = inputs()
-    place, shape = change
-    tensors[place] = torch.zeros(shape, dtype=torch.float64)
+    tensors[change[0]] = torch.zeros(change[1], dtype=torch.float64)
     with pytest.raises(ValueError, match="the same samples, heads and tokens"):
         spatial_decay_attention(*tensors, GRID)
-
-
-def test_forward_mode_is_computed_by_the_reference_and_refused_by_others():
-    query, *others = (x.detach() for x in inputs())
-
-    def attend(backend):
-        return lambda query: spatial_decay_attention(query, *others, GRID, backend=backend)
-
-    expected = torch.func.jvp(attend("reference"), (query,), (query,))[1]
-    assert expected.norm() > 0
-    torch.testing.assert_close(torch.func.jvp(attend(None), (query,), (query,))[1], expected)
-    with pytest.raises(ValueError, match="'blockwise' has no forward-mode derivatives: use 'reference'"):
-        torch.func.jvp(attend("blockwise"), (query,), (query,))
-
-
-def test_blockwise_is_refused_elsewhere_than_on_cpus():
-    tensors = [x.detach().to("meta") for x in inputs()]
-    with pytest.raises(ValueError, match="'blockwise' computes on CPUs, not on meta"):
-        spatial_decay_attention(*tensors, GRID, backend="blockwise")
 
 
 @pytest.mark.parametrize("backend", ON_CPU)

@@ -41,7 +41,7 @@ def samples(pipe, **kwargs):
 
 @pytest.fixture
 def lora_config():
-    peft = pytest.importorskip("peft")
+    peft = pytest.importorskip("peft", reason="peft is an extra, for LoRA")
 
     def make(targets, **kwargs):
         return peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False, **kwargs)
@@ -324,7 +324,7 @@ class TestModel:
 
 
 def test_the_page_names_what_is_tested_and_its_examples_run(make_pipe, make_model, tmp_path, monkeypatch):
-    pytest.importorskip("peft")
+    pytest.importorskip("peft", reason="peft is an extra, for LoRA")
     monkeypatch.chdir(tmp_path)
     make_pipe(id2label=None, num_inference_steps=4).save_pretrained("outputs/small")
     for example in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL):

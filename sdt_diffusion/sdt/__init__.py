@@ -3,6 +3,7 @@
 from .flow_sde import FlowMatchSDEScheduler
 from .guidance import GUIDANCE_KINDS, SDTGuidance
 from .pipeline_sdt import SDTPipeline
-from .transformer_sdt import PRESETS, SDTTransformer2DModel
+from .presets import PRESETS
+from .transformer_sdt import SDTTransformer2DModel
 
 __all__ = ["GUIDANCE_KINDS", "PRESETS", "FlowMatchSDEScheduler", "SDTGuidance", "SDTPipeline", "SDTTransformer2DModel"]

@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from sdt_diffusion.data import DataArguments
 from sdt_diffusion.data.latents.training_data import open_training_data
-from sdt_diffusion.training import train_dit
-from sdt_diffusion.training.train_dit import ModelArguments, ValidationArguments
+from sdt_diffusion.training import train_dit, validation
+from sdt_diffusion.training.model_arguments import ModelArguments
+from sdt_diffusion.training.validation import ValidationArguments
 from sdt_diffusion.utils.files import LOCK_FILE
 from tests.scripts.process import call
 
@@ -231,7 +232,7 @@ def test_a_full_disk_in_the_last_save_names_the_last_checkpoint_and_leaves_nothi
     assert "No space left on device" in line
     assert line.endswith("checkpoint-2 is complete: continue with resume_from_checkpoint latest.")
     monkeypatch.undo()
-    monkeypatch.setattr(train_dit, "plot_loss_curve", full)
+    monkeypatch.setattr(validation, "plot_loss_curve", full)
     line = refused(DIT, "--resume_from_checkpoint", "latest", "--max_train_steps", "3", left=written)
     assert "loss_curve.png" in line
     assert "checkpoint-2 is complete" in line

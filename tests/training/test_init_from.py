@@ -4,7 +4,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 
 from sdt_diffusion import SDTPipeline, SDTTransformer2DModel
 from sdt_diffusion.training.init_from import CLASS_TABLE, describe_classes, kept_classes, new_class_table
-from sdt_diffusion.training.train_dit import ModelArguments
+from sdt_diffusion.training.model_arguments import ModelArguments
 from tests.conftest import TINY, randomize
 
 SIZES = {"sample_size": 8, "in_channels": 3, "num_classes": 5}

@@ -7,6 +7,8 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
 from sdt_diffusion.training import objectives
 from sdt_diffusion.training.objectives import DiffusionLoss, ObjectiveArguments, build_objective
+from sdt_diffusion.training.objectives import loss as loss_module
+from sdt_diffusion.training.objectives.ddpm import log_probability_of_pixels
 from sdt_diffusion.utils.seeding import Draws
 
 
@@ -135,7 +137,7 @@ def test_the_error_by_timestep_is_of_all_processes_and_of_what_is_finite(monkeyp
     noise = build_objective(ObjectiveArguments()).noised(torch.zeros(8, 1, 2, 2), draws_for(8)).target
     expected = noise[[0, 1, 2, 4, 5, 6, 7]].square().mean().item()
     # As if two processes had seen the same.
-    monkeypatch.setattr(objectives, "reduce", lambda sums, reduction: sums * 2)
+    monkeypatch.setattr(loss_module, "reduce", lambda sums, reduction: sums * 2)
     found = loss.pop_values()
     assert found["loss_by_timestep/0000-0999"] == pytest.approx(expected)
 
@@ -232,10 +234,10 @@ class TestLearnedVariance:
     def test_probabilities_of_all_values_sum_to_one(self):
         values = torch.arange(256) / 127.5 - 1
         for mean, std in ((0.0, 0.3), (0.9, 0.02), (-1.5, 1.0)):
-            logs = objectives.log_probability_of_pixels(values, torch.tensor(mean), torch.tensor(math.log(std)))
+            logs = log_probability_of_pixels(values, torch.tensor(mean), torch.tensor(math.log(std)))
             assert logs.exp().sum().item() == pytest.approx(1, abs=1e-4)
         far = torch.tensor(5.0, requires_grad=True)
-        log = objectives.log_probability_of_pixels(torch.tensor(0.0), far, torch.tensor(-5.0))
+        log = log_probability_of_pixels(torch.tensor(0.0), far, torch.tensor(-5.0))
         log.backward()
         assert log.item() == pytest.approx(-((5 - 1 / 255) ** 2) / 2 * math.exp(10), rel=1e-3)
         assert far.grad.isfinite()

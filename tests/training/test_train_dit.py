@@ -7,9 +7,11 @@ from sdt_diffusion import SDTPipeline
 from sdt_diffusion.data import DataArguments
 from sdt_diffusion.data.latents.training_data import open_training_data
 from sdt_diffusion.evaluation.cost import count_cost
-from sdt_diffusion.training import train_dit
+from sdt_diffusion.training import validation
+from sdt_diffusion.training.model_arguments import ModelArguments
 from sdt_diffusion.training.objectives import DiffusionLoss, ObjectiveArguments, build_objective
-from sdt_diffusion.training.train_dit import DiffusionValidation, ModelArguments, flops_of, hold_out
+from sdt_diffusion.training.train_dit import flops_of
+from sdt_diffusion.training.validation import DiffusionValidation, hold_out
 from tests.conftest import randomize
 from tests.training.helpers import build_run, trained
 
@@ -114,7 +116,7 @@ def test_the_last_grid_is_sampled_once_and_is_also_samples_png(digits, tmp_path,
         calls.append(labels)
         return [Image.new("L", (8, 8), 25 * label) for label in labels]
 
-    monkeypatch.setattr(train_dit, "generate_on_all_processes", generate)
+    monkeypatch.setattr(validation, "generate_on_all_processes", generate)
     run = build_run(tmp_path, max_train_steps=4, config={"validation_steps": 2})
     loss = DiffusionLoss(build_objective(ObjectiveArguments()))
     trained(run, validate=DiffusionValidation(None, loss, digits, None, num_images=20, sampling={"seed": 0}))

@@ -14,9 +14,9 @@ from sdt_diffusion.evaluation.fid import FidArguments
 from sdt_diffusion.hub import HubArguments
 from sdt_diffusion.training.config import RunArguments
 from sdt_diffusion.training.ema import EMAArguments
+from sdt_diffusion.training.model_arguments import ModelArguments
 from sdt_diffusion.training.optimizer import OptimizationArguments
 from sdt_diffusion.training.recipe import RecipeArguments
-from sdt_diffusion.training.train_dit import ModelArguments
 from sdt_diffusion.utils.arguments import (
     RECIPES_FOLDER,
     fields_with,

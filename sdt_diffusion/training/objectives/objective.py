@@ -1,0 +1,89 @@
+"""What an objective is: how clean images become training examples."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import Literal, NamedTuple, Protocol
+
+import torch
+from diffusers.schedulers import SchedulerMixin
+
+from ...utils.ranges import RANGE_KEY, CheckedArguments, Range, between, more_than
+from ...utils.seeding import Draws
+
+#: Beyond it the 'mode' distribution would leave 0 to 1 (Esser et al. 2024, section 3.1).
+MODE_SCALE = Range(-1, 2 / (math.pi - 2))
+
+#: Value of `objective` -> class; the package's `__init__.py` fills it.
+OBJECTIVES: dict[str, type["Objective"]] = {}
+
+
+@dataclass(frozen=True)
+class ObjectiveArguments(CheckedArguments):
+    """What the model learns."""
+
+    objective: str = field(default="flow", metadata={"help": "Flow matching (flow) or a DDPM schedule (ddpm)."})
+    prediction_type: Literal["epsilon", "v_prediction"] = field(
+        default="epsilon", metadata={"help": "What a DDPM model predicts."}
+    )
+    snr_gamma: float | None = field(
+        default=None,
+        metadata={"help": "Min-SNR weighting of the DDPM loss (5.0 is usual); none by default."} | more_than(0),
+    )
+    learn_sigma: bool = field(
+        default=False,
+        metadata={"help": "Whether a DDPM model also learns the variance of its steps, as DiT's do."},
+    )
+    weighting_scheme: Literal["logit_normal", "none", "mode"] = field(
+        default="logit_normal", metadata={"help": "Distribution of flow times; 'none' is uniform."}
+    )
+    logit_mean: float = field(default=0.0, metadata={"help": "Mean of logit-normal times."} | between(-100, 100))
+    logit_std: float = field(
+        default=1.0, metadata={"help": "Standard deviation of logit-normal times."} | between(0, 100, with_least=False)
+    )
+    mode_scale: float = field(
+        default=1.29, metadata={"help": "Scale of the 'mode' distribution of times.", RANGE_KEY: MODE_SCALE}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.objective not in OBJECTIVES:
+            raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}, not {self.objective!r}.")
+        options = {name for objective in OBJECTIVES.values() for name in objective.options}
+        for f in fields(self):
+            applies = f.name not in options or f.name in OBJECTIVES[self.objective].options
+            if not applies and getattr(self, f.name) != f.default:
+                raise ValueError(f"{f.name} does not apply to objective {self.objective}.")
+
+
+class Noised(NamedTuple):
+    """Training examples: model input, its timestep, what to predict, and the weight of the squared error.
+
+    Where a model predicts more channels than the target has, `further_loss` takes the prediction of the target, shape
+    (batch, channels, height, width), without its gradient, and the further channels, and returns their loss, (batch,).
+    """
+
+    sample: torch.Tensor
+    timestep: torch.Tensor
+    target: torch.Tensor
+    weight: torch.Tensor
+    further_loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
+
+
+class Objective(Protocol):
+    """What `DiffusionLoss` needs of an objective, which is built from `ObjectiveArguments`."""
+
+    #: Names of the `ObjectiveArguments` that it reads.
+    options: tuple[str, ...]
+    #: Timesteps lie between 0 and this number.
+    num_train_timesteps: int
+    #: Whether the model predicts a variance too, in as many further channels.
+    learn_sigma: bool
+
+    def __init__(self, args: ObjectiveArguments): ...
+
+    def sampling_scheduler(self, pixels: bool) -> SchedulerMixin:
+        """Return the scheduler that is saved with the pipeline; `pixels` if the model works in pixels."""
+
+    def noised(self, clean: torch.Tensor, draws: Draws) -> Noised:
+        """Draw noise and timesteps for a batch of clean (latent) images, shape (batch, channels, height, width)."""

@@ -20,12 +20,7 @@ SAVED = "saved with the pipeline"
 #: One run or view at a time: both use the one model.
 ONE_AT_A_TIME: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "model"}
 #: Pictures without loss, whose upper left corner no label hides.
-SHOWN_ONLY: dict[str, Any] = {
-    "format": "png",
-    "show_label": False,
-    "interactive": False,
-    "buttons": ["download", "fullscreen"],
-}
+SHOWN_ONLY: dict[str, Any] = {"format": "png", "show_label": False, "interactive": False}
 HINT = "Click a patch of a picture to see how far each head looks from it, from noise to image."
 CSS = """
 .gradio-container { max-width: 1500px !important; }
@@ -82,10 +77,10 @@ def build_page(pipe: SDTPipeline, name: str, seed: int = 0) -> gr.Blocks:
                     stop = gr.Button("Stop", min_width=60, scale=0)
             with gr.Column(scale=4, min_width=320):
                 status = gr.Markdown("Press *Sample*.", elem_id="status")
-                sheet = gr.Image(elem_id="sheet", **SHOWN_ONLY)
+                sheet = gr.Image(elem_id="sheet", buttons=[], **SHOWN_ONLY)  # each corner is a patch to click
             with gr.Column(scale=5, min_width=400):
                 block = gr.Slider(0, num_blocks_of(pipe) - 1, num_blocks_of(pipe) // 2, step=1, label="Block")
-                view = gr.Image(elem_id="view", **SHOWN_ONLY)
+                view = gr.Image(elem_id="view", buttons=["download", "fullscreen"], **SHOWN_ONLY)
 
         settings_boxes = [label, seed_box, count, steps, scale, scheduler_box, kind, interval]
 

@@ -1,11 +1,20 @@
 """Layers that a loss trains with the model."""
 
+import math
+
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from sdt_diffusion import SDTTransformer2DModel
 from sdt_diffusion.training.heads import AverageTeacher
-from sdt_diffusion.training.objectives import DiffusionLoss, ObjectiveArguments, build_objective
+from sdt_diffusion.training.objectives import (
+    DiffusionLoss,
+    ObjectiveArguments,
+    build_auxiliary_losses,
+    build_objective,
+)
+from tests.conftest import TINY
 from tests.training.helpers import Projection, build_run, trained
 
 
@@ -15,7 +24,7 @@ def loss_with_head(seed=0):
 
 def run_with_head(output_dir, seed=0, **kwargs):
     loss = loss_with_head(seed)
-    run = build_run(output_dir, heads=loss.heads, logging_steps=2, **kwargs)
+    run = build_run(output_dir, heads=loss.heads, logging_steps=1, **kwargs)
     return trained(run, loss)
 
 
@@ -40,6 +49,17 @@ def test_a_head_is_trained_and_saved_beside_the_model_only(whole):
     assert all("projection" in record for record in whole.log.records)
 
 
+def assert_same(run, other, **tolerance):
+    checkpoints = [each.output_dir / f"checkpoint-{each.step}" for each in (run, other)]
+    names = [path.relative_to(checkpoints[0]) for path in checkpoints[0].rglob("*.safetensors")]
+    assert len(names) == 4
+    for name in names:
+        found, expected = (load_file(checkpoint / name) for checkpoint in checkpoints)
+        assert found.keys() == expected.keys()
+        for key in expected:
+            torch.testing.assert_close(found[key], expected[key], **tolerance)
+
+
 def test_a_killed_run_ends_with_the_same_head_and_model(whole, tmp_path):
     run_with_head(tmp_path / "out", max_train_steps=2)
     resumed = run_with_head(tmp_path / "out", seed=1, resume_from_checkpoint="latest")  # another start of the head
@@ -53,17 +73,9 @@ def test_a_killed_run_ends_with_the_same_head_and_model(whole, tmp_path):
         assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
-def test_one_large_batch_is_as_good_as_two_small_ones(tmp_path):
-    optimization = {"adam_epsilon": 1e-4}  # with the usual one, rounding errors would be full steps
-    small = run_with_head(tmp_path / "s", optimization=optimization, gradient_accumulation_steps=2)
-    large = run_with_head(tmp_path / "l", optimization=optimization, train_batch_size=8)
-    for a, b in zip(small.heads.parameters(), large.heads.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
-
-
 def test_gradients_are_clipped_together(tmp_path):
     """A head's gradient counts in the norm."""
-    run = run_with_head(tmp_path / "out", max_train_steps=1, logging_steps=1)
+    run = run_with_head(tmp_path / "out", max_train_steps=1)
     loss = loss_with_head()
     model = build_run(tmp_path / "other", max_train_steps=1)
     images, labels = next(model.batches())
@@ -73,26 +85,68 @@ def test_gradients_are_clipped_together(tmp_path):
     model.release_folder()
 
 
-@pytest.mark.parametrize("damage", ["missing", "shape"])
-def test_a_damaged_head_is_refused(tmp_path, damage):
-    run = run_with_head(tmp_path / "out", max_train_steps=2)
-    path = run.output_dir / "checkpoint-2" / "heads.safetensors"
-    loss = loss_with_head()
-    if damage == "missing":
-        path.unlink()
-    else:
-        loss.heads["projection"] = torch.nn.Linear(3, 4)
-    with pytest.raises((ValueError, OSError), match=r"heads\.safetensors"):
-        build_run(tmp_path / "out", heads=loss.heads, resume_from_checkpoint="latest")
+def test_a_head_of_another_shape_is_refused(tmp_path):
+    run_with_head(tmp_path / "out", max_train_steps=2)
+    heads = torch.nn.ModuleDict({"projection": torch.nn.Linear(3, 4)})
+    with pytest.raises(ValueError, match=r"heads\.safetensors .*heads\.projection\.(weight|bias)"):
+        build_run(tmp_path / "out", heads=heads, resume_from_checkpoint="latest")
 
 
-def test_the_teacher_is_the_average(whole, tmp_path):
+def test_the_teacher_is_the_average(tmp_path):
+    run = build_run(tmp_path / "average", ema={"ema_profile": "constant", "ema_decay": 0.5})
+    teacher = AverageTeacher(run)
     inputs = torch.randn(2, 3, 8, 8), torch.tensor([10.0, 500.0]), torch.tensor([1, 2])
-    found = AverageTeacher(whole)(*inputs, return_dict=False)[0]
+    before = teacher(*inputs, return_dict=False)[0]
+    trained(run)
+    found = teacher(*inputs, return_dict=False)[0]
     assert not found.requires_grad
-    whole.trained_model.load_state_dict(whole.averages["ema"].tensors)
-    assert torch.equal(found, whole.trained_model(*inputs).sample)
+    assert not torch.equal(found, before)
+    average = SDTTransformer2DModel(**TINY).eval()
+    average.load_state_dict(run.averages["ema"].tensors)
+    assert torch.equal(found, average(*inputs).sample)
     without = build_run(tmp_path / "out", ema={"use_ema": False})
     with pytest.raises(ValueError, match="needs use_ema, and no FSDP2"):
         AverageTeacher(without)(*inputs)
     without.release_folder()
+
+
+#: Every term, on the tiny model of two blocks.
+EVERY_TERM = ObjectiveArguments(
+    time_shift=2.0,
+    direction_loss_weight=1.0,
+    contrastive_weight=0.05,
+    dispersive_weight=0.5,
+    dispersive_images=2,
+    self_alignment_weight=0.2,
+    self_alignment_teacher_block=2,
+)
+
+
+def run_with_every_term(output_dir, model=None, **kwargs):
+    torch.manual_seed(0)
+    config = SDTTransformer2DModel(**TINY)
+    terms = build_auxiliary_losses(EVERY_TERM, config, train_batch_size=4)
+    loss = DiffusionLoss(build_objective(EVERY_TERM), class_dropout_prob=0.5, auxiliary=terms)
+    run = build_run(output_dir, model, heads=loss.heads, **kwargs)
+    loss.teacher = AverageTeacher(run)
+    return trained(run, loss)
+
+
+def test_every_term_is_resumed_exactly_and_is_the_same_in_one_batch_and_two(tmp_path):
+    kwargs = {"max_train_steps": 4, "optimization": {"adam_epsilon": 1e-4}}
+    whole = run_with_every_term(tmp_path / "whole", gradient_accumulation_steps=2, **kwargs)
+    half = {**kwargs, "max_train_steps": 2}
+    run_with_every_term(tmp_path / "part", gradient_accumulation_steps=2, **half)
+    part = run_with_every_term(
+        tmp_path / "part", gradient_accumulation_steps=2, resume_from_checkpoint="latest", **kwargs
+    )
+    assert_same(part, whole, rtol=0, atol=0)
+    large = run_with_every_term(tmp_path / "large", train_batch_size=8, **kwargs)
+    assert_same(large, whole, rtol=0, atol=1e-6)
+    assert whole.log.records[-1]["self_alignment_loss"] > 0
+
+
+def test_every_term_trains_in_half_precision(tmp_path):
+    run = run_with_every_term(tmp_path / "out", max_train_steps=2, logging_steps=2, mixed_precision="bf16")
+    names = ("loss", "direction_loss", "contrastive_loss", "dispersive_loss", "self_alignment_loss")
+    assert all(math.isfinite(run.log.records[-1][name]) for name in names)

@@ -92,7 +92,7 @@ def main(output_dir, strategy, *words):
     )
     torch.manual_seed(0)
     model = SDTTransformer2DModel(**TINY)
-    terms = [DirectionLoss(0.5), ContrastiveLoss(0.05), DispersiveLoss(0.5, block=0, num_images=4), Projection()]
+    terms = [DirectionLoss(0.5), ContrastiveLoss(0.05), DispersiveLoss(0.5, block=0, num_images=2), Projection()]
     loss = DiffusionLoss(build_objective(ObjectiveArguments()), class_dropout_prob=0.5, auxiliary=terms)
     build = training_run.build_accelerator
     with exit_on_error():

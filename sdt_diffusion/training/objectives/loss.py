@@ -55,7 +55,7 @@ class DiffusionLoss:
             model, batch, class_labels, draws, self.class_dropout_prob, self._blocks
         )
         loss = (noised.weight * error).mean()
-        target_prediction = prediction[:, : noised.target.shape[1]].float()
+        target_prediction = prediction[:, : noised.target.shape[1]]
         predicted = Predicted(batch, noised, target_prediction, class_labels, dropped, tokens, draws, self.teacher)
         terms = [term(predicted) for term in self.auxiliary]
         loss = loss + sum(term.weight * value for term, value in zip(self.auxiliary, terms, strict=True))
@@ -100,7 +100,8 @@ class DiffusionLoss:
                 f"The model predicts {tuple(prediction.shape)}, but the target is {expected}: training needs "
                 "out_channels equal to in_channels, or twice that with learn_sigma."
             )
-        difference = prediction[:, :channels].float() - noised.target.float()  # (B, C, H, W)
+        prediction = prediction.float()  # once, so that the terms' gradients are not rounded one by one
+        difference = prediction[:, :channels] - noised.target.float()  # (B, C, H, W)
         return noised, difference.square().flatten(1).mean(dim=1), prediction, dropped, tokens
 
     def pop_values(self) -> dict[str, float]:

@@ -72,20 +72,33 @@ class TestEveryOption:
                 assert output.shape == (2, 3, *size)
                 assert torch.equal(loaded(*batch(size)).sample, output)
 
-    @each_option
-    def test_compiles_to_one_graph_with_checkpointing(self, make_model, options):
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {**PLUS, "adaln": "single", "network_output": "clean", "position_embedding": "none"},
+            {
+                "adaln": "low_rank",
+                "num_registers": 2,
+                "long_skips": True,
+                "num_layers": 3,
+                "interval_conditioning": True,
+            },
+        ],
+        ids=("plus", "rest"),
+    )
+    def test_compiles_to_one_graph_and_checkpointing_changes_no_gradient(self, make_model, options):
         torch.compiler.reset()
-        model = make_model(**options).train()
-        model.enable_gradient_checkpointing()
-        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-        results = []
-        for forward in (model.eval(), compiled):
+        model = make_model(**options)
+        compiled, results = torch.compile(model, fullgraph=True, backend="eager"), []
+        for forward, checkpointing in ((model, False), (model, True), (compiled, False)):
+            (model.enable_gradient_checkpointing if checkpointing else model.disable_gradient_checkpointing)()
             model.zero_grad()
             output, (tokens,) = forward(*batch(), return_dict=False, block_outputs=(1,))
             (output.square().sum() + tokens.sum()).backward()
             results.append([output.detach(), tokens.detach(), *(p.grad.clone() for p in model.parameters())])
-        for expected, found in zip(*results, strict=True):
-            torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+        for others in results[1:]:
+            for expected, found in zip(results[0], others, strict=True):
+                torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
 
     @each_option
     def test_works_in_half_precision_and_with_weights_of_8_bits(self, make_model, options):

@@ -38,7 +38,7 @@ NETWORK_OUTPUTS = {
     "prediction": "what the model returns: noise, v or flow, as it was trained",
     "clean": "the clean image, from which the model computes the flow that it returns (JiT)",
 }
-CHOICES = {"adaln": ADALN_KINDS, "position_embedding": POSITION_EMBEDDINGS, "network_output": NETWORK_OUTPUTS}
+KINDS_OF_OPTIONS = {"adaln": ADALN_KINDS, "position_embedding": POSITION_EMBEDDINGS, "network_output": NETWORK_OUTPUTS}
 SWITCHES = ("decomposed", "gate_conditioning", "rotary", "long_skips", "interval_conditioning")
 #: A config of more parameters is a mistake, which would only show when memory is asked for.
 MAX_PARAMETERS = 1e11
@@ -88,6 +88,6 @@ def _check_values(config: dict[str, Any]) -> None:
     for name in SWITCHES:
         if config[name] not in (True, False):
             raise ValueError(f"{name} must be true or false, not {config[name]!r}.")
-    for name, choices in CHOICES.items():
+    for name, choices in KINDS_OF_OPTIONS.items():
         if not isinstance(config[name], str) or config[name] not in choices:
             raise ValueError(f"{name} must be {' or '.join(choices)}, not {config[name]!r}.")

@@ -294,9 +294,9 @@ class SDTTransformer2DModel(
         inputs = (grid_size, conditioning, image_rotary_emb, decay_scale, modulation)
         num_layers, skips, kept = self.config.num_layers, list(self.skip_projections or ()), {}
         for i, block in enumerate(self.transformer_blocks):
-            if num_layers - i <= len(skips):
-                skip = skips[num_layers - 1 - i]
-                hidden_states = skip(torch.cat([hidden_states, kept[num_layers - 1 - i]], dim=-1))  # (B, R+N, D)
+            source = num_layers - 1 - i  # the block whose tokens a long skip brings here
+            if source < len(skips):
+                hidden_states = skips[source](torch.cat([hidden_states, kept[source]], dim=-1))  # (B, R+N, D)
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 hidden_states = self._gradient_checkpointing_func(block, hidden_states, *inputs)
             else:

@@ -299,7 +299,7 @@ class TestPage:
             exec(code, namespace)
 
     def test_its_keys_are_those_of_the_config_with_their_defaults(self, untrained):
-        rows = re.findall(r"^\| `(\w+)` \| `?(\w+)`?", self.PAGE, re.MULTILINE)
+        rows = re.findall(r"^\| `(\w+)` \| `?([\w-]+)`?", self.PAGE, re.MULTILINE)
         assert len(rows) == 10
         assert {key: str(untrained().config[key]) for key, _ in rows} == dict(rows)
 

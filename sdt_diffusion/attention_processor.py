@@ -86,14 +86,12 @@ class SDTAttnProcessor:
         if attn.local_position is not None:
             position = attn.local_position(value[:, registers:], grid_size)  # (B, N, h*d)
             position = F.pad(position, (0, 0, registers, 0)) if registers else position
-        query, key, value = (
-            x.unflatten(-1, (-1, attn.head_dim)).transpose(1, 2)  # (B, h, N, d)
-            for x in (query, key, value)
-        )
+        query, key, value = (x.unflatten(-1, (-1, attn.head_dim)) for x in (query, key, value))  # (B, N, h, d)
         if attn.norm_q is not None and attn.norm_k is not None:
             query, key = attn.norm_q(query), attn.norm_k(key)
         if image_rotary_emb is not None:
-            query, key = (apply_rotary_emb(x, image_rotary_emb) for x in (query, key))
+            query, key = (apply_rotary_emb(x, image_rotary_emb, sequence_dim=1) for x in (query, key))
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # (B, h, N, d)
         gate, alpha = (None, None) if attn.gate is None else attn.gate(hidden_states, conditioning)  # (B, h, N), (h,)
         if decay_scale is not None and gate is not None:
             gate = gate * decay_scale[..., None]  # the decay is linear in the gate

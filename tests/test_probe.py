@@ -50,6 +50,16 @@ def fixed_noise(model, shape):
     return torch.randn(shape, generator=torch.Generator().manual_seed(model.config.noise_seed))
 
 
+@pytest.mark.parametrize("options", [{"num_registers": 2}, {"long_skips": True}, {"adaln": "single"}], ids=str)
+def test_features_are_the_patches_after_the_block_whatever_the_models_options(make_model, make_probe, options):
+    transformer = make_model(num_layers=5, **options)
+    model = make_probe(transformer, block=3, timestep=250)
+    noised = 0.75 * images() + 0.25 * fixed_noise(model, (3, 8, 8))
+    labels = torch.full((2,), transformer.config.num_classes)
+    (expected,) = transformer(noised, torch.full((2,), 250.0), labels, block_outputs=(3,)).block_outputs
+    torch.testing.assert_close(model.forward_features(images()), expected)
+
+
 @pytest.mark.parametrize("block", [0, 1, 2])
 def test_features_of_a_flow_are_the_transformers_hidden_states(make_model, make_probe, block):
     transformer = make_model(num_layers=3, class_dropout_prob=0.5)

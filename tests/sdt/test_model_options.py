@@ -1,6 +1,8 @@
 """Config keys that change the architecture: each alone, with each decay, and against what it must equal."""
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -284,6 +286,30 @@ class TestPresets:
         assert PRESETS["SDT-B/16+"]["network_output"] == "clean"
         assert math.isclose(PRESETS["SDT-B/16+"]["mlp_ratio"], 8 / 3)
         assert all(PRESETS[name[:-1]].items() <= config.items() for name, config in PRESETS.items() if name[-1] == "+")
+
+
+class TestPage:
+    """docs/model.md."""
+
+    PAGE = (Path(__file__).parents[2] / "docs" / "model.md").read_text()
+
+    def test_its_code_runs(self):
+        namespace = {}
+        for code in re.findall(r"```python\n(.*?)```", self.PAGE, re.DOTALL):
+            exec(code, namespace)
+
+    def test_its_keys_are_those_of_the_config_with_their_defaults(self, untrained):
+        rows = re.findall(r"^\| `(\w+)` \| `?([\w-]+)`?", self.PAGE, re.MULTILINE)
+        assert len(rows) == 10
+        assert {key: str(untrained().config[key]) for key, _ in rows} == dict(rows)
+
+    @pytest.mark.parametrize(("column", "size"), [(0, "S"), (3, "XL")])
+    def test_its_numbers_of_parameters_are_counted(self, column, size):
+        rows = re.findall(r"^\| `SDT-\*/(2\+?)`(?:, `adaln` (\w+))? \| (.*) \|$", self.PAGE, re.MULTILINE)
+        assert len(rows) == 4
+        for preset, adaln, numbers in rows:
+            counted = parameters(f"SDT-{size}/{preset}", adaln=adaln or "full") / 1e6
+            assert f"{counted:.1f}" == numbers.split(" | ")[column]
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from diffusers import FasterCacheConfig, PyramidAttentionBroadcastConfig
 from diffusers.guiders import BaseGuidance
 from diffusers.schedulers import SchedulerMixin
 
+from ..utils.reading import shortened
 from .caching import check_single_batch
 from .guidance import GUIDANCE_KINDS, SDTGuidance
 
@@ -152,6 +153,9 @@ def check_parts(transformer: Any, scheduler: Any, vae: Any, id2label: Any) -> No
     ):
         if part is not None and not fits:
             raise ValueError(f"{name} must be {wanted}, not a {type(part).__name__}.")
+    missing = [] if vae is None else [name for name, value in vae.named_parameters() if value.is_meta]
+    if missing and len(missing) < len(list(vae.parameters())):  # a whole VAE may be on the meta device on purpose
+        raise ValueError(f"The vae is not whole: its files have no {shortened(missing)}.")
     items = id2label.items() if isinstance(id2label, dict) else [(id2label, "")] if id2label else []
     if not all(str(label).isdecimal() and isinstance(text, str) for label, text in items):
         raise ValueError("id2label must map label ids to class names.")

@@ -144,7 +144,7 @@ def test_guidance_is_saved_with_the_pipeline(guided_pipe, kind, tmp_path):
     loaded = DiffusionPipeline.from_pretrained(tmp_path)
     loaded.set_progress_bar_config(disable=True)
     assert torch.equal(images(loaded), images(pipe))
-    assert json.loads((tmp_path / "model_index.json").read_text())["guider"] == ["sdt", "SDTGuidance"]
+    assert json.loads((tmp_path / "model_index.json").read_text())["guider"] == ["sdt_diffusion", "SDTGuidance"]
 
 
 def test_guidance_that_was_set_later_is_saved_too(make_pipe, make_model, tmp_path):

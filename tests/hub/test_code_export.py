@@ -155,7 +155,10 @@ def test_diffusers_downloads_the_code_of_every_part(make_pipe, make_model, tmp_p
     }
     assert f"{index['_class_name'][0]}.py" in files
     # The package reads the index on the Hub by this method.
-    assert SDTPipeline._dict_from_json_file(tmp_path / "model_index.json")["guider"] == ["sdt", "SDTGuidance"]
+    assert SDTPipeline._dict_from_json_file(tmp_path / "model_index.json")["guider"] == [
+        "sdt_diffusion",
+        "SDTGuidance",
+    ]
 
 
 def test_folders_of_others_are_refused(finished_run, tmp_path):

@@ -102,7 +102,12 @@ def build_pipeline(
             f"There are {len(id2label)} class names, and the model has {model.config.num_classes} classes."
         )
     return SDTPipeline(
-        model, source.scheduler, vae, id2label=id2label or None, num_inference_steps=source.num_inference_steps
+        model,
+        source.scheduler,
+        vae,
+        id2label=id2label or None,
+        num_inference_steps=source.num_inference_steps,
+        uniform_sigmas=source.uniform_sigmas,
     )
 
 

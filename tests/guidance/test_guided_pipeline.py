@@ -45,7 +45,7 @@ def images(pipe, **kwargs):
 
 @pytest.mark.parametrize("kind", GUIDANCE_KINDS)
 def test_a_picture_is_the_same_in_batches_of_1_7_and_64(guided_pipe, make_model, kind):
-    options = {"guidance_interval": (0.3, 0.9), "guidance_rescale": 0.5}
+    options = {"guidance_interval": (0.2, 1.0), "guidance_rescale": 0.5}  # all steps but the last
     pipe = guided_pipe(kind, transformer=make_model(num_layers=1), **options)
     labels = [index % 5 for index in range(64)]
 

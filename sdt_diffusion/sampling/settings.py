@@ -20,6 +20,7 @@ from ..sdt.schedulers import GUIDANCE, STEPS, swap_scheduler
 from ..sdt.vae import LatentNormalization
 from ..utils.arguments import json_object
 from ..utils.ranges import RANGE_KEY, CheckedArguments, Range, a_seed, between
+from .generate import describe_sampling
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -268,7 +269,8 @@ def load_pipeline(args: PipelineArguments, device: torch.device | str) -> SDTPip
     except ValueError as error:
         raise ValueError(f"model: {error}") from error
     args.apply_to(pipe)
-    args.settings(pipe)  # refuses steps beyond the schedule now rather than after the model's way to the device
+    # Refuse steps beyond the schedule, or guidance at none of them, now rather than after the way to the device.
+    describe_sampling(pipe, args.settings(pipe))
     try:
         return pipe.to(device)
     except torch.OutOfMemoryError:

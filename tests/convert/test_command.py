@@ -240,7 +240,7 @@ class TestBadInput:
 def test_the_commands_of_the_documentation_and_of_the_help_parse():
     text = (ROOT / "docs" / "converting.md").read_text() + inspect.getdoc(inspect.getmodule(main))
     commands_shown = re.findall(r"^ *sdt-diffusion convert (.*?)(?: +#.*)?$", text, re.MULTILINE)
-    assert len(commands_shown) == 11
+    assert len(commands_shown) == 12
     for words in commands_shown:
         (args,) = parse_arguments((ConvertArguments,), with_flags(words.split()))
         assert args.source

@@ -354,7 +354,7 @@ def _choose(
 def _notes_on_sampling(pipe: SDTPipeline, args: FidSamplingArguments, num_samples: int) -> list[str]:
     """Return notes if nothing sets the guidance, or if the classes cannot have equally many samples."""
     notes, guidance = [], args.settings(pipe)["guidance_scale"]
-    if args.guidance_scale is pipe.config.guidance_scale is pipe.guider is None:
+    if args.guidance_scale is None and pipe.config.guidance_scale is None and pipe.guider is None:
         notes.append(f"The pipeline has no guidance_scale saved: {guidance:g} was used; FIDs are best at about 1.5.")
     num_classes = pipe.transformer.config.num_classes
     more = num_samples % num_classes

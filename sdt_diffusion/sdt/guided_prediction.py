@@ -10,6 +10,7 @@ from diffusers.schedulers import SchedulerMixin
 from ..utils.reading import shortened
 from .caching import check_single_batch
 from .guidance import GUIDANCE_KINDS, SDTGuidance
+from .vae import CHANNEL_STATISTICS, LatentNormalization
 
 #: Caches of diffusers that expect the same batch at all steps.
 WHOLE_RUN_CACHES = (FasterCacheConfig, PyramidAttentionBroadcastConfig)
@@ -153,8 +154,12 @@ def check_parts(transformer: Any, scheduler: Any, vae: Any, id2label: Any) -> No
     ):
         if part is not None and not fits:
             raise ValueError(f"{name} must be {wanted}, not a {type(part).__name__}.")
-    missing = [] if vae is None else [name for name, value in vae.named_parameters() if value.is_meta]
-    if missing and len(missing) < len(list(vae.parameters())):  # a whole VAE may be on the meta device on purpose
+    if vae is not None and vae.config.get(CHANNEL_STATISTICS[0]) is not None:
+        LatentNormalization.of(vae)
+    # Offloaded parts are on the meta device, and a whole VAE may be on purpose.
+    offloaded = vae is None or hasattr(vae, "hf_device_map")
+    missing = [] if offloaded else [name for name, value in vae.named_parameters() if value.is_meta]
+    if missing and len(missing) < len(list(vae.parameters())):
         raise ValueError(f"The vae is not whole: its files have no {shortened(missing)}.")
     items = id2label.items() if isinstance(id2label, dict) else [(id2label, "")] if id2label else []
     if not all(str(label).isdecimal() and isinstance(text, str) for label, text in items):

@@ -9,9 +9,12 @@ import torch
 from torch import nn
 
 from ..utils.fingerprint import differences, fingerprint
+from ..utils.ranges import Range, check_value
 
 #: Where the config of an `AutoencoderKL` has statistics of each channel; they take the place of its shift_factor.
 CHANNEL_STATISTICS = ("latents_mean", "latents_std")
+#: Values that they may have.
+MEANS, DEVIATIONS = Range(-1e9, 1e9), Range(0, 1e9, with_least=False)
 
 
 class LatentNormalization(NamedTuple):
@@ -25,12 +28,21 @@ class LatentNormalization(NamedTuple):
 
     @classmethod
     def of(cls, vae: nn.Module) -> "LatentNormalization":
-        """Return the normalization in the VAE's config."""
+        """Return the normalization in the VAE's config.
+
+        Raises:
+            ValueError: If that has statistics that are not those of its channels.
+        """
         config = vae.config
-        mean, std = (config.get(name) for name in CHANNEL_STATISTICS)
-        if mean is not None and std is not None:
-            return cls([config.scaling_factor / deviation for deviation in std], list(mean))
-        return cls(config.scaling_factor, config.get("shift_factor") or 0.0)
+        mean, std = statistics = [config.get(name) for name in CHANNEL_STATISTICS]
+        if mean is None or std is None:
+            return cls(config.scaling_factor, config.get("shift_factor") or 0.0)
+        for name, values, allowed in zip(CHANNEL_STATISTICS, statistics, (MEANS, DEVIATIONS), strict=True):
+            if not isinstance(values, (list, tuple)) or len(values) != config.latent_channels:
+                raise ValueError(f"The VAE's {name} must be {config.latent_channels} numbers, not {values!r:.60}.")
+            for value in values:
+                check_value(f"The VAE's {name}", value, (float,), allowed)
+        return cls([config.scaling_factor / deviation for deviation in std], list(mean))
 
     def register_with(self, vae: nn.Module) -> None:
         """Make this the normalization in the config of a VAE, an `AutoencoderKL` if each channel has its own."""

@@ -1,3 +1,4 @@
+import pytest
 import torch
 
 from sdt_diffusion.sdt.vae import (
@@ -61,6 +62,15 @@ def test_channels_may_have_statistics_of_their_own(tiny_vae, tmp_path):
     torch.testing.assert_close(decode_latents(vae, normalized), vae.decode(z).sample)
     LatentNormalization(0.5, 0.25).register_with(vae)
     assert LatentNormalization.of(vae) == (0.5, 0.25)
+
+
+@pytest.mark.parametrize(
+    "std", [[1.0, 1.0], [1.0, 0.0, 1.0, 1.0], [1.0, 1.0, 1.0, float("nan")], "four", [1, 1, 1, "a"]]
+)
+def test_statistics_that_are_not_of_the_channels_are_refused(tiny_vae, std):
+    tiny_vae.register_to_config(latents_mean=[0.0] * 4, latents_std=std)
+    with pytest.raises(ValueError, match="The VAE's latents_std must be"):
+        LatentNormalization.of(tiny_vae)
 
 
 def test_deep_compression_autoencoders_are_deterministic_and_scale_as_they_say(tiny_dc_vae):

@@ -16,12 +16,13 @@ def _register_with_diffusers() -> None:
     """Make `DiffusionPipeline.from_pretrained` find the classes named in a saved `model_index.json`.
 
     diffusers looks a pipeline class and the classes that a scheduler's config fits up as its own attributes, and a
-    component as an attribute of a subpackage of `diffusers.pipelines`.
+    component as an attribute of a subpackage of `diffusers.pipelines`: `sdt_diffusion`, and `sdt` in folders of 0.1.
     """
     for owner, name, value in (
         (diffusers, "SDTPipeline", SDTPipeline),
         (diffusers, "SDTTransformer2DModel", SDTTransformer2DModel),
         (diffusers, "FlowMatchSDEScheduler", FlowMatchSDEScheduler),
+        (diffusers.pipelines, "sdt_diffusion", sdt),
         (diffusers.pipelines, "sdt", sdt),
     ):
         if not hasattr(owner, name):

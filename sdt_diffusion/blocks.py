@@ -1,6 +1,8 @@
 """The transformer block shared by generation and classification."""
 
 import importlib
+import inspect
+from typing import Any
 
 import torch
 from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry  # has no public name
@@ -112,6 +114,19 @@ class SDTAttention(nn.Module, AttentionBackendMixin, AttentionModuleMixin):
         self.gate = build_gate(spatial_decay, dim, heads, conditioning_dim, *decay)
         self.local_position = _depthwise_conv(inner_dim, local_position_kernel_size=local_position_kernel_size)
         self.set_processor(self._default_processor_cls())
+
+    def set_processor(self, processor: Any) -> None:
+        """Set what computes attention: an `SDTAttnProcessor`, or a callable with the arguments of its `__call__`.
+
+        Raises:
+            ValueError: If it knows no `grid_size`, as diffusers' own, which would leave out the decay.
+        """
+        if not callable(processor) or "grid_size" not in inspect.signature(processor).parameters:
+            raise ValueError(
+                f"{type(processor).__name__} cannot compute spatial decay attention, as it takes no grid_size: use "
+                "SDTAttnProcessor, and set_attention_backend to choose kernels of diffusers."
+            )
+        super().set_processor(processor)
 
     def forward(
         self,

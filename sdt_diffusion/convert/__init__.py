@@ -22,6 +22,7 @@ class Source:
         weights: Its weights, without gates, in fp32.
         scheduler: Samples as its repository does.
         num_inference_steps: Steps that its repository samples with; `None` to leave them open.
+        uniform_sigmas: Whether these are Euler's at noise levels 1 - i/N; see `SDTPipeline`.
         vae: Its VAE, if it comes with one.
         id2label: Its class names, if it comes with them.
     """
@@ -31,6 +32,7 @@ class Source:
     weights: dict[str, torch.Tensor]
     scheduler: SchedulerMixin
     num_inference_steps: int | None = None
+    uniform_sigmas: bool = False
     vae: nn.Module | None = None
     id2label: dict[int, str] = field(default_factory=dict)
 
@@ -41,9 +43,9 @@ def ddpm_scheduler(learns_variance: bool) -> DDPMScheduler:
     return DDPMScheduler(**DIT_SCHEDULE, variance_type=variance, timestep_spacing="linspace", clip_sample=False)
 
 
-def flow_scheduler() -> FlowMatchEulerDiscreteScheduler:
-    """Return Euler's method for flows."""
-    return FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000)
+def flow_scheduler(shift: float = 1.0) -> FlowMatchEulerDiscreteScheduler:
+    """Return Euler's method for flows, whose noise levels s become shift s / (1 + (shift - 1) s)."""
+    return FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=shift)
 
 
 def check_names(found: Collection[str], expected: Collection[str], name: str) -> None:

@@ -26,6 +26,7 @@ from .assemble import (
     describe,
     export,
     read_class_names,
+    read_latent_stats,
     read_source,
     save_pipeline,
     save_state_dict,
@@ -59,6 +60,10 @@ class ConvertArguments(CheckedArguments):
         },
     )
     vae: str | None = field(default=None, metadata={"help": "Folder or Hub name of the VAE of the latents."})
+    latent_stats: str | None = field(
+        default=None,
+        metadata={"help": "LightningDiT's latents_stats.pt: mean and deviation of each channel of the VAE's latents."},
+    )
     class_names: str | None = field(
         default=None, metadata={"help": "JSON file with a list of class names, or an object of label ids and names."}
     )
@@ -79,7 +84,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     read = read_source(source, args.kind, args.num_attention_heads, args.numerics)
     vae = load_vae(args.vae) if args.vae is not None else None
     id2label = read_class_names(Path(args.class_names).expanduser()) if args.class_names is not None else None
-    pipe = build_pipeline(read, args.spatial_decay, vae, id2label)
+    stats = read_latent_stats(Path(args.latent_stats).expanduser()) if args.latent_stats is not None else None
+    pipe = build_pipeline(read, args.spatial_decay, vae, id2label, stats)
     print(describe(read, pipe))
     save_pipeline(pipe, destination)
     print(f"Saved the pipeline to {destination}")

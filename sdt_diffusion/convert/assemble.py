@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ..sdt import SDTPipeline, SDTTransformer2DModel
+from ..sdt.vae import CHANNEL_STATISTICS, LatentNormalization
 from ..utils.files import move_into, require_space, write_atomically
 from ..utils.reading import check_finite, check_tensors, read_json, read_state_dict, shortened
 from . import Source
@@ -69,6 +70,7 @@ def build_pipeline(
     spatial_decay: str = "context",
     vae: nn.Module | None = None,
     id2label: dict[int, str] | None = None,
+    latent_normalization: LatentNormalization | None = None,
 ) -> SDTPipeline:
     """Build the pipeline of a source.
 
@@ -77,6 +79,7 @@ def build_pipeline(
         spatial_decay: Which decay training can add to the model; at first it is so weak that the outputs are the same.
         vae: VAE in place of the source's own.
         id2label: Class names in place of the source's own.
+        latent_normalization: That of the VAE's latents in place of its own; see `read_latent_stats`.
 
     Raises:
         ValueError: If the parts do not fit each other, or the decay has no weights that could start weak.
@@ -97,13 +100,33 @@ def build_pipeline(
         raise ValueError(
             f"The VAE has {vae.config.latent_channels} latent channels, and the model {model.config.in_channels}."
         )
+    if latent_normalization is not None:
+        _normalize_latents(vae, latent_normalization)
     if id2label and set(id2label) != set(range(model.config.num_classes)):
         raise ValueError(
             f"There are {len(id2label)} class names, and the model has {model.config.num_classes} classes."
         )
     return SDTPipeline(
-        model, source.scheduler, vae, id2label=id2label or None, num_inference_steps=source.num_inference_steps
+        model,
+        source.scheduler,
+        vae,
+        id2label=id2label or None,
+        num_inference_steps=source.num_inference_steps,
+        uniform_sigmas=source.uniform_sigmas,
     )
+
+
+def _normalize_latents(vae, normalization):
+    if vae is None:
+        raise ValueError("latent_stats are of the latents of a VAE: give vae too.")
+    if CHANNEL_STATISTICS[0] not in vae.config:
+        raise ValueError(f"latent_stats are for an AutoencoderKL, and the VAE is an {type(vae).__name__}.")
+    if len(normalization.shift_factor) != vae.config.latent_channels:
+        raise ValueError(
+            f"latent_stats are of {len(normalization.shift_factor)} channels, and the VAE has "
+            f"{vae.config.latent_channels}."
+        )
+    normalization.register_with(vae)
 
 
 def describe(source: Source, pipe: SDTPipeline) -> str:
@@ -127,6 +150,20 @@ def describe(source: Source, pipe: SDTPipeline) -> str:
             + ("" if config.spatial_decay == "none" else " that starts as none"),
         ]
     )
+
+
+def read_latent_stats(path: Path) -> LatentNormalization:
+    """Read LightningDiT's `latents_stats.pt`: mean and standard deviation of each channel, as (z - mean) / std.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it holds something else; nothing in it is run.
+    """
+    stats = read_state_dict(path, ("stats",))
+    mean, std = (stats.get(name, torch.empty(0)).double().flatten() for name in ("mean", "std"))
+    if set(stats) != {"mean", "std"} or mean.numel() != std.numel() or not mean.numel() or not (std > 0).all():
+        raise ValueError(f"{path} must hold a mean and a positive std of each channel, and nothing else.")
+    return LatentNormalization((1 / std).tolist(), mean.tolist())
 
 
 def read_class_names(path: Path) -> dict[int, str]:

@@ -9,6 +9,8 @@ from . import Source, check_names, shape_of
 from .facebook_dit import depth_of, dit_names, read_network
 from .sit import flow_source
 
+#: How its published samples move its times t, 0 at noise, towards noise: 0.3 t / (1 - 0.7 t).
+TIMESTEP_SHIFT = 0.3
 ROTARY_TABLES = ("feat_rope.freqs_cos", "feat_rope.freqs_sin")
 
 
@@ -68,7 +70,7 @@ def read_lightning_dit(state_dict: Mapping[str, torch.Tensor], num_attention_hea
         _check_rotary(tensors, config)
     for name in qk_norms if has_qk_norm else ():
         weights["transformer_" + name.replace("q_norm", "norm_q").replace("k_norm", "norm_k")] = tensors[name]
-    return flow_source("LightningDiT", {**config, **extra}, weights)
+    return flow_source("LightningDiT", {**config, **extra}, weights, 1 / TIMESTEP_SHIFT)
 
 
 def _heads(tensors, name, ndim, given):

@@ -25,14 +25,21 @@ def read_sit(state_dict: Mapping[str, torch.Tensor], num_attention_heads: int | 
     return flow_source("SiT", *read_network(state_dict, num_attention_heads))
 
 
-def flow_source(name: str, config: dict[str, Any], weights: dict[str, torch.Tensor]) -> Source:
-    """Return the source of a network in SiT's convention, without the outputs for a variance, which SiT ignores."""
+def flow_source(name: str, config: dict[str, Any], weights: dict[str, torch.Tensor], shift: float = 1.0) -> Source:
+    """Return the source of a network in SiT's convention, without the outputs for a variance, which SiT ignores.
+
+    Args:
+        name: Name of the repository.
+        config: See `read_network`.
+        weights: See `read_network`.
+        shift: What moves the noise levels of sampling towards noise; see `flow_scheduler`.
+    """
     channels, weights = config["in_channels"], dict(weights)
     for key in ("proj_out_2.weight", "proj_out_2.bias"):
         outputs = weights[key].unflatten(0, (-1, config["out_channels"]))  # (p*p, C or 2C, ...)
         weights[key] = outputs[:, :channels].flatten(0, 1)
     config = {**config, "out_channels": channels, "timestep_scale": TIMESTEP_SCALE}
-    return Source(name, config, reverse_flow(weights), flow_scheduler())
+    return Source(name, config, reverse_flow(weights), flow_scheduler(shift), 250, uniform_sigmas=True)
 
 
 @torch.no_grad()

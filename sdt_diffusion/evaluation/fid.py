@@ -118,7 +118,11 @@ class FidSamplingArguments(SamplingArguments):
         | between(1, MAX_FEATURES),
     )
     class_labels: Literal["balanced", "random"] = field(
-        default="balanced", metadata={"help": "The classes in turn, or drawn at random for each sample."}
+        default="balanced",
+        metadata={
+            "help": "The classes in turn, of which the first have a sample more if the number does not divide, or "
+            "drawn at random for each sample."
+        },
     )
     samples_dir: str | None = field(
         default=None, metadata={"help": "Where samples are kept; a folder beside --output by default."}
@@ -185,7 +189,7 @@ def compare(
     expected = reference.summarize(num_features=args.num_features if with_features else 0, **options)
     if pipe is not None:
         samples = draw_samples(pipe, sampling_args, num_samples, _samples_folder(args, sampling_args))
-        notes += _notes_on_sampling(pipe, sampling_args)
+        notes += _notes_on_sampling(pipe, sampling_args, num_samples)
     splits = args.inception_splits if "inception_score" in metrics else 0
     num_features = None if with_features else 0
     found = summarize(samples, num_features=num_features, inception_splits=splits, desc="Samples", **options)
@@ -347,12 +351,16 @@ def _choose(
     return remaining, notes
 
 
-def _notes_on_sampling(pipe: SDTPipeline, args: FidSamplingArguments) -> list[str]:
-    """Return a note if neither the pipeline nor the arguments set the guidance."""
-    if args.guidance_scale is not None or pipe.config.guidance_scale is not None or pipe.guider is not None:
-        return []
-    guidance = args.settings(pipe)["guidance_scale"]
-    return [f"The pipeline has no guidance_scale saved: {guidance:g} was used; FIDs are best at about 1.5."]
+def _notes_on_sampling(pipe: SDTPipeline, args: FidSamplingArguments, num_samples: int) -> list[str]:
+    """Return notes if nothing sets the guidance, or if the classes cannot have equally many samples."""
+    notes, guidance = [], args.settings(pipe)["guidance_scale"]
+    if args.guidance_scale is None and pipe.config.guidance_scale is None and pipe.guider is None:
+        notes.append(f"The pipeline has no guidance_scale saved: {guidance:g} was used; FIDs are best at about 1.5.")
+    num_classes = pipe.transformer.config.num_classes
+    more = num_samples % num_classes
+    if args.class_labels == "balanced" and more:
+        notes.append(f"{num_samples} samples of {num_classes} classes: the first {more} have one sample more.")
+    return notes
 
 
 def check_dimensions(path: str, expected: dict[str, int], found: dict[str, int]) -> None:

@@ -17,8 +17,10 @@ from ..sdt.guidance import DECAY_FACTORS, RESCALE, clean_image_of
 from ..sdt.loading import open_pipeline
 from ..sdt.pipeline_sdt import DEFAULT_GUIDANCE_SCALE, DEFAULT_NUM_INFERENCE_STEPS, SIDE_RANGE
 from ..sdt.schedulers import GUIDANCE, STEPS, swap_scheduler
+from ..sdt.vae import LatentNormalization
 from ..utils.arguments import json_object
 from ..utils.ranges import RANGE_KEY, CheckedArguments, Range, a_seed, between
+from .generate import describe_sampling
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -174,6 +176,8 @@ class SamplerArguments(CheckedArguments):
         weaker = pipe.guide_transformer if guider.config.guide_model else None
         if self.guide_model is not None:
             weaker = _open_guide(self.guide_model, pipe)
+        elif guider.config.guide_model and weaker is None:
+            raise ValueError("guidance autoguidance needs a guide_model, the pipeline of a weaker model.")
         scale = pipe.own_guidance_scale if self.guidance_scale is None else self.guidance_scale
         pipe.register_modules(guider=guider.new(guidance_scale=scale, **options), guide_transformer=weaker)
 
@@ -255,6 +259,9 @@ def load_pipeline(args: PipelineArguments, device: torch.device | str) -> SDTPip
     """
     path = Path(args.model).expanduser()
     is_path = path.is_dir() or args.model.startswith((".", "/", "~"))
+    if path.is_file():
+        hint = "turn a checkpoint of DiT, SiT or LightningDiT into one by sdt-diffusion convert"
+        raise ValueError(f"model: {args.model} is a file, and not the folder of a pipeline; {hint}.")
     if is_path and not (path / "model_index.json").is_file():
         raise FileNotFoundError(f"model: {args.model} holds no pipeline (no model_index.json).")
     try:
@@ -262,7 +269,8 @@ def load_pipeline(args: PipelineArguments, device: torch.device | str) -> SDTPip
     except ValueError as error:
         raise ValueError(f"model: {error}") from error
     args.apply_to(pipe)
-    args.settings(pipe)  # refuses steps beyond the schedule now rather than after the model's way to the device
+    # Refuse steps beyond the schedule, or guidance at none of them, now rather than after the way to the device.
+    describe_sampling(pipe, args.settings(pipe))
     try:
         return pipe.to(device)
     except torch.OutOfMemoryError:
@@ -286,8 +294,9 @@ def _open_guide(name: str, pipe: SDTPipeline) -> SDTTransformer2DModel:
 
 
 def _latent_scale(pipe: SDTPipeline) -> list[Any]:
-    names = ("_class_name", "scaling_factor", "shift_factor", "latent_channels")
-    return [None if pipe.vae is None else pipe.vae.config.get(name) for name in names]
+    if pipe.vae is None:
+        return []
+    return [type(pipe.vae).__name__, pipe.vae.config.latent_channels, *LatentNormalization.of(pipe.vae)]
 
 
 def set_attention_backend(model: SDTTransformer2DModel, name: str | None, prune_eps: float = 0.0) -> None:

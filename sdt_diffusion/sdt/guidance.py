@@ -19,7 +19,7 @@ import torch
 from diffusers.configuration_utils import register_to_config
 from diffusers.guiders import BaseGuidance
 from diffusers.guiders.adaptive_projected_guidance import MomentumBuffer, normalized_guidance
-from diffusers.guiders.guider_utils import GuiderOutput, rescale_noise_cfg
+from diffusers.guiders.guider_utils import GuiderOutput
 from diffusers.schedulers import SchedulerMixin
 
 from ..utils.ranges import Range, check_value
@@ -216,7 +216,7 @@ class SDTGuidance(BaseGuidance):
         cond, weak = pred_cond[:, :channels], pred_uncond[:, :channels]
         guided = self._projected(cond, weak) if self._is_projected else weak + self.guidance_scale * (cond - weak)
         if self.config.guidance_rescale:
-            guided = rescale_noise_cfg(guided, cond, self.config.guidance_rescale)
+            guided = _rescaled(guided, cond, self.config.guidance_rescale)
         if channels is not None:
             guided = torch.cat([guided, pred_cond[:, channels:]], dim=1)
         return GuiderOutput(pred=guided, pred_cond=pred_cond, pred_uncond=pred_uncond)
@@ -300,6 +300,14 @@ def clean_image_of(scheduler: SchedulerMixin, timestep: float) -> tuple[float, f
     if scheduler.config.prediction_type == "epsilon":
         return 1 / a, -s / a
     return (a, -s) if scheduler.config.prediction_type == "v_prediction" else (0.0, 1.0)
+
+
+def _rescaled(guided: torch.Tensor, cond: torch.Tensor, share: float) -> torch.Tensor:
+    """Give guided predictions back a share of the unguided ones' deviation; constant ones, without any, stay."""
+    dims = tuple(range(1, guided.ndim))
+    deviation = guided.std(dim=dims, keepdim=True)  # (B, 1, 1, 1)
+    factor = cond.std(dim=dims, keepdim=True) / deviation
+    return guided * torch.where(deviation > 0, share * factor + 1 - share, 1.0)
 
 
 def _check_config(config: Any) -> None:

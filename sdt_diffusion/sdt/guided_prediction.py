@@ -7,9 +7,11 @@ from diffusers import FasterCacheConfig, PyramidAttentionBroadcastConfig
 from diffusers.guiders import BaseGuidance
 from diffusers.schedulers import SchedulerMixin
 
+from ..utils.reading import shortened
 from .caching import check_single_batch
 from .guidance import GUIDANCE_KINDS, SDTGuidance
 from .schedulers import is_flow
+from .vae import CHANNEL_STATISTICS, LatentNormalization
 
 #: Caches of diffusers that expect the same batch at all steps.
 WHOLE_RUN_CACHES = (FasterCacheConfig, PyramidAttentionBroadcastConfig)
@@ -153,6 +155,13 @@ def check_parts(transformer: Any, scheduler: Any, vae: Any, id2label: Any) -> No
     ):
         if part is not None and not fits:
             raise ValueError(f"{name} must be {wanted}, not a {type(part).__name__}.")
+    if vae is not None and vae.config.get(CHANNEL_STATISTICS[0]) is not None:
+        LatentNormalization.of(vae)
+    # Offloaded parts are on the meta device, and a whole VAE may be on purpose.
+    offloaded = vae is None or hasattr(vae, "hf_device_map")
+    missing = [] if offloaded else [name for name, value in vae.named_parameters() if value.is_meta]
+    if missing and len(missing) < len(list(vae.parameters())):
+        raise ValueError(f"The vae is not whole: its files have no {shortened(missing)}.")
     items = id2label.items() if isinstance(id2label, dict) else [(id2label, "")] if id2label else []
     if not all(str(label).isdecimal() and isinstance(text, str) for label, text in items):
         raise ValueError("id2label must map label ids to class names.")

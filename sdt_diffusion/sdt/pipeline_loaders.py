@@ -10,9 +10,31 @@ from diffusers.loaders import CogVideoXLoraLoaderMixin
 
 from ..utils.files import write_json
 from ..utils.reading import read_json
+from .schedulers import objective_of
 
 #: Package of the classes that diffusers loads from a folder's code.
 CODE_PACKAGE = "diffusers_modules."
+#: Where model_index.json says that our classes are: the package to install, which errors without it name. Diffusers
+#: itself would name the subpackage, as folders of 0.1 do.
+LIBRARY, SUBPACKAGE = "sdt_diffusion", "sdt"
+
+
+def objective_of_0_1(transformer: Any) -> dict[str, Any] | None:
+    """Return what a transformer has learned that was loaded from a pipeline of 0.1, which noted no objective.
+
+    The scheduler that was saved beside it knows, also if another one was given to `from_pretrained`.
+
+    Returns:
+        The objective; `None` for other transformers.
+    """
+    folder = Path(getattr(transformer, "config", {}).get("_name_or_path") or "").parent
+    if not (folder / "model_index.json").is_file() or not (folder / "scheduler").is_dir():
+        return None
+    index = read_json(folder / "model_index.json")
+    kind = index.get("scheduler")
+    if index.get("objective") is not None or not isinstance(kind, list):
+        return None
+    return objective_of(getattr(diffusers, str(kind[-1])).from_pretrained(folder, subfolder="scheduler"))
 
 
 class SDTLoaderMixin(CogVideoXLoraLoaderMixin):
@@ -27,13 +49,20 @@ class SDTLoaderMixin(CogVideoXLoraLoaderMixin):
         # Through this diffusers reads every model_index.json, on the Hub too. Where this package is imported, its
         # classes stand for those that a folder carries.
         config = super()._dict_from_json_file(json_file)
-        own = getattr(diffusers.pipelines, "sdt", None)
+        own = getattr(diffusers.pipelines, LIBRARY, None)
         if own is not None and isinstance(config.get("_class_name"), list):
             config["_class_name"] = config["_class_name"][-1]
             for part, value in config.items():
                 if isinstance(value, list) and hasattr(own, str(value[-1])):
-                    config[part] = ["sdt", value[-1]]
+                    config[part] = [LIBRARY, value[-1]]
         return config
+
+    def register_to_config(self, **kwargs: Any) -> None:
+        """Note arguments and the classes of parts, as diffusers does; ours under the name of their package."""
+        for name, value in kwargs.items():
+            if isinstance(value, tuple) and value[:1] == (SUBPACKAGE,):
+                kwargs[name] = (LIBRARY, *value[1:])
+        super().register_to_config(**kwargs)
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """Save the pipeline as diffusers does; one that was loaded from a folder's code takes the code along."""

@@ -18,7 +18,7 @@ from ..utils.reading import CHECKSUMS_FILE, verify_checksums, write_checksums
 from .class_names import flat_labels, label_ids, labels_of_names
 from .guidance import SDTGuidance
 from .guided_prediction import check_guidance, check_network_output, check_parts, predict
-from .pipeline_loaders import SDTLoaderMixin
+from .pipeline_loaders import SDTLoaderMixin, objective_of_0_1
 from .schedulers import (
     check_fits,
     check_objective,
@@ -85,7 +85,7 @@ class SDTPipeline(SDTLoaderMixin, DiffusionPipeline):
         if objective is not None:
             check_objective(objective)
         elif scheduler is not None:
-            objective = objective_of(scheduler)
+            objective = objective_of_0_1(transformer) or objective_of(scheduler)
         if not isinstance(uniform_sigmas, bool):
             raise ValueError(f"uniform_sigmas must be true or false, not {uniform_sigmas!r}.")
         self.register_modules(
@@ -113,10 +113,7 @@ class SDTPipeline(SDTLoaderMixin, DiffusionPipeline):
             ValueError: If weights are missing, left over, or changed since they were saved; names them.
         """
         verify_checksums(Path(pretrained_model_name_or_path, "vae"))  # the transformer compares its own
-        if "scheduler" in kwargs and cls.load_config(pretrained_model_name_or_path).get("objective") is None:
-            # Saved by 0.1: the scheduler that was saved with the model knows what it has learned.
-            saved = cls.from_pretrained(pretrained_model_name_or_path, transformer=None, vae=None)
-            kwargs.setdefault("objective", saved.objective)
+        kwargs.pop("low_cpu_mem_usage", None)  # without it, diffusers would make up what a VAE's files lack
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     def save_pretrained(self, save_directory, *args, **kwargs):

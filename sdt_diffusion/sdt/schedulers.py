@@ -69,6 +69,13 @@ UNFIT_SCHEDULERS = {
         ("DDIMInverseScheduler", "DPMSolverMultistepInverseScheduler"), "goes from images to noise, not to images"
     ),
 }
+#: Options with which schedulers sample something else from models like ours -> why.
+UNFIT_OPTIONS = {
+    "stochastic_sampling": "is for distilled models, and samples others with too little variance; noise at every step "
+    "that keeps the distribution is FlowMatchSDEScheduler's",
+    "invert_sigmas": "goes from images to noise, not to images",
+    "use_dynamic_shifting": "wants a shift for each size of images, which is not computed here: give one shift",
+}
 
 
 def is_flow(scheduler: SchedulerMixin) -> bool:
@@ -264,10 +271,13 @@ def check_fits(scheduler: SchedulerMixin, objective: Mapping[str, Any]) -> None:
     kind = "flow-matching" if flow else objective["prediction_type"]
     tested = any(base.__name__ in known for base in type(scheduler).__mro__)
     found = objective_of(scheduler)["prediction_type"]
+    unfit = [f"with {option} {why}" for option, why in UNFIT_OPTIONS.items() if scheduler.config.get(option)]
     if learns_variance(scheduler) and not isinstance(scheduler, DDPMScheduler):
         wrong = f"with variance_type {scheduler.config.variance_type!r} cuts predictions to three channels"
     elif not tested and type(scheduler).__module__.startswith("diffusers."):
         wrong = UNFIT_SCHEDULERS.get(name, f"does not sample from {kind} models, or is not tested with them")
+    elif unfit:
+        wrong = unfit[0]
     elif found != objective["prediction_type"]:
         wrong = f"is set to sample from {found} models, but the model is of {objective['prediction_type']}"
     elif _uses_flow_sigmas(scheduler) != flow:

@@ -9,26 +9,64 @@ import torch
 from torch import nn
 
 from ..utils.fingerprint import differences, fingerprint
+from ..utils.ranges import Range, check_value
+
+#: Where the config of an `AutoencoderKL` has statistics of each channel; they take the place of its shift_factor.
+CHANNEL_STATISTICS = ("latents_mean", "latents_std")
+#: Values that they may have.
+MEANS, DEVIATIONS = Range(-1e9, 1e9), Range(0, 1e9, with_least=False)
 
 
 class LatentNormalization(NamedTuple):
-    """The map from the latents z of a VAE to those that the model sees, (z - shift_factor) * scaling_factor."""
+    """The map from the latents z of a VAE to those that the model sees, (z - shift_factor) * scaling_factor.
 
-    scaling_factor: float
-    shift_factor: float = 0.0
+    Each is one number, or a list with one for each channel.
+    """
+
+    scaling_factor: float | list[float]
+    shift_factor: float | list[float] = 0.0
 
     @classmethod
     def of(cls, vae: nn.Module) -> "LatentNormalization":
-        """Return the normalization in the VAE's config."""
-        return cls(vae.config.scaling_factor, getattr(vae.config, "shift_factor", None) or 0.0)
+        """Return the normalization in the VAE's config.
+
+        Raises:
+            ValueError: If that has statistics that are not those of its channels.
+        """
+        config = vae.config
+        mean, std = statistics = [config.get(name) for name in CHANNEL_STATISTICS]
+        if mean is None or std is None:
+            return cls(config.scaling_factor, config.get("shift_factor") or 0.0)
+        for name, values, allowed in zip(CHANNEL_STATISTICS, statistics, (MEANS, DEVIATIONS), strict=True):
+            if not isinstance(values, (list, tuple)) or len(values) != config.latent_channels:
+                raise ValueError(f"The VAE's {name} must be {config.latent_channels} numbers, not {values!r:.60}.")
+            for value in values:
+                check_value(f"The VAE's {name}", value, (float,), allowed)
+        return cls([config.scaling_factor / deviation for deviation in std], list(mean))
+
+    def register_with(self, vae: nn.Module) -> None:
+        """Make this the normalization in the config of a VAE, an `AutoencoderKL` if each channel has its own."""
+        config: dict[str, Any] = self._asdict()
+        if isinstance(self.scaling_factor, list):
+            std = [1 / factor for factor in self.scaling_factor]
+            config = {"scaling_factor": 1.0, "latents_mean": self.shift_factor, "latents_std": std}
+        elif CHANNEL_STATISTICS[0] in vae.config:
+            config |= dict.fromkeys(CHANNEL_STATISTICS)
+        vae.register_to_config(**config)
 
     def apply(self, latents: torch.Tensor) -> torch.Tensor:
-        """Return latents as the model sees them."""
-        return (latents - self.shift_factor) * self.scaling_factor
+        """Return latents, shape (batch, channels, height, width), as the model sees them."""
+        scale, shift = (_along_channels(value, latents) for value in self)
+        return (latents - shift) * scale
 
     def undo(self, latents: torch.Tensor) -> torch.Tensor:
-        """Return latents as the VAE decodes them."""
-        return latents / self.scaling_factor + self.shift_factor
+        """Return latents, shape (batch, channels, height, width), as the VAE decodes them."""
+        scale, shift = (_along_channels(value, latents) for value in self)
+        return latents / scale + shift
+
+
+def _along_channels(value: float | list[float], latents: torch.Tensor) -> Any:
+    return latents.new_tensor(value)[:, None, None] if isinstance(value, list) else value  # (C, 1, 1)
 
 
 def vae_spatial_scale(vae: nn.Module | None) -> int:
@@ -119,6 +157,7 @@ def describe_vae(vae: nn.Module) -> dict[str, str]:
         for key, value in vae.config.items()
         if not key.startswith("_") and key not in LatentNormalization._fields
     }
+    config |= {key: None for key in CHANNEL_STATISTICS if key in config}  # as of VAEs without
     return {
         "vae_class": type(vae).__name__,
         "vae_config_hash": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16],

@@ -31,6 +31,11 @@ def transformer_folder(init_from: str) -> Path:
         FileNotFoundError: If there is none.
     """
     folder = Path(init_from).expanduser()
+    if folder.is_file():
+        raise FileNotFoundError(
+            f"init_from {folder} is a file, and not the folder of a model: turn a checkpoint of DiT, SiT or "
+            "LightningDiT into one by sdt-diffusion convert."
+        )
     folder = folder / "transformer" if (folder / "model_index.json").is_file() else folder
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"init_from {folder} holds no SDT transformer (no config.json).")

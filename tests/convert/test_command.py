@@ -83,6 +83,21 @@ class TestWhatItWrites:
         assert pipe.id2label == {i: f"class {i}" for i in range(10)}
         assert torch.equal(pipe.vae.decoder.conv_out.weight, tiny_vae.decoder.conv_out.weight)
 
+    def test_statistics_of_latents_become_those_of_the_vae(self, tiny_vae, tmp_path):
+        lightning = random_reference(32, 1, 4, options=("swiglu",), learn_sigma=False)
+        torch.save(lightning.state_dict(), tmp_path / "lightning.pt")
+        mean, std = torch.arange(4.0).view(1, 4, 1, 1), torch.tensor([0.5, 1, 2, 4]).view(1, 4, 1, 1)
+        torch.save({"mean": mean, "std": std}, tmp_path / "latents_stats.pt")
+        tiny_vae.save_pretrained(tmp_path / "vae")
+        stats = ("--vae", str(tmp_path / "vae"), "--latent_stats", str(tmp_path / "latents_stats.pt"))
+        main([str(tmp_path / "lightning.pt"), str(tmp_path / "out"), *HEADS, *stats])
+        pipe = DiffusionPipeline.from_pretrained(tmp_path / "out")
+        call = {"num_inference_steps": 2, "generator": torch.Generator().manual_seed(0), "return_dict": False}
+        latents = pipe([3], output_type="latent", **call)[0]
+        call["generator"].manual_seed(0)
+        expected = (pipe.vae.decode(latents * std + mean).sample / 2 + 0.5).clamp(0, 1)
+        torch.testing.assert_close(pipe([3], output_type="pt", **call)[0], expected)
+
     @pytest.mark.parametrize("name", ["back.pt", "back.safetensors"])
     def test_a_file_in_the_layout_it_came_from(self, reference, checkpoint, tmp_path, name):
         main([str(checkpoint), str(tmp_path / "out"), "--kind", "dit", *HEADS, "--spatial_decay", "none"])
@@ -196,6 +211,14 @@ class TestBadInput:
         for content in ('["a", "b"]', '{"0": 1}', '{"a": "b"}', "[", "3", '{"0": ["a"]}'):
             (tmp_path / "names.json").write_text(content)
             refused(*words, "--class_names", tmp_path / "names.json")
+        tiny_vae.save_pretrained(tmp_path / "whole")
+        stats, vae = ("--latent_stats", tmp_path / "stats.pt"), ("--vae", tmp_path / "whole")
+        for content in ({"mean": torch.ones(4)}, {"mean": torch.ones(4), "std": torch.zeros(4)}, [1], {"mean": main}):
+            torch.save(content, tmp_path / "stats.pt")
+            assert "stats.pt" in refused(*words, *vae, *stats)
+        torch.save({"mean": torch.ones(3), "std": torch.ones(3)}, tmp_path / "stats.pt")
+        assert "latent_stats are of 3 channels, and the VAE has 4" in refused(*words, *vae, *stats)
+        assert "give vae too" in refused(*words, *stats)
         tiny_vae.register_to_config(latent_channels=16)
         tiny_vae.save_config(tmp_path / "vae")
         refused(*words, "--vae", tmp_path / "vae")
@@ -217,7 +240,7 @@ class TestBadInput:
 def test_the_commands_of_the_documentation_and_of_the_help_parse():
     text = (ROOT / "docs" / "converting.md").read_text() + inspect.getdoc(inspect.getmodule(main))
     commands_shown = re.findall(r"^ *sdt-diffusion convert (.*?)(?: +#.*)?$", text, re.MULTILINE)
-    assert len(commands_shown) == 11
+    assert len(commands_shown) == 12
     for words in commands_shown:
         (args,) = parse_arguments((ConvertArguments,), with_flags(words.split()))
         assert args.source

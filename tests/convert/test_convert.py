@@ -107,17 +107,22 @@ def test_dit_is_sampled_as_it_was_published():
     assert plain.scheduler.config.variance_type == "fixed_large"
 
 
-def test_a_converted_flow_goes_from_noise_to_the_data_of_its_source():
-    """Euler's method of SiT, dx = v dt with t from 0 to 1, ends where the pipeline ends."""
-    reference = random_reference(32, 2, 4, flow=True)
-    pipe = convert("sit", reference)
+@pytest.mark.parametrize(("kind", "shift"), [("sit", 1.0), ("lightningdit", 0.3)])
+def test_a_converted_flow_goes_from_noise_to_the_data_of_its_source(kind, shift, tmp_path):
+    """Euler's method of SiT, dx = v dt with t from 0 to 1, ends where the pipeline ends; LightningDiT shifts t."""
+    options = {"options": PUBLISHED, "learn_sigma": False} if kind == "lightningdit" else {}
+    reference = random_reference(32, 2, 4, flow=True, **options)
+    convert(kind, reference).save_pretrained(tmp_path)
+    pipe = SDTPipeline.from_pretrained(tmp_path)
     pipe.set_progress_bar_config(disable=True)
+    assert pipe.config.num_inference_steps == 250
     noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     labels = torch.tensor([1, 7])
     sampled = pipe(
         labels, latents=noise, num_inference_steps=5, guidance_scale=1.0, height=8, width=8, output_type="latent"
     ).images
-    times = 1 - pipe.scheduler.sigmas
+    times = torch.linspace(0, 1, 6)
+    times = shift * times / (1 + (shift - 1) * times)
     x = noise
     with torch.no_grad():
         for t, following in itertools.pairwise(times):

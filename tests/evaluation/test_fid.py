@@ -274,9 +274,11 @@ def test_settings_of_the_pipeline_apply_and_missing_ones_are_noted(make_pipe, re
     assert "2 steps, 4 network evaluations, guidance 1.25" in record["samples"]["sampler"]
     assert record["samples"]["attention_backend"] == "dense"
     assert not any("guidance_scale" in warning for warning in record["warnings"])
-    sampling = {"model": str(tmp_path / "bare"), "num_samples": 5, "num_inference_steps": 2}
+    assert not any("samples of 5 classes" in warning for warning in record["warnings"])
+    sampling = {"model": str(tmp_path / "bare"), "num_samples": 7, "num_inference_steps": 2}
     record, _ = evaluate(tmp_path / "b.json", sampling, **arguments)
     assert "The pipeline has no guidance_scale saved: 4 was used; FIDs are best at about 1.5." in record["warnings"]
+    assert "7 samples of 5 classes: the first 2 have one sample more." in record["warnings"]
     record, _ = evaluate(tmp_path / "c.json", {**sampling, "guidance_scale": 1.0}, **arguments)
     assert not any("guidance_scale" in warning for warning in record["warnings"])
 

@@ -60,6 +60,18 @@ def test_rescaling_gives_back_the_standard_deviation(inputs):
     assert (spread(plain) > 1.5 * spread(cond)).all()
 
 
+@pytest.mark.parametrize("options", [{}, {"parallel_weight": 0.0}])
+def test_rescaling_leaves_constant_predictions_as_they_are(inputs, options):
+    latents, cond, weak = inputs
+    guided = SDTGuidance(3.0, guidance_rescale=0.7, **options)
+    for value in (0.0, 2.0):
+        predictions, no_latents = (torch.full_like(cond, value), torch.zeros_like(cond)), torch.zeros_like(latents)
+        found = combine(guided, no_latents, predictions)
+        torch.testing.assert_close(found, combine(SDTGuidance(3.0, **options), no_latents, predictions))
+    mixed = combine(guided, latents, (torch.cat([cond[:2], 0 * cond[2:]]), torch.cat([weak[:2], 0 * weak[2:]])))
+    assert torch.equal(mixed[:2], combine(guided, latents, (cond, weak))[:2])  # of one image, not of its batch
+
+
 def clean(kind, latents, prediction, timestep):
     on_latents, factor = clean_image_of(SCHEDULERS[kind], timestep)
     return on_latents * latents + factor * prediction

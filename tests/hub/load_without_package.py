@@ -1,7 +1,7 @@
 # ruff: noqa: E402  (the package must be hidden before others are imported)
 """Load and use the models of folders where `sdt_diffusion` cannot be imported; run by test_code_export.py.
 
-python load_without_package.py PIPELINE GUIDED_PIPELINE CLASSIFIER RESULTS
+python load_without_package.py PIPELINE GUIDED_PIPELINE CLASSIFIER PROBE BARE_PIPELINE RESULTS
 """
 
 import importlib.abc
@@ -19,6 +19,7 @@ class WithoutPackage(importlib.abc.MetaPathFinder):
 sys.meta_path.insert(0, WithoutPackage())
 sys.path.pop(0)
 
+import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
@@ -33,16 +34,20 @@ def samples(pipe):
 def refusal(load, folder):
     try:
         load(folder)
-    except (ValueError, OSError) as error:
+    except (AttributeError, ValueError, OSError) as error:
         return str(error)
 
 
-plain, guided, classifier, results = sys.argv[1:]
+plain, guided, classifier, probe, bare, results = sys.argv[1:]
 torch.set_num_threads(1)
 found = {"refusals": [refusal(DiffusionPipeline.from_pretrained, plain)]}
 found["refusals"].append(
     refusal(lambda folder: AutoConfig.from_pretrained(folder, trust_remote_code=False), classifier)
 )
+found["without_code"] = [
+    refusal(DiffusionPipeline.from_pretrained, bare),
+    refusal(lambda folder: diffusers.AutoModel.from_pretrained(folder, subfolder="transformer"), bare),
+]
 pipe = DiffusionPipeline.from_pretrained(plain, trust_remote_code=True)
 found["plain"] = samples(pipe)
 found["custom"] = samples(
@@ -63,5 +68,7 @@ found["features"] = features(inputs).pooler_output.detach()
 found["pixels"] = AutoImageProcessor.from_pretrained(classifier, trust_remote_code=True)(
     torch.arange(3 * 40 * 40, dtype=torch.uint8).reshape(3, 40, 40), return_tensors="pt"
 ).pixel_values
+model = AutoModelForImageClassification.from_pretrained(probe, trust_remote_code=True).eval()
+found["probe"] = model(inputs[:, :, :8, :8]).logits.detach()
 found["modules"] = sorted(name for name in sys.modules if name.startswith("sdt_diffusion"))
 torch.save(found, results)

@@ -14,10 +14,17 @@ from diffusers.pipelines.pipeline_loading_utils import _get_custom_components_an
 from transformers import AutoModelForImageClassification
 
 from sdt_diffusion import SDTGuidance, SDTPipeline, SDTTransformer2DModel
-from sdt_diffusion.classification import SDTClassifierConfig, SDTHForImageClassification, SDTHImageProcessor, SDTHModel
+from sdt_diffusion.classification import (
+    SDTClassifierConfig,
+    SDTForImageClassification,
+    SDTHForImageClassification,
+    SDTHImageProcessor,
+    SDTHModel,
+)
 from sdt_diffusion.hub import write_code
 from sdt_diffusion.hub.code_export import TRANSFORMERS_CLASSES, bundle
 from sdt_diffusion.hub.push import files_to_share, main
+from sdt_diffusion.probe import Backbone
 from sdt_diffusion.sdt.loading import open_pipeline
 from sdt_diffusion.sdt.presets import PLUS
 from tests.sdt_h.small import small_model
@@ -32,19 +39,22 @@ def samples(pipe):
 
 @pytest.fixture
 def folders(make_pipe, make_model, tmp_path):
-    """Two pipelines and a classifier with their code, and what they compute with the package."""
+    """Two pipelines, a classifier and a head with their code, and what they compute with the package."""
     guider = SDTGuidance.from_kind("autoguidance", guidance_scale=2.0, guidance_interval=(0.2, 0.9))
     pipes = {
         "plain": make_pipe(transformer=make_model(**PLUS, adaln="low_rank", num_registers=2, long_skips=True)),
         "guided": make_pipe(guider=guider, guide_transformer=make_model(num_layers=1)),
     }
+    torch.manual_seed(0)
+    backbone = Backbone(pipes["plain"].transformer, pipes["plain"].scheduler, None)
+    probe = SDTForImageClassification.from_backbone(backbone, id2label={0: "cat", 1: "dog"}).eval()
     classifier = small_model()
     processor = SDTHImageProcessor(size={"shortest_edge": 36}, crop_size={"height": 32, "width": 32})
-    for name, pipe in pipes.items():
-        pipe.save_pretrained(tmp_path / name)
+    for name, part in {**pipes, "bare": pipes["plain"], "probe": probe}.items():
+        part.save_pretrained(tmp_path / name)
     classifier.save_pretrained(tmp_path / "classifier")
     processor.save_pretrained(tmp_path / "classifier")
-    for name in (*pipes, "classifier"):
+    for name in (*pipes, "classifier", "probe"):
         write_code(tmp_path / name)
     inputs = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     features = SDTHModel.from_pretrained(tmp_path / "classifier").eval()
@@ -52,6 +62,7 @@ def folders(make_pipe, make_model, tmp_path):
     return tmp_path, {
         **{name: samples(pipe) for name, pipe in pipes.items()},
         "logits": classifier(inputs).logits.detach(),
+        "probe": probe(inputs[:, :, :8, :8]).logits.detach(),
         "features": features(inputs).pooler_output.detach(),
         "pixels": processor(image, return_tensors="pt").pixel_values,
     }
@@ -60,7 +71,7 @@ def folders(make_pipe, make_model, tmp_path):
 def test_folders_load_where_the_package_is_not_installed(folders, tmp_path):
     folder, expected = folders
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "PYTHONPATH": ""}
-    names = [folder / name for name in ("plain", "guided", "classifier", "results.pt")]
+    names = [folder / name for name in ("plain", "guided", "classifier", "probe", "bare", "results.pt")]
     process = subprocess.run(
         [sys.executable, LOAD, *names], env=environment, capture_output=True, text=True, timeout=240
     )
@@ -72,6 +83,9 @@ def test_folders_load_where_the_package_is_not_installed(folders, tmp_path):
     assert torch.equal(found["custom"], found["plain"])
     assert torch.equal(found["again"], found["guided"])  # saved there, with its code
     assert all("trust_remote_code=True" in message for message in found["refusals"])
+    pipeline_error, model_error = found["without_code"]
+    assert pipeline_error == "module diffusers has no attribute SDTPipeline"  # diffusers' own; the card explains it
+    assert "import sdt_diffusion" in model_error  # the name to install
     assert found["saved"]["AutoModelForImageClassification"] == "modeling_sdt_h.SDTHForImageClassification"
     assert "might require" not in process.stderr  # no optional package of ours is asked for
     # What was saved there loads with the package again.
@@ -156,7 +170,10 @@ def test_diffusers_downloads_the_code_of_every_part(make_pipe, make_model, tmp_p
     }
     assert f"{index['_class_name'][0]}.py" in files
     # The package reads the index on the Hub by this method.
-    assert SDTPipeline._dict_from_json_file(tmp_path / "model_index.json")["guider"] == ["sdt", "SDTGuidance"]
+    assert SDTPipeline._dict_from_json_file(tmp_path / "model_index.json")["guider"] == [
+        "sdt_diffusion",
+        "SDTGuidance",
+    ]
 
 
 def test_folders_of_others_are_refused(finished_run, tmp_path):

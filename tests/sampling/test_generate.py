@@ -7,6 +7,8 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
+from sdt_diffusion import SDTGuidance
+from sdt_diffusion.sampling import sample
 from sdt_diffusion.sampling.generate import (
     class_labels_for,
     describe_sampling,
@@ -15,6 +17,7 @@ from sdt_diffusion.sampling.generate import (
     sample_generator,
     stack_samples,
 )
+from sdt_diffusion.sdt import GUIDANCE_KINDS
 from tests.scripts.process import ROOT
 
 LABELS = class_labels_for(10, [0, 2, 4])
@@ -81,24 +84,38 @@ def test_description_counts_network_evaluations(make_pipe):
     assert "19 network evaluations" in describe_sampling(heun, {**sampling, "guidance_scale": 1.0})
 
 
-def test_several_processes_make_the_pictures_of_one_and_show_a_bar(make_pipe, tmp_path, capsys):
-    """Of several batches on each process, and of one batch that leaves a process without."""
-    pipe = make_pipe()
-    pipe.save_pretrained(tmp_path / "pipe")
-    settings = {"seed": 7, "batch_size": 3, "num_inference_steps": 2}
+def test_several_processes_make_the_pictures_of_one_and_show_a_bar(make_pipe, make_model, tmp_path, capsys):
+    """With every guidance; of several batches on each process, and of one that leaves a process without; a script."""
+    pipes = {"few": make_pipe()}
+    for kind in GUIDANCE_KINDS:
+        guider = SDTGuidance.from_kind(kind, guidance_scale=2.5)
+        weaker = make_model(num_layers=1) if guider.config.guide_model else None
+        pipes[kind] = make_pipe(guider=guider, guide_transformer=weaker)
+    for name, pipe in pipes.items():
+        pipe.save_pretrained(tmp_path / name)
+    settings = {"seed": 7, "batch_size": 3, "num_inference_steps": 3}
+    labels = {name: LABELS if name in GUIDANCE_KINDS else [0, 1] for name in pipes}
+    flags = ["--model", str(tmp_path / "apg"), "--num_images", "9", "--batch_size", "2", "--num_inference_steps", "2"]
+    flags += ["--samples_npz", "OUT/samples.npz", "--output_dir", "OUT/samples"]
+
+    def flags_for(name):
+        return [flag.replace("OUT", str(tmp_path / name)) for flag in flags]
+
     (tmp_path / "run.py").write_text(f"""
 import numpy as np
 from accelerate import PartialState
 from sdt_diffusion import SDTPipeline
+from sdt_diffusion.sampling import sample
 from sdt_diffusion.sampling.generate import generate_on_all_processes
 
 state = PartialState(cpu=True)
-pipe = SDTPipeline.from_pretrained({str(tmp_path / "pipe")!r})
-for name, labels in (("many", {LABELS}), ("few", [0, 1])):
+for name, labels in {labels}.items():
+    pipe = SDTPipeline.from_pretrained({str(tmp_path)!r} + "/" + name)
     images = generate_on_all_processes(pipe, labels, **{settings})
     assert (images is None) == (state.process_index > 0)
     if images is not None:
         np.save({str(tmp_path)!r} + f"/{{name}}.npy", np.stack([np.array(image) for image in images]))
+sample.main({flags_for("shared")})
 state.destroy_process_group()
 """)
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -107,8 +124,14 @@ state.destroy_process_group()
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert result.returncode == 0, result.stderr
     assert "Sampling: 100%" in result.stderr
-    for name, labels in (("many", LABELS), ("few", [0, 1])):
-        one = generate_on_all_processes(pipe, labels, **settings)
+    for name, pipe in pipes.items():
+        one = generate_on_all_processes(pipe, labels[name], **settings)
         assert "Sampling: 100%" in capsys.readouterr().err
-        assert one == [image for _, image in generate(pipe, labels, progress=False, **settings)]
+        assert one == [image for _, image in generate(pipe, labels[name], progress=False, **settings)]
         assert np.array_equal(np.load(tmp_path / f"{name}.npy"), np.stack([np.array(image) for image in one]))
+    assert result.stdout.count("Saved 9 images") == 1
+    sample.main(flags_for("alone"))
+    shared, alone = (np.load(tmp_path / name / "samples.npz")["arr_0"] for name in ("shared", "alone"))
+    assert np.array_equal(shared, alone)
+    names = [sorted(path.name for path in (tmp_path / name / "samples").rglob("*")) for name in ("shared", "alone")]
+    assert names[0] == names[1]

@@ -81,6 +81,7 @@ def test_flags_that_contradict_each_other_or_the_model_are_refused(make_pipe, ma
             "guide_model is for guidance autoguidance, not for dec",
         ),
         (f"--guide_model {tmp_path / 'same'}", "guide_model is for guidance autoguidance, not for cfg"),
+        (auto, "guidance autoguidance needs a guide_model, the pipeline of a weaker model"),
         (f"{auto} --guide_model {tmp_path / 'none'}", "guide_model: .* cannot be loaded"),
         (f"{auto} --guide_model {tmp_path / 'epsilon'}", "predicts something else, or at other noise levels"),
         (f"{auto} --guide_model {tmp_path / 'names'}", "has other classes or another VAE"),
@@ -89,7 +90,6 @@ def test_flags_that_contradict_each_other_or_the_model_are_refused(make_pipe, ma
         with pytest.raises(ValueError, match=message):
             applied(make_pipe(flow()), flags)
     for flags, message in (
-        (auto, "Autoguidance needs a second, weaker model"),
         (f"{auto} --guide_model {tmp_path / 'classes'}", "guide_transformer has num_classes 4"),
         ("--guidance_interval 0.2 1.6", "lies outside the schedule"),
     ):

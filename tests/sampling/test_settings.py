@@ -87,9 +87,14 @@ def test_models_that_cannot_be_loaded_are_named(make_pipe, tmp_path):
             {"attention_backend": "dense", "attention_prune_eps": 0.1},
             "'dense' skips no tokens: choose one of blockwise",
         ),
+        (
+            {"guidance_interval": [0.991, 0.992], "num_inference_steps": 50},
+            r"guidance_interval \(0.991, 0.992\) holds none of the 50 steps",
+        ),
+        ({"model": str(tmp_path / "model_index.json")}, "is a file, .* by sdt-diffusion convert"),
     ]:
         with pytest.raises(ValueError, match=message):
-            load_pipeline(PipelineArguments(model=str(tmp_path), **arguments), "cpu")
+            load_pipeline(PipelineArguments(**{"model": str(tmp_path), **arguments}), "cpu")
     for device in ("gpu9", "meta:x"):
         with pytest.raises(ValueError, match=f"device {device} cannot be used"):
             load_pipeline(PipelineArguments(model=str(tmp_path)), device)

@@ -7,6 +7,8 @@ import pytest
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from diffusers import DiffusionPipeline
 
+import sdt_diffusion
+from sdt_diffusion.convert.__main__ import main as convert
 from tests.scripts.process import ROOT, load_main
 
 BLOCK = re.compile(r"(?:<!-- (.*?) -->\n)?```(bash|python)\n(.*?)```", re.DOTALL)
@@ -46,6 +48,22 @@ def run_command(words, folder):
 def test_every_block_is_run_by_this_test_or_is_the_test_command():
     assert [mark for mark, _, _ in blocks()].count("") == 1  # the first command, whose second half is run below
     assert {mark for mark, _, _ in blocks()} == {"", "test command", "commands", "python"}
+
+
+def test_the_lines_of_the_table_have_flags_that_exist_and_pages(capsys):
+    rows = re.findall(r"^\| .+ \| `(.+)` \| \[\w+\]\((.+)\) \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert len(rows) == 7
+    for line, page in rows:
+        assert (ROOT / page).is_file()
+        if line.startswith("pipe."):
+            name = re.search(r"(?:sdt_diffusion|^pipe)\.(\w+)\(", line)[1]
+            assert hasattr(sdt_diffusion, name) or hasattr(sdt_diffusion.SDTPipeline, name)
+            continue
+        main = convert if line.startswith("sdt-diffusion convert") else load_main(line.split()[1])
+        with pytest.raises(SystemExit):
+            main(["--help"])
+        known = capsys.readouterr().out
+        assert all(re.search(rf"{flag}\b", known) for flag in re.findall(r"--\w+", line))
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

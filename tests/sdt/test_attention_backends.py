@@ -7,11 +7,12 @@ import torch
 import torch.nn.functional as F
 from diffusers import FirstBlockCacheConfig
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry, attention_backend
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
 from sdt_diffusion import attention_processor
 from sdt_diffusion.attention import BACKENDS
 from sdt_diffusion.attention.memory_efficient import load_xformers
-from sdt_diffusion.attention_processor import FACTORED_BACKENDS, describe_backend, set_decay_backend
+from sdt_diffusion.attention_processor import FACTORED_BACKENDS, SDTAttnProcessor, describe_backend, set_decay_backend
 
 
 def batch(channels=3, size=(8, 8), n=2, seed=0):
@@ -202,6 +203,24 @@ def test_what_computes_attention_can_be_asked_for(make_model, monkeypatch):
     assert backend_of(make_model(spatial_decay="raster")) == "reference"
     assert backend_of(make_model(spatial_decay="none")) == "scaled_dot_product_attention"
     assert backend_of(torch.nn.Linear(2, 2)) == ""
+
+
+@pytest.mark.parametrize("processor", [AttnProcessor(), AttnProcessor2_0(), lambda attn, hidden_states: None, None])
+def test_processors_that_know_no_grid_are_refused(make_model, processor):
+    with pytest.raises(ValueError, match="as it takes no grid_size: use SDTAttnProcessor"):
+        make_model().set_attn_processor(processor)
+
+
+def test_a_processor_of_ones_own_is_called(make_model):
+    def attend(attn, hidden_states, grid_size, *rest):
+        return torch.zeros_like(hidden_states)
+
+    model = make_model()
+    expected = model(*batch()).sample
+    model.set_attn_processor(attend)
+    assert not torch.allclose(model(*batch()).sample, expected)
+    model.set_attn_processor(SDTAttnProcessor())
+    assert torch.equal(model(*batch()).sample, expected)
 
 
 def test_pruning_reaches_attention_and_is_refused_where_nothing_prunes(make_model, monkeypatch):

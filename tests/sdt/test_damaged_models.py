@@ -7,6 +7,7 @@ import os
 import diffusers
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 from sdt_diffusion import SDTPipeline, SDTTransformer2DModel
@@ -148,6 +149,12 @@ class TestPipeline:
         (folder / "vae" / WEIGHTS).write_bytes(content)
         with pytest.raises(ValueError, match="is damaged: its SHA-256"):
             SDTPipeline.from_pretrained(folder)
+
+    @pytest.mark.parametrize("load", [SDTPipeline.from_pretrained, DiffusionPipeline.from_pretrained, open_pipeline])
+    def test_missing_weights_of_a_vae_are_not_made_up(self, folder, load):
+        change_tensors(folder / "vae", without_one)
+        with pytest.raises(ValueError, match=r"The vae is not whole: its files have no \w+\.conv_in\.bias"):
+            load(str(folder))
 
     @pytest.mark.parametrize("part", ["transformer", "vae"])
     def test_nan_in_a_part_is_refused(self, folder, part):

@@ -218,7 +218,7 @@ def test_loads_in_a_fresh_process(make_pipe, tmp_path):
     pipe.save_pretrained(tmp_path)
     index = json.loads((tmp_path / "model_index.json").read_text())
     assert index["_class_name"] == "SDTPipeline"
-    assert index["transformer"] == ["sdt", "SDTTransformer2DModel"]
+    assert index["transformer"] == ["sdt_diffusion", "SDTTransformer2DModel"]
     code = (
         "import sys, torch, sdt_diffusion\n"
         "from diffusers import DiffusionPipeline\n"

@@ -13,6 +13,7 @@ from sdt_diffusion import SDTPipeline, swap_scheduler
 from sdt_diffusion.sdt.schedulers import (
     DIFFUSION_SCHEDULERS,
     FLOW_SCHEDULERS,
+    UNFIT_OPTIONS,
     check_fits,
     objective_of,
 )
@@ -75,6 +76,31 @@ class TestFit:
         with pytest.raises(ValueError, match=r"use_flow_sigmas is false.*swap_scheduler\(pipe.objective, 'DPMSolver"):
             draw(pipe, num_inference_steps=2)
 
+    @pytest.mark.parametrize("option", UNFIT_OPTIONS)
+    def test_options_of_other_models_are_refused_with_what_to_do(self, make_pipe, option):
+        scheduler = diffusers.FlowMatchEulerDiscreteScheduler(**{option: True})
+        pipe = make_pipe(scheduler, transformer=GaussianDenoiser("flow"), objective=objective_of(scheduler))
+        message = rf"^FlowMatchEulerDiscreteScheduler with {option} .*swap_scheduler\(pipe.objective, 'FlowMatchEuler"
+        with pytest.raises(ValueError, match=message):
+            draw(pipe, num_inference_steps=2)
+        pipe.scheduler = swap_scheduler(pipe.objective, "FlowMatchEulerDiscreteScheduler")
+        draw(pipe, num_inference_steps=2)
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            *({f"use_{spacing}_sigmas": True} for spacing in ("karras", "exponential", "beta")),
+            {"shift_terminal": 0.02},
+            {"time_shift_type": "linear"},
+        ],
+        ids=str,
+    )
+    def test_other_options_of_flow_matching_sample_the_gaussian(self, make_pipe, options):
+        scheduler = diffusers.FlowMatchEulerDiscreteScheduler(**options)
+        samples = draw(make_pipe(scheduler, transformer=GaussianDenoiser("flow")), num_inference_steps=100)
+        assert samples.mean().item() == pytest.approx(MEAN, abs=0.02)
+        assert samples.std().item() == pytest.approx(STD, abs=0.02)
+
     def test_a_scheduler_of_ones_own_is_taken_if_its_noise_levels_are_the_models(self, make_pipe):
         class Own(diffusers.DDIMScheduler):
             pass
@@ -99,9 +125,15 @@ class TestFit:
         (tmp_path / "model_index.json").write_text(json.dumps(index))
         assert SDTPipeline.from_pretrained(tmp_path).objective == objective_of(saved_scheduler("flow"))
         assert not SDTPipeline.from_pretrained(tmp_path).config.uniform_sigmas
-        other = SDTPipeline.from_pretrained(tmp_path, scheduler=diffusers.DDIMScheduler())
-        with pytest.raises(ValueError, match="DDIMScheduler does not sample from flow-matching models"):
-            other([0])
+        for kind in (SDTPipeline, diffusers.DiffusionPipeline):
+            other = kind.from_pretrained(tmp_path, scheduler=diffusers.DDIMScheduler())
+            with pytest.raises(ValueError, match="DDIMScheduler does not sample from flow-matching models"):
+                other([0])
+            other.scheduler = swap_scheduler(other.objective, "UniPCMultistepScheduler")
+            other([0], num_inference_steps=2)
+            other.save_pretrained(tmp_path / "again")
+            again = kind.from_pretrained(tmp_path / "again")
+            assert again.objective == objective_of(saved_scheduler("flow"))
 
     @pytest.mark.parametrize(
         "objective",

@@ -1,8 +1,10 @@
+import pytest
 import torch
 
 from sdt_diffusion.sdt.vae import (
     LatentNormalization,
     decode_latents,
+    describe_vae,
     encode_pixels,
     posterior_moments,
     sample_posterior,
@@ -44,6 +46,31 @@ def test_decoding_undoes_the_normalization(tiny_vae):
     latents = torch.randn(2, 4, 8, 8)
     normalized = (latents - 0.25) * 0.5
     torch.testing.assert_close(decode_latents(tiny_vae, normalized), tiny_vae.decode(latents).sample)
+
+
+def test_channels_may_have_statistics_of_their_own(tiny_vae, tmp_path):
+    mean, std = torch.tensor([0.1, -0.2, 0.3, 2.0]), torch.tensor([0.5, 1.0, 2.0, 0.1])
+    described = describe_vae(tiny_vae)
+    LatentNormalization((1 / std).tolist(), mean.tolist()).register_with(tiny_vae)
+    assert describe_vae(tiny_vae) == described
+    tiny_vae.save_pretrained(tmp_path)
+    vae = type(tiny_vae).from_pretrained(tmp_path)
+    pixels = torch.rand(2, 3, 16, 16) * 2 - 1
+    z = vae.encode(pixels).latent_dist.mean
+    normalized = (z - mean[:, None, None]) / std[:, None, None]
+    torch.testing.assert_close(encode_pixels(vae, pixels), normalized)
+    torch.testing.assert_close(decode_latents(vae, normalized), vae.decode(z).sample)
+    LatentNormalization(0.5, 0.25).register_with(vae)
+    assert LatentNormalization.of(vae) == (0.5, 0.25)
+
+
+@pytest.mark.parametrize(
+    "std", [[1.0, 1.0], [1.0, 0.0, 1.0, 1.0], [1.0, 1.0, 1.0, float("nan")], "four", [1, 1, 1, "a"]]
+)
+def test_statistics_that_are_not_of_the_channels_are_refused(tiny_vae, std):
+    tiny_vae.register_to_config(latents_mean=[0.0] * 4, latents_std=std)
+    with pytest.raises(ValueError, match="The VAE's latents_std must be"):
+        LatentNormalization.of(tiny_vae)
 
 
 def test_deep_compression_autoencoders_are_deterministic_and_scale_as_they_say(tiny_dc_vae):

@@ -59,6 +59,8 @@ class TestStoredArchitecture:
             build(folder, model_overrides='{"decay_start": "none"}')
 
     def test_it_needs_a_folder(self):
+        with pytest.raises(FileNotFoundError, match=r"init_from .*\.py is a file, .* by sdt-diffusion convert"):
+            build(__file__)
         with pytest.raises(ValueError, match="model stored needs init_from"):
             ModelArguments(model="stored")
         with pytest.raises(ValueError, match="new_classes needs init_from"):
@@ -107,6 +109,18 @@ class TestNewClasses:
         assert torch.equal(table[[0, 2, 3, 4]], stored[[2, 0, 1, 5]])
         assert table[1].norm() < 0.2 < stored.norm(dim=1).min()
         assert describe_classes(folder, names) == f"3 of 4 classes keep their rows of {folder}, 1 are new: zebra."
+
+    def test_where_no_name_is_known_all_classes_are_new(self, save):
+        model, folder = save()
+        torch.manual_seed(1)
+        started = build(folder, ["gnu", "yak"], {**SIZES, "num_classes": 2}, new_classes=True)
+        stored, weights = model.state_dict(), started.state_dict()
+        assert weights[CLASS_TABLE].shape[0] == 3
+        assert torch.equal(weights[CLASS_TABLE][-1], stored[CLASS_TABLE][-1])
+        assert weights[CLASS_TABLE][:2].norm(dim=1).max() < 0.2 < stored[CLASS_TABLE].norm(dim=1).min()
+        assert all(torch.equal(weights[name], stored[name]) for name in stored if name != CLASS_TABLE)
+        line = f"0 of 2 classes keep their rows of {folder}, 2 are new: gnu, yak."
+        assert describe_classes(folder, ["gnu", "yak"]) == line
 
     def test_a_name_of_two_classes_is_none(self, save):
         _, folder = save()

@@ -42,6 +42,8 @@ READ_SETTINGS: dict[str, tuple[tuple[Any, ...], Range | None]] = {
     "scaling_factor": ((float,), Range(0, 1e9, with_least=False)),
     "shift_factor": ((float,), Range(-1e9, 1e9)),
 }
+#: Those that may be a list with a number for each channel.
+PER_CHANNEL = ("scaling_factor", "shift_factor")
 SHARD_FILE = re.compile(r"shard-\d+\.safetensors")
 #: Shards of a cache, which the manifest lists.
 MAX_SHARDS = 100_000
@@ -214,10 +216,15 @@ def _check_manifest(manifest):
     _require(settings, "settings.", dtype=str, **dict.fromkeys(READ_SETTINGS, object))
     if settings["dtype"] not in DTYPES.values():
         raise ValueError(f"settings.dtype is {settings['dtype']!r}, not one of {', '.join(DTYPES.values())}")
-    for key, (kinds, allowed) in READ_SETTINGS.items():
-        check_value(f"settings.{key}", settings[key], kinds, allowed)
     if len(shape) != 5 or shape[:2] != [2, 2] or not all(type(size) is int and 0 < size < 2**20 for size in shape):
         raise ValueError(f"moments_shape is {shape!r:.60}, and not [2, 2, channels, height, width]")
+    for key, (kinds, allowed) in READ_SETTINGS.items():
+        value = settings[key]
+        each_channel = key in PER_CHANNEL and isinstance(value, list) and len(value) == shape[2]
+        for item in value if each_channel else [value]:
+            check_value(f"settings.{key}", item, kinds, allowed)
+    if len({isinstance(settings[key], list) for key in PER_CHANNEL}) > 1:
+        raise ValueError(f"of settings.{' and settings.'.join(PER_CHANNEL)} one is a list")
     if not all(isinstance(name, str) for name in manifest["class_names"]):
         raise ValueError("class_names holds something other than names")
     for number, record in enumerate(records):

@@ -126,7 +126,7 @@ def _open_cache(folder, data, vae_name, seed):
     vae = load_vae(vae_name)
     check_vae(vae, folder, images.manifest)
     # Decoding has to undo the normalization of the cache, even if the VAE's config has changed since.
-    vae.register_to_config(**{key: settings[key] for key in LatentNormalization._fields})
+    LatentNormalization(*(settings[key] for key in LatentNormalization._fields)).register_with(vae)
     augment = RandomMirror(seed) if data.random_flip else None
     return TrainingData(data, images, vae, vae_name, augment, images.latent_shape)
 

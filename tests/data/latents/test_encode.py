@@ -9,12 +9,13 @@ import torch
 from datasets import ClassLabel
 from PIL import Image
 
-from sdt_diffusion.data import LatentCache
+from sdt_diffusion.data import DataArguments, LatentCache
 from sdt_diffusion.data.images import ImageArguments
 from sdt_diffusion.data.latents import writer
 from sdt_diffusion.data.latents.cache import verify
 from sdt_diffusion.data.latents.encode import EncodingArguments, encode_into
 from sdt_diffusion.data.latents.rows import open_rows
+from sdt_diffusion.data.latents.training_data import open_training_data
 from sdt_diffusion.sdt.vae import LatentNormalization, check_vae, encode_pixels, sample_posterior
 from sdt_diffusion.utils.reading import checksum
 from tests.data.latents.test_rows import write_tar
@@ -59,6 +60,27 @@ def test_cached_posteriors_give_what_encoding_online_gives(encode, tiny_vae, tmp
         torch.testing.assert_close(found, encode_pixels(tiny_vae, shown, noise), atol=tolerance, rtol=tolerance)
     mirrored_latents = (moments[:, 0, 0].flip(-1) - moments[:, 1, 0]).abs().max()
     assert mirrored_latents > 0.01  # mirrored latents are not those of the mirror: both have to be kept
+
+
+def test_a_cache_keeps_the_statistics_of_each_channel(encode, tiny_vae, tmp_path):
+    tiny_vae.register_to_config(
+        latents_mean=[0.0, 1.0, 2.0, 3.0], latents_std=[0.5, 1.0, 2.0, 4.0], scaling_factor=1.0
+    )
+    tiny_vae.save_pretrained(tmp_path / "vae")
+    folder = encode(vae=tiny_vae, dtype="float32")
+    tiny_vae.register_to_config(latents_mean=None, latents_std=None)
+    tiny_vae.save_config(tmp_path / "vae")  # the cache's normalization wins
+    arguments = DataArguments(dataset=str(folder), random_flip=False)
+    data = open_training_data(arguments, str(tmp_path / "vae"), 8, seed=0)
+    moments, _ = data.images.__getitems__([0])[0]
+    found = sample_posterior(moments[None], None, LatentNormalization.of(data.vae))
+    mean, std = torch.arange(4.0)[:, None, None], torch.tensor([0.5, 1, 2, 4])[:, None, None]
+    torch.testing.assert_close(found[0], (moments[0] - mean) / std)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["settings"]["shift_factor"] = [0.0, 1.0]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=r"settings\.shift_factor must be a number"):
+        LatentCache(folder)
 
 
 def test_the_names_of_a_file_are_recorded(tiny_vae, tmp_path):

@@ -115,7 +115,9 @@ def test_no_model_imports_training():
     assert [module for module in reached if room_of(module) == "training"] == []
 
 
-@pytest.mark.parametrize("folder", ["sdt_diffusion", "train", "sample", "eval", "benchmarks", "examples", "experiments", "tests"])
+@pytest.mark.parametrize(
+    "folder", ["sdt_diffusion", "train", "sample", "eval", "benchmarks", "examples", "experiments", "tests"]
+)
 def test_no_file_is_too_long_to_read(folder):
     lengths = {str(path): len(path.read_text().splitlines()) for path in (ROOT / folder).rglob("*.py")}
     assert {path: length for path, length in lengths.items() if length > MAX_LINES} == {}

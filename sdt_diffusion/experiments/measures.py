@@ -53,7 +53,7 @@ def seconds_per_step(records: Sequence[dict[str, Any]], images_per_step: int) ->
     }
 
 
-def final_values(trainer: str, records: Sequence[dict[str, Any]]) -> dict[str, float]:
+def final_values(trainer: str, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return what the last validation of a log measured: a held-out loss, and what there is besides."""
     last = [record for record in records if HELD_OUT[trainer] in record][-1]
     if trainer == "train_classifier":
@@ -115,7 +115,7 @@ def judge_samples(
     if precision == "bf16":
         network = pipe.transformer
         network.forward = convert_outputs_to_fp32(torch.autocast(device, torch.bfloat16)(network.forward))
-    sampling = {
+    sampling: dict[str, Any] = {
         "seed": SAMPLING_SEED,
         "guidance_scale": 1.0,
         "num_inference_steps": evaluation.num_inference_steps,

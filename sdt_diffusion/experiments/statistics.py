@@ -16,7 +16,7 @@ class PairedDifference(NamedTuple):
     """Differences of pairs, such as the losses of two variants of equal seeds.
 
     Attributes:
-        count: Number of pairs.
+        num_pairs: Number of pairs.
         mean: Mean difference.
         deviation: Standard deviation of the differences, n - 1 in the denominator; NaN of one pair, as all below.
         low: Lower end of the mean's 95% interval by Student's t with n - 1 degrees of freedom.
@@ -24,7 +24,7 @@ class PairedDifference(NamedTuple):
         p_value: Two-sided probability of a mean so far from 0 without a difference, by the paired t-test.
     """
 
-    count: int
+    num_pairs: int
     mean: float
     deviation: float
     low: float

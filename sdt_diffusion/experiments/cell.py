@@ -33,7 +33,7 @@ from .measures import (
     seconds_per_step,
     thinned,
 )
-from .results import describe_machine, write_result
+from .result_files import describe_machine, write_result
 from .study import TRAINERS, Evaluation
 
 #: How long a cell waits for an earlier process to leave its folder: the runner may have been killed before it.

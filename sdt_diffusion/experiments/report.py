@@ -21,7 +21,7 @@ from ..utils.arguments import exit_on_error, parse_arguments
 from ..utils.files import write_atomically
 from .measures import HELD_OUT
 from .plot import plot_study
-from .results import read_results
+from .result_files import read_results
 from .statistics import paired_difference, steps_to_reach
 from .study import Study, read_study
 

@@ -26,7 +26,7 @@ from ..utils.files import FolderLock
 from ..utils.ranges import CheckedArguments, between
 from .cell import Job
 from .measures import make_reference, reference_path
-from .results import describe_machine, read_result, result_path, write_result
+from .result_files import describe_machine, read_result, result_path, write_result
 from .study import Cell, Study, read_study
 
 #: Seconds between two looks at the processes.

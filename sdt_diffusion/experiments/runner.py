@@ -29,6 +29,8 @@ from .measures import make_reference, reference_path
 from .result_files import describe_machine, read_result, result_path, write_result
 from .study import Cell, Study, read_study
 
+#: What runs a cell; the path of its job follows.
+COMMAND = [sys.executable, "-m", f"{__package__}.cell"]
 #: Seconds between two looks at the processes.
 INTERVAL = 0.5
 #: Lines of a cell's output that are shown when its process fails without a results file.
@@ -172,7 +174,7 @@ class Runner:
             output=str(result_path(self.args.results_dir, cell)),
             keep_pipeline=str(self.folder / "pipelines" / cell.name) if self.args.keep_pipelines else None,
         )
-        command = [sys.executable, "-m", f"{__package__}.cell", str(job.save())]
+        command = [*COMMAND, str(job.save())]
         with (folder / "output.txt").open("a") as output:
             return subprocess.Popen(
                 command,

@@ -242,6 +242,10 @@ def _added_in_order(variants: dict[str, dict[str, Any]], order: Any) -> dict[str
 
 def _check_arguments(cell: Cell) -> None:
     """Refuse arguments that the trainer does not know, before a cell is trained."""
+    if cell.trainer == "train_dit":
+        zero = [name for name in ("held_out_images", "velocity_error_images") if not cell.arguments.get(name)]
+        if zero:
+            raise ValueError(f"variant {cell.variant} measures no velocity error: set {' and '.join(zero)}.")
     own = [name for name in SET_BY_RUNNER if name in cell.arguments]
     if own:
         raise ValueError(f"variant {cell.variant}: {', '.join(own)} is set by the runner.")

@@ -54,14 +54,21 @@ def seconds_per_step(records: Sequence[dict[str, Any]], images_per_step: int) ->
 
 
 def final_values(trainer: str, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return what the last validation of a log measured: a held-out loss, and what there is besides."""
-    last = [record for record in records if HELD_OUT[trainer] in record][-1]
+    """Return what the last validation of a log measured: a held-out loss, and what there is besides.
+
+    Raises:
+        ValueError: If the log has no validation, or its loss is not finite.
+    """
+    validations = [record for record in records if HELD_OUT[trainer] in record]
+    last = validations[-1] if validations else {}
+    key = "test_loss" if trainer == "train_classifier" else "final_velocity_error"
+    if last.get(key) is None:
+        raise ValueError(f"The log holds no finite {key}.")
+    values: dict[str, Any] = {"held_out_loss": _rounded(last[key])}
     if trainer == "train_classifier":
-        return {"held_out_loss": _rounded(last["test_loss"]), "accuracy": _rounded(last["test_accuracy"])}
-    values = {"held_out_loss": _rounded(last["final_velocity_error"])}
-    prefix = "final_velocity_error/"
-    ranges = {key.removeprefix(prefix): _rounded(value) for key, value in last.items() if key.startswith(prefix)}
-    return {**values, "velocity_error_by_noise_level": ranges}
+        return {**values, "accuracy": _rounded(last["test_accuracy"])}
+    parts = {name.partition("/")[2]: value for name, value in last.items() if name.startswith(f"{key}/")}
+    return {**values, "velocity_error_by_noise_level": {name: _rounded(value) for name, value in parts.items()}}
 
 
 def reference_path(folder: Path, evaluation: Evaluation, resolution: int | None, extractor: FeatureExtractor) -> Path:

@@ -87,8 +87,9 @@ class Runner:
         }
         for cell in self.cells:
             cell.filled(self.folders)  # refuses placeholders without a folder now
-        self.seconds: list[float] = []
-        self.waiting = [cell for cell in self.cells if self._result(cell) is None]
+        results = {cell.name: self._result(cell) for cell in self.cells}
+        self.seconds = [record["seconds"] for record in results.values() if record and record["failed"] is None]
+        self.waiting = [cell for cell in self.cells if self._is_to_run(results[cell.name])]
 
     def run(self) -> int:
         """Run all cells that have no results yet.
@@ -125,7 +126,8 @@ class Runner:
             if stop.reason and (self.waiting or running):
                 print(f"Stopped by {stop.reason}. The same command goes on.", flush=True)
                 raise Interrupted(stop.reason)
-        return sum((self._result(cell, again=False) or {"failed": True})["failed"] is not None for cell in self.cells)
+        records = [self._result(cell) for cell in self.cells]
+        return sum(record is None or record["failed"] is not None for record in records)
 
     def _is_wanted(self, cell: Cell) -> bool:
         wanted = ((self.args.variants, self.study.variants, "variants"), (self.args.seeds, self.study.seeds, "seeds"))
@@ -137,15 +139,13 @@ class Runner:
                 )
         return cell.variant in (self.args.variants or [cell.variant]) and cell.seed in (self.args.seeds or [cell.seed])
 
-    def _result(self, cell: Cell, again: bool = True) -> dict[str, Any] | None:
-        """Return the results of a cell, or `None` if it is to be run; `again` if failed ones may be."""
+    def _is_to_run(self, record: Mapping[str, Any] | None) -> bool:
+        return record is None or (self.args.retry_failed and record["failed"] is not None)
+
+    def _result(self, cell: Cell) -> dict[str, Any] | None:
+        """Return the results of a cell, or `None` if there are none yet."""
         path = result_path(self.args.results_dir, cell)
-        if not path.is_file():
-            return None
-        record = read_result(path, cell)
-        if record["failed"] is None:
-            self.seconds.append(record["seconds"])
-        return None if again and self.args.retry_failed and record["failed"] is not None else record
+        return read_result(path, cell) if path.is_file() else None
 
     def _make_references(self) -> dict[str, str]:
         """Compute the features of the references that waiting cells need, once; return the file of each cell."""
@@ -188,7 +188,7 @@ class Runner:
     def _finish(self, cell: Cell, code: int, bar: tqdm, num_running: int) -> None:
         """Report a cell whose process has ended."""
         output = self.folder / cell.folder_name / "output.txt"
-        record = self._result(cell, again=False)
+        record = self._result(cell)
         if record is None and 0 < code < 128:  # a bug: not a signal, and not even a failure that it could write
             failed = " ".join(output.read_text(errors="replace").splitlines()[-SHOWN_LINES:])
             identity = {"study": cell.study, "variant": cell.variant, "seed": cell.seed, "config": cell.config}
@@ -200,6 +200,7 @@ class Runner:
         elif record["failed"] is not None:
             line = f"{cell.name} FAILED: {record['failed']} (all of its output: {output})"
         else:
+            self.seconds.append(record["seconds"])
             line = f"{cell.name}: {', '.join(_numbers(record['metrics']))} ({record['seconds']:.0f} s)"
         left = len(self.waiting) + num_running
         if left and self.seconds:

@@ -72,12 +72,12 @@ def predicted_velocity(
     mixture = (1 - weight) * clean + weight * noise
     channels = clean.shape[1]
     if is_flow(scheduler):
-        timestep = (sigma * scheduler.config.num_train_timesteps).float()
+        timestep = (sigma * scheduler.config.num_train_timesteps).to(clean.device, torch.float32)
         return model(mixture, timestep, class_labels, return_dict=False)[0][:, :channels].float()
     length = ((1 - weight) ** 2 + weight**2).sqrt()
     on_clean, on_noise = (1 - weight) / length, weight / length  # their squares add up to 1
     sample = mixture / length
-    timestep = timestep_of(scheduler, sigma)
+    timestep = timestep_of(scheduler, sigma).to(clean.device)
     prediction = model(sample, timestep, class_labels, return_dict=False)[0][:, :channels].float()
     kind = scheduler.config.prediction_type
     if kind == "epsilon":
@@ -101,13 +101,12 @@ def timestep_of(scheduler: SchedulerMixin, sigma: torch.Tensor) -> torch.Tensor:
         sigma: Shape (batch,).
 
     Returns:
-        Shape (batch,), fp32, on the device of `sigma`.
+        Shape (batch,), fp32, on the CPU.
     """
     alpha_bar = scheduler.alphas_cumprod.double().cpu().numpy()
     known = 0.5 * np.log((1 - alpha_bar) / alpha_bar)  # rises with the timestep
     wanted = torch.logit(sigma.double()).cpu().numpy()
-    timesteps = np.interp(wanted, known, np.arange(len(known)))
-    return torch.from_numpy(timesteps).to(sigma.device, torch.float32)
+    return torch.from_numpy(np.interp(wanted, known, np.arange(len(known)))).float()
 
 
 class VelocityError:
@@ -165,7 +164,7 @@ class VelocityError:
                     generators = (torch_generator(Stream.VELOCITY_NOISE, 0, row, level) for row in rows)
                     noise = torch.stack([torch.randn(clean.shape[1:], generator=each) for each in generators])
                     noise = noise.to(clean)
-                    sigma = sigmas[rows.start : rows.stop, level].to(clean.device)
+                    sigma = sigmas[rows.start : rows.stop, level]
                     velocity = predicted_velocity(run.trained_model, self.scheduler, clean, noise, sigma, labels)
                     error = (velocity - (noise - clean).float()).square().flatten(1).mean(dim=1)  # (B,)
                     errors[rows.start : rows.stop, level] = error.double().cpu()

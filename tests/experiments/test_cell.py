@@ -7,7 +7,14 @@ import pytest
 from sdt_diffusion import SDTPipeline
 from sdt_diffusion.experiments import cell as cell_module
 from sdt_diffusion.experiments.cell import Job, run_cell
-from sdt_diffusion.experiments.measures import curve, make_reference, reference_path, seconds_per_step, thinned
+from sdt_diffusion.experiments.measures import (
+    curve,
+    final_values,
+    make_reference,
+    reference_path,
+    seconds_per_step,
+    thinned,
+)
 from sdt_diffusion.experiments.result_files import read_result
 from sdt_diffusion.experiments.study import Evaluation
 from sdt_diffusion.metrics.extractors import build_extractor
@@ -128,6 +135,26 @@ def test_the_first_interval_which_warms_up_has_no_part_in_the_time_of_a_step():
     records = [{"images_per_second": speed} for speed in (1, 100, 50, 200)]
     assert seconds_per_step(records, 100)["seconds_per_step"] == 1
     assert seconds_per_step(records, 100)["seconds_per_step_first_decile"] == pytest.approx(0.6)
+
+
+class TestFinalValues:
+    def test_a_classifier_has_a_loss_and_an_accuracy(self):
+        log = [
+            {"step": 0, "test_loss": 2.3, "test_accuracy": 0.1},
+            {"step": 5, "test_loss": 0.5, "test_accuracy": 0.8},
+        ]
+        log.append({"step": 5, "loss": 1.0})
+        assert final_values("train_classifier", log) == {"held_out_loss": 0.5, "accuracy": 0.5}
+
+    def test_a_diffusion_model_has_an_error_for_each_range_of_noise_levels(self):
+        log = [{"step": 5, "velocity_error": 1, "final_velocity_error": 0.5, "final_velocity_error/0.0-0.1": 0.7}]
+        found = final_values("train_dit", log)
+        assert found == {"held_out_loss": 0.5, "velocity_error_by_noise_level": {"0.0-0.1": 0.7}}
+
+    @pytest.mark.parametrize("log", [[], [{"step": 5, "velocity_error": None, "final_velocity_error": None}]])
+    def test_a_loss_that_is_not_finite_is_a_failure(self, log):
+        with pytest.raises(ValueError, match="no finite final_velocity_error"):
+            final_values("train_dit", log)
 
 
 def test_another_extractor_or_resolution_has_another_reference(tmp_path):

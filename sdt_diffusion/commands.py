@@ -11,6 +11,7 @@ COMMANDS = {
         "sdt_diffusion.convert.__main__",
         "pipelines from models of DiT, SiT, LightningDiT, diffusers; and back",
     ),
+    "demo": ("sdt_diffusion.demo.serve", "a page that samples, and shows how far each head looks from a patch"),
 }
 
 

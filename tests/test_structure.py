@@ -21,6 +21,7 @@ FLOORS = [
     ["classification"],
     ["convert", "hub", "metrics", "sampling"],
     ["evaluation"],
+    ["demo"],
     ["training"],
     ["commands", "experiments"],
 ]

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
@@ -100,7 +101,7 @@ class DecaySection:
     rows: Sequence[DecayRow]
 
 
-def plot_decays(sections: Sequence[DecaySection], title: str, caption: str, path: Path) -> None:
+def plot_decays(sections: Sequence[DecaySection], title: str, caption: str, path: Path | IO[bytes]) -> None:
     """Draw a section for each block, in it a row for each patch, and in that a map for each head.
 
     All maps of a kind share one color scale, 0 to 1.
@@ -109,7 +110,7 @@ def plot_decays(sections: Sequence[DecaySection], title: str, caption: str, path
         sections: The blocks.
         title: Title of the picture; one that is too long is cut.
         caption: Two lines below the title.
-        path: PNG file to write.
+        path: PNG file to write, or an open file.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.cm import ScalarMappable
@@ -256,7 +257,7 @@ def draw_decays(args: DecayArguments, device: torch.device | str = "cpu") -> Non
             [
                 row
                 for each, decay in zip(inputs, decays, strict=True)
-                for row in _rows(each, decay, patches, grid_size, args.attention)
+                for row in decay_rows(each, decay, patches, grid_size, args.attention)
             ],
         )
         for decays in zip(*(each.decays for each in inputs), strict=True)
@@ -349,7 +350,7 @@ def parse_patches(texts: Sequence[str], grid_size: tuple[int, int], default: int
     return patches
 
 
-def _rows(
+def decay_rows(
     recorded: RecordedInput,
     decay: BlockDecay,
     patches: Sequence[tuple[int, int]],

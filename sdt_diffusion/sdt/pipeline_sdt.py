@@ -60,7 +60,7 @@ class SDTPipeline(SDTLoaderMixin, DiffusionPipeline):
 
     model_cpu_offload_seq = "transformer->guide_transformer->vae"
     _optional_components = ["vae", "guider", "guide_transformer"]  # noqa: RUF012 (diffusers' names and forms)
-    _callback_tensor_inputs = ["latents"]  # noqa: RUF012
+    _callback_tensor_inputs = ["latents", "model_input", "prediction"]  # noqa: RUF012
 
     def __init__(
         self,
@@ -302,7 +302,8 @@ class SDTPipeline(SDTLoaderMixin, DiffusionPipeline):
             return_dict: Whether to return an `ImagePipelineOutput` instead of a tuple.
             callback_on_step_end: Called as `callback(pipe, step, timestep, {"latents": ...})` after each step; it
                 may return a dictionary with replaced latents.
-            callback_on_step_end_tensor_inputs: Tensors that the callback gets; only "latents" exists.
+            callback_on_step_end_tensor_inputs: Tensors that the callback gets: "latents" after the step, and
+                "model_input" and guided "prediction" of the step.
             timesteps: The model's timesteps, decreasing, in place of a number of steps.
             sigmas: The scheduler's noise levels, decreasing, without the 0 at the end, in place of a number of steps.
 
@@ -348,7 +349,8 @@ class SDTPipeline(SDTLoaderMixin, DiffusionPipeline):
                 prediction = self.predict(model_input, t, class_labels)
                 latents = self.scheduler.step(prediction, t, latents, return_dict=False, **step_kwargs)[0]
                 if callback_on_step_end is not None:
-                    tensors = dict.fromkeys(callback_on_step_end_tensor_inputs, latents)
+                    tensors = {"latents": latents, "model_input": model_input, "prediction": prediction}
+                    tensors = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
                     latents = (callback_on_step_end(self, i, t, tensors) or {}).get("latents", latents)
                 if (i + 1) * num_steps // len(run) > progress_bar.n:
                     progress_bar.update()  # second-order schedulers have two timesteps a step

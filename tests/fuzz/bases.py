@@ -13,6 +13,7 @@ SCRIPTS = {
     "train/reconstruct_ema.py": "sdt_diffusion.training.reconstruct_ema",
     "train/share.py": "sdt_diffusion.hub.push",
     "sample/sample.py": "sdt_diffusion.sampling.sample",
+    "sample/gallery.py": "sdt_diffusion.demo.gallery",
     "eval/fid.py": "sdt_diffusion.evaluation.fid",
     "eval/sweep.py": "sdt_diffusion.evaluation.sweep",
     "eval/make_reference.py": "sdt_diffusion.evaluation.make_reference",
@@ -162,6 +163,12 @@ BASES = {
     "sample": Base(
         "sample/sample.py",
         "--model run --num_images 12 --num_inference_steps 2 --batch_size 5 --npz --output_dir out",
+        needs=("run",),
+        reads=PIPELINE,
+    ),
+    "gallery": Base(
+        "sample/gallery.py",
+        "--model run --classes 1 2 --columns 2 --num_inference_steps 2 --vary guidance_scale=1,2 --output_dir out",
         needs=("run",),
         reads=PIPELINE,
     ),

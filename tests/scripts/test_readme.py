@@ -18,6 +18,7 @@ SMALL = {
     ),
     "train/train_classifier.py": "--max_train_steps 2 --lr_warmup_steps 1",
     "sample/sample.py": "--num_images 4",
+    "sample/gallery.py": "--columns 1 --classes 3",
     "eval/fid.py": "--num_samples 8",
 }
 
@@ -61,11 +62,17 @@ def test_the_commands_and_programs_run(tmp_path, monkeypatch, capsys):
             command = line.split("&&")[-1].strip()
             run_command(shlex.split(command), tmp_path)
             seen.append(command)
-    assert len(seen) == 7
+    assert len(seen) == 8
     output = capsys.readouterr().out
     assert "of 10 samples are classified as their label" in output
     assert "FD(pixels)-8" in output
     pipe = DiffusionPipeline.from_pretrained(tmp_path / "digits")
     assert pipe.sampling_settings() == {"guidance_scale": 1.5, "num_inference_steps": 2}
-    for path in ("digits/decay.png", "digits/fid.png", "digits_probe/config.json", "threes_and_sevens/grid.png"):
+    for path in (
+        "digits/decay.png",
+        "digits/fid.png",
+        "digits_probe/config.json",
+        "threes_and_sevens/grid.png",
+        "gallery/index.html",
+    ):
         assert (tmp_path / path).is_file()

@@ -271,7 +271,10 @@ class TestBadInput:
             pipe([0], num_inference_steps=0)
         with pytest.raises(ValueError, match="num_images_per_prompt must be at least 1"):
             pipe([0], num_images_per_prompt=0)
-        with pytest.raises(ValueError, match=r"callback_on_step_end_tensor_inputs must be in \['latents'\]"):
+        with pytest.raises(
+            ValueError,
+            match=r"callback_on_step_end_tensor_inputs must be in \['latents', 'model_input', 'prediction'\]",
+        ):
             pipe([0], callback_on_step_end_tensor_inputs=["noise"])
         with pytest.raises(ValueError, match=r"`latents` has shape \(1, 3, 4, 4\); \(1, 3, 8, 8\) is needed"):
             pipe([0], latents=torch.zeros(1, 3, 4, 4))

@@ -144,7 +144,7 @@ class TestFinalValues:
             {"step": 5, "test_loss": 0.5, "test_accuracy": 0.8},
         ]
         log.append({"step": 5, "loss": 1.0})
-        assert final_values("train_classifier", log) == {"held_out_loss": 0.5, "accuracy": 0.5}
+        assert final_values("train_classifier", log) == {"held_out_loss": 0.5, "accuracy": 0.8}
 
     def test_a_diffusion_model_has_an_error_for_each_range_of_noise_levels(self):
         log = [{"step": 5, "velocity_error": 1, "final_velocity_error": 0.5, "final_velocity_error/0.0-0.1": 0.7}]

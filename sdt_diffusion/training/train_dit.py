@@ -42,7 +42,7 @@ from .model_arguments import ModelArguments
 from .objectives import DiffusionLoss, ObjectiveArguments, build_auxiliary_losses, build_objective
 from .optimizer import OptimizationArguments
 from .run import TrainingRun
-from .validation import DiffusionValidation, ValidationArguments, hold_out
+from .validation import DiffusionValidation, ValidationArguments
 
 
 def check_sampler(pipe: SDTPipeline, sampling: dict[str, Any]) -> None:
@@ -96,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     data_args = data.arguments
     model_args = replace(model_args, pretrained_vae_model_name_or_path=data.vae_name)
     validation_args.check_label_accuracy(data)
-    train_images, held_out = hold_out(data.images, validation_args.held_out_images)
+    train_images, held_out = validation_args.hold_out(data)
 
     seed_global_generators(Stream.INITIALIZATION, run_args.seed)
     channels, side, _ = data.sample_shape
@@ -147,8 +147,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             create_hub_repo(hub_args, run.output_dir)  # so that errors show now rather than after training
         if data.vae is not None:
             data.vae.to(run.accelerator.device)
-        num_images = validation_args.num_validation_images
-        train(run, loss, DiffusionValidation(pipe, loss, data, held_out, num_images, sampling))
+        counts = validation_args.num_validation_images, validation_args.velocity_error_images
+        train(run, loss, DiffusionValidation(pipe, loss, data, held_out, counts[0], sampling, counts[1]))
 
         if run.accelerator.is_main_process:
             save_pipeline(run, pipe, data, validation_args.label_accuracy_samples, sampling)
@@ -170,7 +170,8 @@ def save_pipeline(
             "{label_accuracy:.1%} of {num_images} samples are classified as their label by an RBF SVM trained on "
             "the {num_real_images} real images ({sampler}).".format(**results)
         )
-    print(f"Saved the pipeline, samples.png and loss_curve.png to {run.output_dir}")
+    pictures = ", samples.png and loss_curve.png" if (run.output_dir / "samples.png").is_file() else ""
+    print(f"Saved the pipeline{pictures} to {run.output_dir}")
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ class Stream(IntEnum):
     INITIALIZATION = 10  # no key; weights of a new model
     HELD_OUT_ROWS = 11  # no key; images kept from a diffusion model's training
     VALIDATION = 12  # key: index of the first image; noise and timesteps of the held-out loss
+    VELOCITY_NOISE = 20  # key: position of the held-out image, number of its noise level
 
 
 def seed_sequence(stream: Stream, seed: int, *key: int) -> np.random.SeedSequence:

@@ -360,7 +360,7 @@ class TrainingRun:
 
     def _prepare(self, model, name, parameter_groups):
         config, accelerator = self.config, self.accelerator
-        optimizer = build_optimizer(model, config.optimization, parameter_groups)
+        optimizer = build_optimizer(model, config.optimization, parameter_groups, accelerator.mixed_precision)
         skeleton = copy.deepcopy(model).to("meta")
         separate = None  # without an average, the trained model is the one that is saved
         if config.ema.use_ema or accelerator.is_fsdp2:

@@ -189,12 +189,14 @@ def test_the_config_and_its_arguments_are_not_changed(make_run):
     assert find_checkpoint(run.output_dir, "latest") is None
 
 
-def test_weight_decay_spares_biases_norms_and_alpha():
+def test_weight_decay_spares_biases_norms_tables_and_gates():
     model = SDTTransformer2DModel(**TINY, qk_norm="rms_norm")
     optimizer = build_optimizer(model, OptimizationArguments(adam_weight_decay=0.1))
     decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
     names = {name for name, p in model.named_parameters() if id(p) not in decayed}
-    assert all(name.endswith((".bias", ".log_alpha", ".norm_q.weight", ".norm_k.weight")) for name in names)
+    spared = (".bias", ".norm_q.weight", ".norm_k.weight", ".class_embedder.weight")
+    assert all(name.endswith(spared) or ".gate." in name for name in names)
+    assert "transformer_blocks.0.attn.gate.proj.weight" in names
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters()))
 
 

@@ -163,6 +163,7 @@ class TrainingRun:
             start=self.step * self.images_per_step,
             stop=run.max_train_steps * self.images_per_step,
             num_repeats=self.data.num_repeats,
+            class_balanced=self.data.class_balanced,
         )
         if len(stream) == 0:
             return iter(())

@@ -1,20 +1,18 @@
 """A small run in a process of its own, alone or as one of several: for test_processes.py.
 
-    python small_run.py OUTPUT_DIR STRATEGY [FIELD=VALUE ...] [then OUTPUT_DIR STRATEGY ...]
+    python small_run.py OUTPUT_DIR STRATEGY [FIELD=VALUE ...]
 
-STRATEGY is "ddp", which a single process does without, or "fsdp2". A FIELD is one of `RunArguments`, or `optimizer`,
-`num_workers`, `seconds`, which an image takes to be loaded, or `unreadable`, the index of an image. After "then"
-stands another run, for which no processes need to be started.
+STRATEGY is "ddp", which a single process does without, or "fsdp2". A FIELD is one of `RunArguments`, or
+`num_workers`, `seconds`, which an image takes to be loaded, or `unreadable`, the index of an image.
 """
 
-import itertools
 import sys
 import time
 from unittest import mock
 
 import torch
 import yaml
-from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
 from sdt_diffusion import SDTTransformer2DModel
@@ -64,11 +62,8 @@ def sharded(build_accelerator):
 
 
 def main(output_dir, strategy, *words):
-    for state in (AcceleratorState, PartialState, GradientState):
-        state._reset_state()
     values = {key: yaml.safe_load(value) for key, value in (word.split("=") for word in words)}
     images = Images(values.pop("seconds", 0.0), values.pop("unreadable", None))
-    optimizer = values.pop("optimizer", "adamw")
     data = TrainingSet(images, num_workers=values.pop("num_workers", 0))
     run_args = RunArguments(
         output_dir=output_dir,
@@ -84,8 +79,8 @@ def main(output_dir, strategy, *words):
         },
     )
     # With its usual epsilon AdamW makes full steps of gradients that are nothing but rounding errors.
-    optimization = OptimizationArguments(
-        optimizer, learning_rate=1e-2, adam_epsilon=1e-4, lr_scheduler="cosine", lr_warmup_steps=2
+    optimization = OptimizationArguments(  # Muon for matrices, AdamW for everything else
+        optimizer="muon", learning_rate=1e-2, adam_epsilon=1e-4, lr_scheduler="cosine", lr_warmup_steps=2
     )
     torch.manual_seed(0)
     model = SDTTransformer2DModel(**TINY)
@@ -103,6 +98,4 @@ def main(output_dir, strategy, *words):
 
 
 if __name__ == "__main__":
-    for is_end, words in itertools.groupby(sys.argv[1:], "then".__eq__):
-        if not is_end:
-            main(*words)
+    main(*sys.argv[1:])

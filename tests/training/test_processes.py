@@ -9,6 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from safetensors.torch import load_file
 from torch import distributed, nn
 from torch._dynamo.testing import CompileCounter
@@ -18,13 +19,13 @@ from tests.training import small_run
 
 #: Sums in another order: weights, averages and moments of order one, at a learning rate of 0.01.
 TOLERANCE = 1e-6
-#: Muon makes more of rounding errors where a gradient has a lower rank than its matrix.
-MUON_TOLERANCE = 1e-5
 
 
 def train(output_dir, strategy, *values, processes):
     """A single process is this one: starting another takes longer than the run."""
     if processes == 1:
+        for state in (AcceleratorState, PartialState, GradientState):
+            state._reset_state()
         small_run.main(str(output_dir), strategy, *values)
         return output_dir
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
@@ -47,14 +48,14 @@ def begun(folder, run, step=3):
     return folder
 
 
-def assert_same(folder, expected_folder, files=4, tolerance=TOLERANCE):
+def assert_same(folder, expected_folder, files=4):
     names = sorted(path.relative_to(expected_folder) for path in expected_folder.rglob("*.safetensors"))
     assert len(names) == files
     for name in names:
         found, expected = load_file(folder / name), load_file(expected_folder / name)
         assert found.keys() == expected.keys()
         for key in expected:
-            torch.testing.assert_close(found[key], expected[key], rtol=0, atol=tolerance)
+            torch.testing.assert_close(found[key], expected[key], rtol=0, atol=TOLERANCE)
 
 
 @pytest.fixture(scope="module")
@@ -64,9 +65,7 @@ def alone(tmp_path_factory):
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_two_processes_with_half_the_batch_each_learn_what_one_does(alone, tmp_path, strategy):
-    muon = tmp_path / "muon"
-    then = ("then", muon, strategy, "train_batch_size=4", "optimizer=muon")
-    shared = train(tmp_path / strategy, strategy, "train_batch_size=4", *then, processes=2)
+    shared = train(tmp_path / strategy, strategy, "train_batch_size=4", processes=2)
     assert_same(shared / "checkpoint-6", alone / "checkpoint-6")
     assert_same(shared / "product", alone / "product", files=1)
     for found, expected in zip(read_log(shared), read_log(alone), strict=True):
@@ -78,12 +77,6 @@ def test_two_processes_with_half_the_batch_each_learn_what_one_does(alone, tmp_p
     resume = ("train_batch_size=4", "gradient_accumulation_steps=2", "resume_from_checkpoint=latest")
     part = train(begun(tmp_path / "part", shared), "ddp", *resume, processes=1)
     assert_same(part / "checkpoint-6", alone / "checkpoint-6")
-
-    # Muon's matrices are gathered and shared out, and a process goes on from what two have saved.
-    muon_alone = train(tmp_path / "muon_alone", "ddp", "optimizer=muon", processes=1)
-    assert_same(muon / "checkpoint-6", muon_alone / "checkpoint-6", tolerance=MUON_TOLERANCE)
-    part = train(begun(tmp_path / "muon_part", muon), "ddp", *resume, "optimizer=muon", processes=1)
-    assert_same(part / "checkpoint-6", muon_alone / "checkpoint-6", tolerance=MUON_TOLERANCE)
 
 
 def test_two_processes_resume_what_one_saved(alone, tmp_path):

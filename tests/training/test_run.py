@@ -96,11 +96,19 @@ def test_changes_that_cannot_be_are_refused(make_run, kwargs, message):
         make_run(**kwargs)
 
 
-@pytest.mark.parametrize("ema", [{}, {"use_ema": False}, {"ema_profile": "power", "ema_sigma_rel": [0.1, 0.2]}])
-def test_a_resumed_run_ends_with_the_same_weights_moments_and_averages(make_run, ema):
-    whole = trained(make_run("whole", ema=ema))
-    trained(make_run("part", ema=ema, max_train_steps=3))
-    part = make_run("part", ema=ema, resume_from_checkpoint="latest")
+@pytest.mark.parametrize(
+    ("optimizer", "ema"),
+    [
+        ("adamw", {}),
+        ("muon", {"use_ema": False}),
+        ("adamw", {"ema_profile": "power", "ema_sigma_rel": [0.1, 0.2]}),
+    ],
+)
+def test_a_resumed_run_ends_with_the_same_weights_moments_and_averages(make_run, optimizer, ema):
+    how = {"optimization": {"optimizer": optimizer}, "ema": ema}
+    whole = trained(make_run("whole", **how))
+    trained(make_run("part", **how, max_train_steps=3))
+    part = make_run("part", **how, resume_from_checkpoint="latest")
     assert part.step == 3
     trained(part)
     files = [path.relative_to(whole.output_dir) for path in whole.output_dir.rglob("checkpoint-6/**/*.safetensors")]

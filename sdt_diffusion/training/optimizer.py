@@ -10,6 +10,7 @@ from diffusers.optimization import SchedulerType, get_scheduler
 from torch import nn
 
 from ..utils.ranges import CheckedArguments, at_least, between
+from .adamw8bit import build_adamw8bit, initial_8bit_state
 from .muon import Muon, muon_matrices
 from .parameter_names import check_patterns, decayed_names, matches, parse_factors
 
@@ -23,7 +24,10 @@ class OptimizationArguments(CheckedArguments):
 
     optimizer: Literal["adamw", "muon", "adamw8bit"] = field(
         default="adamw",
-        metadata={"help": "'muon' moves the matrices of the blocks by Muon, and all else by AdamW."},
+        metadata={
+            "help": "'muon' moves the matrices of the blocks by Muon, and all else by AdamW; 'adamw8bit' is that of "
+            "bitsandbytes, with moments of 8 bits."
+        },
     )
     learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate."} | between(0, 1000))
     lr_groups: list[str] = field(
@@ -89,6 +93,8 @@ def build_optimizer(
     }
     if args.optimizer == "muon":
         return Muon(groups, args.muon_momentum, torch.float32 if mixed_precision == "no" else torch.bfloat16, **adamw)
+    if args.optimizer == "adamw8bit":
+        return build_adamw8bit(groups, **adamw)
     return torch.optim.AdamW(groups, fused=True, **adamw)
 
 
@@ -145,6 +151,8 @@ def initial_state(rule: str, parameter: torch.Tensor) -> dict[str, Any]:
     """Return the optimizer's state of a parameter that it has not moved yet, which its next step may start from."""
     if rule == "muon":
         return {"momentum_buffer": torch.zeros_like(parameter, requires_grad=False)}
+    if rule == "adamw8bit":
+        return initial_8bit_state(parameter)
     moments = {key: torch.zeros_like(parameter, requires_grad=False) for key in ("exp_avg", "exp_avg_sq")}
     return {"step": torch.zeros((), device=parameter.device), **moments}
 

@@ -126,14 +126,9 @@ def build_groups(
     for group in groups:
         for parameter in group["params"]:
             name = names[id(parameter)]
-            rule, lr, weight_decay = (
-                args.optimizer,
-                args.learning_rate,
-                group.get("weight_decay", args.adam_weight_decay),
-            )
-            if rule == "muon" and name not in matrices:
-                rule = "adamw"
-            elif rule == "muon":
+            rule = "adamw" if args.optimizer == "muon" and name not in matrices else args.optimizer
+            lr, weight_decay = args.learning_rate, group.get("weight_decay", args.adam_weight_decay)
+            if rule == "muon":
                 lr = lr if args.muon_lr is None else args.muon_lr
                 weight_decay = weight_decay if args.muon_weight_decay is None else args.muon_weight_decay
             factor = math.prod(factor for pattern, factor in factors.items() if matches(name, pattern))

@@ -375,9 +375,8 @@ class TrainingRun:
             suffix: WeightAverage(tensors, profile) for suffix, profile in ema_profiles(config.ema).items()
         }
         self.state = TrainingState(name, skeleton, self.unwrapped_model, optimizer, self.averages)
-        if (
-            separate is not None and self.averages and not accelerator.is_fsdp2
-        ):  # the first average shares the memory of `trained_model`
+        # The first average shares the memory of `trained_model`.
+        if separate is not None and self.averages and not accelerator.is_fsdp2:
             separate.load_state_dict(next(iter(self.averages.values())).tensors, assign=True)
             separate.requires_grad_(False)
         self.trained_model = self.unwrapped_model if separate is None else separate

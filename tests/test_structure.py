@@ -29,7 +29,7 @@ FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 MODEL_ROOMS = {"attention", "attention_processor", "blocks", "norms", "sdt", "sdt_h", "probe", "classification"}
 
 MAX_LINES = 400
-MAX_FILES = 150
+MAX_FILES = 170
 
 
 def module_name(path):

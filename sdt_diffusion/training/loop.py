@@ -10,11 +10,12 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..utils.seeding import Draws
-from .distributed import STOP_REASONS, Interrupted, StopRequest, full_tensor
+from .distributed import STOP_REASONS, Interrupted, StopRequest
 from .heads import average_gradients
 from .monitor import StepValues
 from .optimizer import admit_step
 from .run import TrainingRun
+from .shards import full_tensor
 from .speed import Window
 
 

@@ -123,6 +123,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     training_set = TrainingSet(
         train_images,
         data.augment,
+        class_balanced=data_args.class_balanced,
         num_workers=data_args.dataloader_num_workers,
         identity=data.identity,
         relocatable=data.relocatable_arguments,

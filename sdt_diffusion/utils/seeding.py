@@ -16,6 +16,8 @@ class Stream(IntEnum):
     """Names of all uses of random numbers; changing a value changes its draws."""
 
     EPOCH_ORDER = 1  # key: epoch
+    CLASS_ORDER = 21  # key: round; classes of class-balanced batches
+    CLASS_EPOCH_ORDER = 22  # key: class label and its epoch; images of class-balanced batches
     FLIP = 2  # key: position in the stream of training images
     AUGMENTATION = 3  # key: position
     STEP = 4  # key: optimizer step; noise, timesteps and dropped labels of `Draws`

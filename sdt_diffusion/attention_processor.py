@@ -3,6 +3,7 @@
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_dispatch import (
     AttentionBackendName,
@@ -81,7 +82,10 @@ class SDTAttnProcessor:
             query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)  # each (B, N, h*d)
         else:
             query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
-        position = None if attn.local_position is None else attn.local_position(value, grid_size)  # (B, N, h*d)
+        position, registers = None, attn.num_registers
+        if attn.local_position is not None:
+            position = attn.local_position(value[:, registers:], grid_size)  # (B, N, h*d)
+            position = F.pad(position, (0, 0, registers, 0)) if registers else position
         query, key, value = (
             x.unflatten(-1, (-1, attn.head_dim)).transpose(1, 2)  # (B, h, N, d)
             for x in (query, key, value)
@@ -104,6 +108,7 @@ class SDTAttnProcessor:
             decomposed=attn.decomposed,
             backend=self._resolve_backend(),
             prune_eps=self.prune_eps,
+            num_registers=registers,
         )  # (B, h, N, d)
         hidden_states = hidden_states.transpose(1, 2).flatten(2)  # (B, N, h*d)
         if position is not None:
@@ -231,7 +236,9 @@ def _describe(attn, device, dtype, tokens):
     if callable(processor.backend):
         return "a function"
     query = torch.empty(1, attn.heads, tokens, attn.head_dim, dtype=dtype, device="meta")
-    name = named_backend(processor.backend) or choose_backend(query, query, torch.device(device).type)
+    name = named_backend(processor.backend) or choose_backend(
+        query, query, torch.device(device).type, attn.num_registers
+    )
     if attn.spatial_decay == "raster":
         return "reference"
     if attn.spatial_decay == "none":

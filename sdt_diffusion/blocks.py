@@ -14,6 +14,12 @@ from .utils.ranges import Range, check_number
 
 #: Activations that diffusers' `FeedForward` supports.
 ACTIVATIONS = ("gelu", "gelu-approximate", "geglu", "geglu-approximate", "swiglu", "linear-silu")
+#: Values of the config key `adaln`: where a block's modulation by the conditioning vector comes from.
+ADALN_KINDS = {
+    "full": "a matrix of each block (DiT)",
+    "single": "one matrix for all blocks, and a vector of each (PixArt-alpha)",
+    "low_rank": "one matrix for all blocks, and one of low rank of each (W.A.L.T)",
+}
 
 
 class DepthwiseConv(nn.Module):
@@ -56,6 +62,7 @@ class SDTAttention(nn.Module, AttentionBackendMixin, AttentionModuleMixin):
         local_position_kernel_size: Kernel size of the local position encoding, a depth-wise convolution of the values
             that is added to the output of attention (RMT's LPE); 0 for none.
         eps: Epsilon of the query and key norms.
+        num_registers: First tokens that have no place on the grid: nothing decays with distance to or from them.
     """
 
     _default_processor_cls = SDTAttnProcessor
@@ -78,6 +85,7 @@ class SDTAttention(nn.Module, AttentionBackendMixin, AttentionModuleMixin):
         qk_norm: str | None = None,
         local_position_kernel_size: int = 0,
         eps: float = 1e-6,
+        num_registers: int = 0,
     ):
         super().__init__()
         for name, number in (("dim", dim), ("heads", heads), ("head_dim", 1 if head_dim is None else head_dim)):
@@ -88,7 +96,10 @@ class SDTAttention(nn.Module, AttentionBackendMixin, AttentionModuleMixin):
             head_dim = dim // heads
         if qk_norm not in (None, "rms_norm"):
             raise ValueError(f"Unknown qk_norm {qk_norm!r}: choose None or 'rms_norm'.")
-        self.heads, self.head_dim, self.use_bias = heads, head_dim, bias
+        check_number("num_registers", num_registers, Range(0, 1_000_000))
+        if decomposed and num_registers:
+            raise ValueError(f"num_registers {num_registers} are in no row or column: set decomposed to false, or 0.")
+        self.heads, self.head_dim, self.use_bias, self.num_registers = heads, head_dim, bias, num_registers
         self.spatial_decay, self.decomposed = check_variant(spatial_decay), decomposed
         inner_dim = heads * head_dim
         self.to_q = nn.Linear(dim, inner_dim, bias=bias)
@@ -115,19 +126,56 @@ class SDTAttention(nn.Module, AttentionBackendMixin, AttentionModuleMixin):
 
 
 class AdaLayerNormZero(nn.Module):
-    """DiT's adaLN-Zero: a norm without affine parameters, modulated by the conditioning vector.
+    """DiT's adaLN-Zero: a norm without affine parameters, modulated by the conditioning vector c.
 
-    The modulation is zero at initialization. The caller applies the SiLU of the vector, once for all blocks.
+    The six parts of the modulation are, with a bias that is not written here, by `adaln`:
+
+        full       W_l c              DiT
+        single     W c + b_l          PixArt-alpha (arXiv 2310.00426)
+        low_rank   W c + B_l A_l c    W.A.L.T (arXiv 2312.06662)
+
+    W c, which blocks share, is computed outside. W_l, W, b_l and B_l are zero at initialization. The caller applies
+    the SiLU of the vector, once for all blocks.
     """
 
-    def __init__(self, dim: int, conditioning_dim: int, eps: float, norm_type: str = "layer"):
+    def __init__(
+        self,
+        dim: int,
+        conditioning_dim: int,
+        eps: float,
+        norm_type: str = "layer",
+        adaln: str = "full",
+        adaln_rank: int = 64,
+    ):
         super().__init__()
+        if adaln not in ADALN_KINDS:
+            raise ValueError(f"Unknown adaln {adaln!r}: choose one of {', '.join(ADALN_KINDS)}.")
+        self.adaln = adaln
         self.norm = build_norm(norm_type, dim, eps, affine=False)
-        self.linear = nn.Linear(conditioning_dim, 6 * dim)
+        if adaln == "single":
+            self.table = nn.Parameter(torch.zeros(6 * dim))
+        elif adaln == "low_rank":
+            self.down = nn.Linear(conditioning_dim, adaln_rank, bias=False)
+            self.linear = nn.Linear(adaln_rank, 6 * dim)
+        else:
+            self.linear = nn.Linear(conditioning_dim, 6 * dim)
 
-    def forward(self, hidden_states: torch.Tensor, conditioning: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Return the modulated tokens, then gate_msa, shift_mlp, scale_mlp and gate_mlp of shape (batch, 1, dim)."""
-        modulation = self.linear(conditioning).unsqueeze(1)  # (B, 1, 6*D)
+    def forward(
+        self, hidden_states: torch.Tensor, conditioning: torch.Tensor, shared: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, ...]:
+        """Return the modulated tokens, then gate_msa, shift_mlp, scale_mlp and gate_mlp of shape (batch, 1, dim).
+
+        Args:
+            hidden_states: Shape (batch, tokens, dim).
+            conditioning: Shape (batch, conditioning_dim).
+            shared: W c, shape (batch, 6 * dim), unless `adaln` is "full".
+        """
+        if (shared is None) != (self.adaln == "full"):
+            raise ValueError(f"adaln {self.adaln!r} takes {'no' if shared is not None else 'a'} shared modulation.")
+        if self.adaln == "low_rank":
+            conditioning = self.down(conditioning)
+        own = self.table if self.adaln == "single" else self.linear(conditioning)
+        modulation = (own if shared is None else shared + own).unsqueeze(1)  # (B, 1, 6*D)
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=-1)  # each (B, 1, D)
         hidden_states = modulate(self.norm(hidden_states), shift_msa, scale_msa)
         return hidden_states, gate_msa, shift_mlp, scale_mlp, gate_mlp
@@ -171,6 +219,8 @@ class SDTBlock(nn.Module):
         gate_conditioning: Whether the vector conditions the gate of the decay as well.
         norm_eps: Epsilon of the norms.
         norm_type: One of `norms.NORM_TYPES`.
+        adaln: One of `ADALN_KINDS`.
+        adaln_rank: Rank of the matrix of each block for "low_rank".
         conditional_position_kernel_size: Kernel size of a depth-wise convolution of the block's input that is added to
             it before anything else (conditional position encoding); 0 for none.
         mlp_kernel_size: Kernel size of a depth-wise convolution inside the MLP; 0 for none.
@@ -191,6 +241,8 @@ class SDTBlock(nn.Module):
         gate_conditioning: bool = True,
         norm_eps: float = 1e-6,
         norm_type: str = "layer",
+        adaln: str = "full",
+        adaln_rank: int = 64,
         conditional_position_kernel_size: int = 0,
         mlp_kernel_size: int = 0,
         layer_scale_init_value: float | None = None,
@@ -212,7 +264,7 @@ class SDTBlock(nn.Module):
         self.norm1 = (
             build_norm(norm_type, dim, norm_eps, affine=True)
             if conditioning_dim is None
-            else AdaLayerNormZero(dim, conditioning_dim, norm_eps, norm_type)
+            else AdaLayerNormZero(dim, conditioning_dim, norm_eps, norm_type, adaln, adaln_rank)
         )
         self.attn = SDTAttention(
             dim,
@@ -240,22 +292,24 @@ class SDTBlock(nn.Module):
         conditioning: torch.Tensor | None = None,
         image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
         decay_scale: torch.Tensor | None = None,
+        modulation: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Run the block.
 
         Args:
-            hidden_states: Tokens in raster order, shape (batch, tokens, dim).
+            hidden_states: Registers, if any, then patches in raster order, shape (batch, tokens, dim).
             grid_size: Rows and columns of the patch grid.
             conditioning: SiLU of the conditioning vector, shape (batch, conditioning_dim); required if
                 and only if the block was built with it.
             image_rotary_emb: Cosines and sines of the rotary embedding, each of shape (tokens, head_dim), or `None`.
             decay_scale: Factor of the decay, shape (batch, heads) or (batch, 1), or `None` for 1.
+            modulation: What blocks share of the modulation, shape (batch, 6 * dim), unless `adaln` is "full".
 
         Returns:
             Tokens of the same shape.
 
         Raises:
-            ValueError: If conditioning is missing or unexpected.
+            ValueError: If conditioning or modulation is missing or unexpected.
         """
         if self.conditioned != (conditioning is not None):
             raise ValueError(
@@ -271,7 +325,7 @@ class SDTBlock(nn.Module):
             branch = self.ff(self.norm2(hidden_states), grid_size)
             return hidden_states + self.drop_path(self.layer_scale2(branch))
 
-        attention_input, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.norm1(hidden_states, conditioning)
+        attention_input, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.norm1(hidden_states, conditioning, modulation)
         branch = gate_msa * self.attn(attention_input, grid_size, conditioning, image_rotary_emb, decay_scale)
         hidden_states = hidden_states + self.drop_path(self.layer_scale1(branch))
         branch = gate_mlp * self.ff(modulate(self.norm2(hidden_states), shift_mlp, scale_mlp), grid_size)

@@ -19,6 +19,7 @@ from .data.decoding import IMAGE_MODES
 from .sdt import SDTTransformer2DModel
 from .sdt.embeddings import SDTPatchEmbed, position_embedding
 from .sdt.loading import open_pipeline, open_transformer
+from .sdt.model_output import check_blocks
 from .sdt.schedulers import DIT_SCHEDULE, noise_scales
 from .sdt.vae import encode_pixels, vae_spatial_scale
 from .sdt_h.modeling_sdt_h import ImagePreTrainedModel
@@ -165,7 +166,11 @@ class SDTPreTrainedModel(ImagePreTrainedModel):
         self.vae: nn.Module | None = None
         if config.vae is not None:
             self.vae = _vae_class(config.vae.get("_class_name")).from_config(config.vae)
-        self.transformer = SDTTransformer2DModel.from_config({**config.transformer, "num_layers": config.block + 1})
+        # Long skips pair blocks by the depth of the whole model.
+        depth = {} if config.transformer.get("long_skips") else {"num_layers": config.block + 1}
+        self.transformer = SDTTransformer2DModel.from_config({**config.transformer, **depth})
+        check_blocks([config.block], len(self.transformer.transformer_blocks))
+        del self.transformer.transformer_blocks[config.block + 1 :]
         # A classifier does not need the two layers that predict noise.
         self.transformer.proj_out_1 = self.transformer.proj_out_2 = nn.Identity()
         self.dim = self.transformer.config.num_attention_heads * self.transformer.config.attention_head_dim

@@ -7,6 +7,7 @@ import functools
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 
 from . import blockwise_pruned
 from .blocks_of_logits import LOG2_E, logits, product, scratch, weighted_mean
@@ -66,7 +67,7 @@ def _forward(
         q, k, v = (_load(name, x[group]) for name, x in (("q", query), ("k", key), ("v", value)))  # (P, N, d)
         u = half_decay[group].flatten(0, 1) * LOG2_E  # (P, N)
         for rows in _rows(half_decay):
-            distance = _distances_from(rows, height, width, clamp, u.dtype)  # (n, N)
+            distance = _distances_from(rows, u.shape[1], height, width, clamp, u.dtype)  # (n, N)
             scores = logits(q[:, rows], k, scale, u[:, rows, None], u[:, None], distance)  # (P, n, N)
             result, sums = weighted_mean(scores, v)
             _store(output[group][:, :, rows], result)
@@ -104,7 +105,7 @@ def _backward(
         shift, minus_delta = (x[group].flatten(0, 1)[:, None].neg() for x in (log_sum, row_sum))  # (P, 1, N)
         grad_q, grad_u = scratch.empty("grad_q", *q.shape, dtype=u.dtype), torch.zeros_like(u)
         for rows in _rows(half_decay):
-            distance = _distances_from(rows, height, width, clamp, u.dtype)  # (n, N)
+            distance = _distances_from(rows, u.shape[1], height, width, clamp, u.dtype)  # (n, N)
             scores = logits(k[:, rows], q, scale, u[:, rows, None], u[:, None], distance, shift)  # (P, n, N)
             attention = scores.exp2_()
             _store(grad_value[group][:, :, rows], product("result", attention, g, g.dtype))
@@ -175,19 +176,28 @@ def _store(place: torch.Tensor, result: torch.Tensor) -> None:
     place.copy_(result.view(place.shape))
 
 
-def _distances_from(rows: slice, height: int, width: int, clamp: bool, dtype: torch.dtype) -> torch.Tensor:
-    """Return the distances of some tokens from all, shape (n, N)."""
-    if height * width <= MAX_CACHED_TOKENS:
-        return _all_distances(height, width, clamp, dtype)[rows]
-    tokens = torch.arange(rows.start, rows.stop)
-    along_y = (tokens[:, None] // width - torch.arange(height)).abs().to(dtype)  # (n, H)
-    along_x = (tokens[:, None] % width - torch.arange(width)).abs().to(dtype)  # (n, W)
-    place = scratch.empty("distance", len(tokens), height, width, dtype=dtype)
+def _distances_from(
+    rows: slice, tokens: int, height: int, width: int, clamp: bool, dtype: torch.dtype
+) -> torch.Tensor:
+    """Return the distances of some tokens from all, shape (n, N); 0 where one of the two is a register."""
+    registers = tokens - height * width  # the first tokens
+    if tokens <= MAX_CACHED_TOKENS:
+        return _all_distances(registers, height, width, clamp, dtype)[rows]
+    if registers:
+        on_grid = slice(max(rows.start - registers, 0), max(rows.stop - registers, 0))
+        distance = _distances_from(on_grid, height * width, height, width, clamp, dtype)
+        above = rows.stop - rows.start - len(distance)
+        return F.pad(distance, (registers, 0, above, 0))
+    places = torch.arange(rows.start, rows.stop)
+    along_y = (places[:, None] // width - torch.arange(height)).abs().to(dtype)  # (n, H)
+    along_x = (places[:, None] % width - torch.arange(width)).abs().to(dtype)  # (n, W)
+    place = scratch.empty("distance", len(places), height, width, dtype=dtype)
     distance = torch.add(along_y[:, :, None], along_x[:, None, :], out=place).flatten(1)
     return distance.clamp_(max=1) if clamp else distance
 
 
 @functools.lru_cache(maxsize=8)
-def _all_distances(height, width, clamp, dtype):
-    distance = manhattan_distance((height, width), dtype=dtype)  # (N, N)
-    return distance.clamp_(max=1) if clamp else distance
+def _all_distances(registers, height, width, clamp, dtype):
+    distance = manhattan_distance((height, width), dtype=dtype)  # (H*W, H*W)
+    distance = distance.clamp_(max=1) if clamp else distance
+    return F.pad(distance, (registers, 0) * 2) if registers else distance

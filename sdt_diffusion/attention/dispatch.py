@@ -63,6 +63,8 @@ CHOICES = (
     Choice(("triton", "dense"), device="cuda"),
     Choice(("dense",)),
 )
+#: Those that take their tokens' places from the grid alone, and so take no registers.
+WITHOUT_REGISTERS = ("triton",)
 #: check(query, value), which raises a ValueError, of the backends in `CHOICES` that do not take every head and dtype.
 CHECKS: dict[str, Callable[[torch.Tensor, torch.Tensor], None]] = {"triton": check_support}
 
@@ -81,7 +83,7 @@ def named_backend(backend: str | None = None) -> str | None:
     return name
 
 
-def choose_backend(query: torch.Tensor, value: torch.Tensor, device: str | None = None) -> str:
+def choose_backend(query: torch.Tensor, value: torch.Tensor, device: str | None = None, num_registers: int = 0) -> str:
     """Choose a backend where nobody named one, by `CHOICES`.
 
     It is `reference` for exports: an exported program (torch.export, ONNX) then consists of torch's own operators and
@@ -92,6 +94,7 @@ def choose_backend(query: torch.Tensor, value: torch.Tensor, device: str | None 
         query: Shape (batch, heads, tokens, head_dim).
         value: Shape (batch, heads, tokens, value_dim).
         device: Type of the device; that of the query by default.
+        num_registers: Tokens that are not on the grid.
     """
     if torch.compiler.is_exporting() or _in_forward_mode():
         return "reference"
@@ -103,7 +106,7 @@ def choose_backend(query: torch.Tensor, value: torch.Tensor, device: str | None 
             and choice.training in (None, training)
         ):
             for name in choice.backends:
-                if _supports(name, query, value):
+                if _supports(name, query, value) and not (num_registers and name in WITHOUT_REGISTERS):
                     return name
     return "reference"
 
@@ -136,17 +139,18 @@ def spatial_decay_attention(
     scale: float | None = None,
     backend: str | Backend | None = None,
     prune_eps: float = 0.0,
+    num_registers: int = 0,
 ) -> torch.Tensor:
     """Compute attention that decays with distance on the patch grid: softmax(Q K^T / sqrt(d) + M) V.
 
     Args:
-        query: Shape (batch, heads, tokens, head_dim), tokens in raster order.
+        query: Shape (batch, heads, tokens, head_dim), tokens in raster order after `num_registers` others.
         key: Shape (batch, heads, tokens, head_dim).
         value: Shape (batch, heads, tokens, value_dim).
         gate: G <= 0 per token and head, shape (batch, heads, tokens), or (batch or 1, heads, 1) for the same on every
             token; in fp32 or fp64 whatever the dtype of the query. Ignored by `none`.
         alpha: Strength of the decay > 0, shape (heads,). Ignored by `none`.
-        grid_size: Rows H and columns W of the patch grid, H * W = tokens.
+        grid_size: Rows H and columns W of the patch grid, H * W = tokens - num_registers.
         variant: One of `SPATIAL_DECAY_VARIANTS`.
         decomposed: Attend along the width inside each row, then along the height inside each column of that result,
             each with its own one-dimensional decay, by the same queries and keys. Costs O(HW(H+W)) instead of
@@ -158,6 +162,8 @@ def spatial_decay_attention(
             Second derivatives need `reference`, which is chosen by default in forward-mode differentiation.
         prune_eps: Share of each query's softmax that a backend may skip, as `pruning` describes, 0 to 0.5; only
             `blockwise` and `triton` do. Rows and columns of decomposed attention are never pruned.
+        num_registers: How many of the first tokens are not on the grid. Nothing decays to or from them: M is 0 there.
+            `triton` takes none, nor do `decomposed` and `prune_eps`.
 
     Returns:
         Tensor of shape (batch, heads, tokens, value_dim), in the value's dtype or autocast's.
@@ -168,10 +174,17 @@ def spatial_decay_attention(
     """
     check_variant(variant)
     height, width = grid_size
-    if query.shape[-2] != height * width or key.shape[-2] != height * width:
+    tokens = num_registers + height * width
+    if query.shape[-2] != tokens or key.shape[-2] != tokens:
+        registers = f" after {num_registers} registers" if num_registers else ""
         raise ValueError(
-            f"grid_size {height}x{width} means {height * width} tokens, but query and key have "
+            f"grid_size {height}x{width} means {height * width} tokens{registers}, but query and key have "
             f"{query.shape[-2]} and {key.shape[-2]}."
+        )
+    if num_registers and (decomposed or prune_eps):
+        raise ValueError(
+            f"num_registers {num_registers}: registers have no place on the grid, which decomposed={decomposed} and "
+            f"prune_eps={prune_eps} need: turn them off, or use no registers."
         )
     if key.shape != query.shape or value.shape[:3] != query.shape[:3] or 0 in query.shape[1:]:
         raise ValueError(
@@ -184,11 +197,14 @@ def spatial_decay_attention(
         check_pruning(prune_eps, backend)
         if backend in PRUNES and _in_forward_mode():
             raise ValueError(f"The backend {backend!r} has no forward-mode derivatives: use 'reference'.")
-        backend = backend or choose_backend(query, value)
+        if num_registers and backend in WITHOUT_REGISTERS and variant not in ("none", "raster"):
+            raise ValueError(f"The backend {backend!r} takes no num_registers, here {num_registers}: use 'dense'.")
+        backend = backend or choose_backend(query, value, num_registers=num_registers)
     attend = _resolve_backend(backend, variant)
     decay = None
     if variant != "none":
         decay = Decay(*_check_gate(gate, alpha, query), grid_size, variant, 0.0 if decomposed else prune_eps)
+        decay = decay._replace(num_registers=num_registers)
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     if not decomposed:
         return attend(query, key, value, decay, scale)  # (B, h, N, d)

@@ -68,9 +68,11 @@ def add_decay_columns(
             "product with the distance: choose 'dense'."
         )
     left, right = _distance_factors(decay.grid_size, query.device)  # (N, 2 (H+W-2)) each
+    left, right = (F.pad(x, (0, 0, decay.num_registers, 0)) for x in (left, right))  # of registers: d = 0
     width = _width(query, value, left)
     if max_width is not None and width > max_width:
         left, right = _narrow_distance_factors(decay.grid_size, query.device)  # (N, H+W-1) each
+        left, right = (F.pad(x, (0, 0, decay.num_registers, 0)) for x in (left, right))
         wide, width = width, _width(query, value, left)
         trains = torch.is_grad_enabled() and (decay.gate.requires_grad or decay.alpha.requires_grad)
         if width > max_width or trains or query.dtype not in (torch.bfloat16, torch.float16):

@@ -31,12 +31,14 @@ def flex_decay_attention(
             "The backend 'flex' has no backward pass on CPUs: choose another, or disable gradients by torch.no_grad()."
         )
     width, content = decay.grid_size[1], decay.variant == "content"
-    half_decay = decay.gate * (decay.alpha[:, None] / 2)  # (B, h, N)
+    half_decay, first = decay.gate * (decay.alpha[:, None] / 2), decay.num_registers  # (B, h, N)
 
     def add_decay(score, sample, head, i, j):
-        distance = (i // width - j // width).abs() + (i % width - j % width).abs()
+        y_i, y_j, x_i, x_j = (i - first) // width, (j - first) // width, (i - first) % width, (j - first) % width
+        distance = (y_i - y_j).abs() + (x_i - x_j).abs()
         distance = distance.clamp(max=1) if content else distance
-        return score + (half_decay[sample, head, i] + half_decay[sample, head, j]) * distance
+        decays = (half_decay[sample, head, i] + half_decay[sample, head, j]) * distance
+        return score + (torch.where((i >= first) & (j >= first), decays, 0) if first else decays)
 
     attend = flex_attention if torch.compiler.is_compiling() else _compiled_flex_attention()
     return attend(query, key, value, score_mod=add_decay, scale=scale)

@@ -7,6 +7,7 @@ Source: "Learning Spatial Decay for Vision Transformers" (SDT, arXiv 2508.09525)
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 
 def manhattan_distance(
@@ -89,9 +90,10 @@ class Decay(NamedTuple):
     Args:
         gate: G = log sigmoid(decay logits) <= 0 in fp32 or fp64, shape (batch, heads, tokens).
         alpha: Strength of the decay, > 0, shape (heads,).
-        grid_size: Rows and columns of the patch grid; their product is the number of tokens.
+        grid_size: Rows and columns of the patch grid; their product is the number of tokens that are no registers.
         variant: One of `SPATIAL_DECAY_VARIANTS` except `none`.
         prune_eps: Share of each query's softmax that a backend may skip, as `pruning` describes; 0 for none.
+        num_registers: First tokens, which are not on the grid: M is 0 in their rows and columns.
     """
 
     gate: torch.Tensor
@@ -99,10 +101,13 @@ class Decay(NamedTuple):
     grid_size: tuple[int, int]
     variant: str = "context"
     prune_eps: float = 0.0
+    num_registers: int = 0
 
     def bias(self) -> torch.Tensor:
         """Return M, the additive mask of shape (batch, heads, tokens, tokens), for any variant."""
-        return spatial_decay(self.gate, self.alpha, self.grid_size, self.variant)
+        on_grid = self.gate[..., self.num_registers :]
+        decay = spatial_decay(on_grid, self.alpha, self.grid_size, self.variant)
+        return F.pad(decay, (self.num_registers, 0) * 2) if self.num_registers else decay
 
     @property
     def clamp(self) -> bool:
@@ -127,7 +132,8 @@ class Decay(NamedTuple):
         """Return u, and d of shape (tokens, tokens); see `half_decay`."""
         half_decay = self.half_decay()
         distance = manhattan_distance(self.grid_size, self.gate.device, self.gate.dtype)  # (N, N)
-        return half_decay, distance.clamp(max=1) if self.clamp else distance
+        distance = distance.clamp(max=1) if self.clamp else distance
+        return half_decay, F.pad(distance, (self.num_registers, 0) * 2) if self.num_registers else distance
 
 
 def reference_attention(

@@ -143,6 +143,12 @@ def write_dit(model: SDTTransformer2DModel, weights: Mapping[str, torch.Tensor])
         "norm_type": "layer",
         "norm_eps": 1e-6,
         "timestep_frequency_shift": 0,
+        "adaln": "full",
+        "num_registers": 0,
+        "position_embedding": "sincos",
+        "long_skips": False,
+        "network_output": "prediction",
+        "interval_conditioning": False,
     }
     other = [f"{key} {model.config[key]}" for key, value in plain.items() if model.config[key] != value]
     if not isinstance(model.config.sample_size, int):

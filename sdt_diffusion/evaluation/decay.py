@@ -25,7 +25,7 @@ class BlockDecay:
         variant: One of `SPATIAL_DECAY_VARIANTS`.
         decomposed: Whether it attends along rows, then along columns.
         attention: How much of each token (last) is in the output for each token, shape (heads, tokens, tokens): the
-            softmax, or the product of the two passes; `None` where it was not asked for.
+            softmax, or the product of the two passes; `None` where it was not asked for. Registers are left out.
     """
 
     block: int
@@ -111,6 +111,8 @@ def decay_maps(decay: BlockDecay, patches: Sequence[tuple[int, int]]) -> torch.T
 def attention_maps(decay: BlockDecay, patches: Sequence[tuple[int, int]]) -> torch.Tensor:
     """Return the attention from patches, shape (patches, heads, rows, columns); it sums to 1 over the grid.
 
+    With registers the sum is less, by the attention to them.
+
     Raises:
         ValueError: If it was not recorded, or a patch is not on the grid.
     """
@@ -161,7 +163,7 @@ class _RecordingProcessor(SDTAttnProcessor):
         self.passes, self.attn, self.tokens = 0, attn, hidden_states.shape[1]
         output = super().__call__(attn, hidden_states, grid_size, conditioning, image_rotary_emb, decay_scale)
         gate, alpha = (x.detach().float() for x in attn.gate(hidden_states, conditioning))
-        gate = gate[0].expand(-1, self.tokens)
+        gate = gate[0].expand(-1, self.tokens)[:, attn.num_registers :]
         record = BlockDecay(
             self.block, gate, alpha, tuple(grid_size), attn.spatial_decay, attn.decomposed, self.attention
         )
@@ -179,5 +181,7 @@ class _RecordingProcessor(SDTAttnProcessor):
             return output
         output, attention = output.split([self.attn.head_dim, self.tokens], dim=-1)
         # (columns, heads, rows, tokens), or 1 for columns and tokens for rows
-        self.attention = attention.permute(1, 2, 0, 3).flatten(1, 2).detach().float()
+        attention = attention.permute(1, 2, 0, 3).flatten(1, 2).detach().float()
+        first = self.attn.num_registers  # tokens that are on no grid
+        self.attention = attention[:, first:, first:]
         return output

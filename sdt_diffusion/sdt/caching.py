@@ -9,7 +9,7 @@ from diffusers.models.cache_utils import CacheMixin
 #: What TaylorSeer's lite mode leaves out at predicted steps, and what it predicts instead.
 SKIPPED, PREDICTED = r"transformer_blocks\.\d+", "proj_out_2"
 #: Inputs of which FasterCache leaves out the half of the null class.
-BATCHED_INPUTS = ("hidden_states", "timestep", "class_labels", "decay_scale")
+BATCHED_INPUTS = ("hidden_states", "timestep", "class_labels", "decay_scale", "end_timestep")
 
 
 class SDTCacheMixin(CacheMixin):
@@ -22,8 +22,11 @@ class SDTCacheMixin(CacheMixin):
             config: A config of diffusers, such as `TaylorSeerCacheConfig(use_lite_mode=True)`.
 
         Raises:
-            ValueError: If it is no such config, or a cache is enabled already.
+            ValueError: If it is no such config, a cache is enabled already, or the model has long skips, whose blocks
+                take what a cache may leave out.
         """
+        if self.config.long_skips:
+            raise ValueError("A model with long_skips takes no cache: its blocks need the tokens of earlier ones.")
         if isinstance(config, TaylorSeerCacheConfig) and config.use_lite_mode:
             names = {"skip_predict_identifiers": [SKIPPED], "cache_identifiers": [PREDICTED]}
             config = replace(config, use_lite_mode=False, **names)

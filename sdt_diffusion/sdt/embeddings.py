@@ -48,31 +48,48 @@ def _sines_and_cosines(dim: int, positions: torch.Tensor, theta: float) -> torch
 
 
 class SDTPatchEmbed(nn.Module):
-    """Patches to tokens by one convolution, plus DiT's fixed 2D sine-cosine position embedding."""
+    """Patches to tokens by one convolution, plus DiT's fixed 2D sine-cosine position embedding, after registers.
 
-    def __init__(self, in_channels: int, dim: int, patch_size: int, grid_size: tuple[int, int]):
+    Registers are learned tokens, the same for every image ("Vision Transformers Need Registers", arXiv 2309.16588).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        dim: int,
+        patch_size: int,
+        grid_size: tuple[int, int],
+        position: bool = True,
+        num_registers: int = 0,
+    ):
         super().__init__()
-        self.grid_size = grid_size
+        self.grid_size, self.position = grid_size, position
+        self.registers = nn.Parameter(torch.zeros(num_registers, dim)) if num_registers else None
         self.proj = nn.Conv2d(in_channels, dim, kernel_size=patch_size, stride=patch_size)
         # Use the CPU even where models are built on the meta device: no file holds the values to load later.
         embedding = position_embedding(dim, grid_size, grid_size, device="cpu")
         self.register_buffer("pos_embed", embedding, persistent=False)
 
     def forward(self, sample: torch.Tensor, scaling: str = "interpolate") -> torch.Tensor:
-        """Map (batch, channels, height, width) to (batch, tokens, dim), tokens in raster order.
+        """Map (batch, channels, height, width) to (batch, registers + patches, dim), patches in raster order.
 
         On a grid other than the trained one, positions are scaled as `grid_scaling.POSITION_SCALINGS` says.
         """
-        tokens = self.proj(sample)  # (B, D, H/p, W/p)
-        grid_size = tuple(tokens.shape[-2:])
+        patches = self.proj(sample)  # (B, D, H/p, W/p)
+        tokens = patches.flatten(2).transpose(1, 2)  # (B, N, D)
+        if self.position:
+            tokens = tokens + self._positions(tuple(patches.shape[-2:]), patches.device, scaling)
+        tokens = tokens.to(self.proj.weight.dtype)  # not autocast's: the residual stream of fp32 models stays fp32
+        if self.registers is None:
+            return tokens
+        return torch.cat([self.registers.to(tokens.dtype).expand(len(tokens), -1, -1), tokens], dim=1)  # (B, R+N, D)
+
+    def _positions(self, grid_size, device, scaling):
         is_trained_grid = [size == trained for size, trained in zip(grid_size, self.grid_size, strict=True)]
         # With symbolic sizes this is not statically known, and the compiler makes one graph for all grids.
         if all(statically_known_true(equal) for equal in is_trained_grid):
-            pos_embed = self.pos_embed
-        else:
-            pos_embed = position_embedding(self.proj.out_channels, grid_size, self.grid_size, tokens.device, scaling)
-        tokens = tokens.flatten(2).transpose(1, 2) + pos_embed  # (B, N, D)
-        return tokens.to(self.proj.weight.dtype)  # not autocast's: the residual stream of a model in fp32 stays fp32
+            return self.pos_embed
+        return position_embedding(self.proj.out_channels, grid_size, self.grid_size, device, scaling)
 
 
 class TimestepClassEmbedding(nn.Module):
@@ -83,6 +100,9 @@ class TimestepClassEmbedding(nn.Module):
 
     Timesteps become cat[cos, sin] of scale * timestep * exp(-ln(1e4) i / (size / 2 - shift)). Scale 1 and shift 0 are
     facebookresearch/DiT's; diffusers' DiT has shift 1, and SiT looks at times of 0 to 1.
+
+    With `interval` the embedding of timestep - end_timestep is added, whose last layer starts at zero ("Mean Flows for
+    One-step Generative Modeling", arXiv 2505.13447).
     """
 
     def __init__(
@@ -93,6 +113,7 @@ class TimestepClassEmbedding(nn.Module):
         frequency_embedding_size: int,
         timestep_scale: float = 1.0,
         timestep_frequency_shift: float = 0.0,
+        interval: bool = False,
     ):
         super().__init__()
         if timestep_frequency_shift >= frequency_embedding_size // 2:
@@ -101,6 +122,7 @@ class TimestepClassEmbedding(nn.Module):
         self.time_proj = Timesteps(frequency_embedding_size, True, timestep_frequency_shift, timestep_scale)
         self.timestep_embedder = TimestepEmbedding(frequency_embedding_size, dim)
         self.class_embedder = nn.Embedding(num_classes + 1, dim)
+        self.interval_embedder = TimestepEmbedding(frequency_embedding_size, dim) if interval else None
 
     def forward(
         self,
@@ -108,11 +130,21 @@ class TimestepClassEmbedding(nn.Module):
         class_labels: torch.Tensor,
         dtype: torch.dtype,
         force_drop_ids: torch.Tensor | None = None,
+        end_timestep: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Embed timesteps and labels, each of shape (batch,), to (batch, dim)."""
+        """Embed timesteps and labels, each of shape (batch,), to (batch, dim); `end_timestep` is `timestep` if absent.
+
+        Raises:
+            ValueError: If there is an `end_timestep`, but no embedder of intervals.
+        """
+        if end_timestep is not None and self.interval_embedder is None:
+            raise ValueError("end_timestep needs a model with interval_conditioning: its config has it off.")
         if force_drop_ids is None and self.training and self.class_dropout_prob > 0:
             force_drop_ids = torch.rand(class_labels.shape, device=class_labels.device) < self.class_dropout_prob
         if force_drop_ids is not None:
             class_labels = torch.where(force_drop_ids.bool(), self.num_classes, class_labels)
-        time_embedding = self.timestep_embedder(self.time_proj(timestep).to(dtype))  # (B, D)
-        return F.silu(time_embedding + self.class_embedder(class_labels))  # (B, D)
+        embedding = self.timestep_embedder(self.time_proj(timestep).to(dtype))  # (B, D)
+        if self.interval_embedder is not None:
+            interval = torch.zeros_like(timestep) if end_timestep is None else timestep - end_timestep
+            embedding = embedding + self.interval_embedder(self.time_proj(interval).to(dtype))
+        return F.silu(embedding + self.class_embedder(class_labels))  # (B, D)

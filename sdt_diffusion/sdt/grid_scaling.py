@@ -16,6 +16,7 @@ for each axis alone. On the trained grid, s is 1 and all are the same, bit for b
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers.models.embeddings import get_1d_rotary_pos_embed
 
 #: Ways to scale positions; see above.
@@ -83,6 +84,8 @@ def check_grid_scaling(config: Any) -> None:
         raise ValueError(f"decay_distance_scaling must be true or false, not {config['decay_distance_scaling']!r}.")
     if config["rotary_scaling"] != "none" and not config["rotary"]:
         raise ValueError(f"rotary_scaling is {config['rotary_scaling']!r}, but the model has no rotary embedding.")
+    if config["pos_embed_scaling"] != "interpolate" and config["position_embedding"] == "none":
+        raise ValueError(f"pos_embed_scaling is {config['pos_embed_scaling']!r}, but position_embedding is 'none'.")
     if config["decay_distance_scaling"] and config["spatial_decay"] in WITHOUT_DISTANCE:
         raise ValueError(
             f"decay_distance_scaling scales the distance of the decay, but spatial_decay {config['spatial_decay']!r} "
@@ -129,7 +132,9 @@ class GridScalingMixin:
         if not self.config.rotary:
             return None
         head_dim, scaling = self.config.attention_head_dim, self.config.rotary_scaling
-        return rotary_embedding(head_dim, grid_size, self.pos_embed.grid_size, scaling, device)
+        cosines, sines = rotary_embedding(head_dim, grid_size, self.pos_embed.grid_size, scaling, device)
+        registers = (0, 0, self.config.num_registers, 0)  # which come first, and are not rotated
+        return F.pad(cosines, registers, value=1.0), F.pad(sines, registers)
 
     def _factors_of_decay(self, decay_scale, batch_size, grid_size, device):
         """Return the factors of the decay, shape (batch, heads) or (batch, 1); `None` for no factor."""

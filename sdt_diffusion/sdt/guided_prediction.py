@@ -9,6 +9,7 @@ from diffusers.schedulers import SchedulerMixin
 
 from .caching import check_single_batch
 from .guidance import GUIDANCE_KINDS, SDTGuidance
+from .schedulers import is_flow
 
 #: Caches of diffusers that expect the same batch at all steps.
 WHOLE_RUN_CACHES = (FasterCacheConfig, PyramidAttentionBroadcastConfig)
@@ -155,3 +156,12 @@ def check_parts(transformer: Any, scheduler: Any, vae: Any, id2label: Any) -> No
     items = id2label.items() if isinstance(id2label, dict) else [(id2label, "")] if id2label else []
     if not all(str(label).isdecimal() and isinstance(text, str) for label, text in items):
         raise ValueError("id2label must map label ids to class names.")
+
+
+def check_network_output(transformer: Any, scheduler: SchedulerMixin) -> None:
+    """Refuse a scheduler of another kind for a model that computes a flow from its clean image."""
+    if transformer.config.get("network_output") == "clean" and not is_flow(scheduler):
+        raise ValueError(
+            f"network_output 'clean' makes the model return a flow, which {type(scheduler).__name__} does not sample "
+            "from: use flow matching, or network_output 'prediction'."
+        )

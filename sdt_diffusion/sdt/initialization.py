@@ -29,11 +29,22 @@ def initialize_weights(model: nn.Module) -> None:
         for linear in (block.attn.to_q, block.attn.to_k, block.attn.to_v):
             bound = math.sqrt(6 / (linear.in_features + 3 * linear.out_features))
             nn.init.uniform_(linear.weight, -bound, bound)
-        nn.init.zeros_(block.norm1.linear.weight)
+        if block.norm1.adaln == "single":
+            nn.init.zeros_(block.norm1.table)
+        else:
+            nn.init.zeros_(block.norm1.linear.weight)
         if isinstance(block.attn.gate, ContextAwareGate):
             block.attn.gate.reset_parameters()
-    for linear in (model.proj_out_1, model.proj_out_2):
-        nn.init.zeros_(linear.weight)
+    for linear in (model.proj_out_1, model.proj_out_2, model.shared_modulation):
+        if linear is not None:
+            nn.init.zeros_(linear.weight)
+    if embed.interval_embedder is not None:  # starts as a model without it
+        nn.init.normal_(embed.interval_embedder.linear_1.weight, std=0.02)
+        nn.init.zeros_(embed.interval_embedder.linear_2.weight)
+    if model.pos_embed.registers is not None:
+        nn.init.normal_(model.pos_embed.registers, std=0.02)
+    for linear in model.skip_projections or ():  # starts as a model without long skips
+        linear.weight.copy_(torch.eye(*linear.weight.shape))
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from ..utils.ranges import Range, check_value
 from ..utils.reading import CHECKSUMS_FILE, verify_checksums, write_checksums
 from .class_names import flat_labels, label_ids, labels_of_names
 from .guidance import SDTGuidance
-from .guided_prediction import check_guidance, check_parts, predict
+from .guided_prediction import check_guidance, check_network_output, check_parts, predict
 from .pipeline_loaders import SDTLoaderMixin
 from .schedulers import (
     check_fits,
@@ -182,6 +182,7 @@ class SDTPipeline(SDTLoaderMixin, DiffusionPipeline):
             "num_inference_steps": DEFAULT_NUM_INFERENCE_STEPS if num_inference_steps is None else num_inference_steps,
         }
         check_fits(self.scheduler, self.objective)
+        check_network_output(self.transformer, self.scheduler)
         for name, value in settings.items():
             check_sampling_setting(name, value, self.scheduler)
         guider, networks = self.guider or SDTGuidance(), (self.transformer, self.guide_transformer)

@@ -3,6 +3,7 @@
 import functools
 import inspect
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,20 +11,19 @@ import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import FromOriginalModelMixin, PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin
-from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
 from ..attention_processor import AttentionBackendMixin
 from ..blocks import SDTBlock, modulate
 from ..norms import build_norm
-from ..utils.ranges import Range, check_number
 from ..utils.reading import CHECKSUMS_FILE, read_json, shortened, verify_checksums, write_checksums
 from .caching import SDTCacheMixin
-from .config_ranges import MAX_PARAMETERS, check_ranges
+from .config_ranges import check_config, sides
 from .embeddings import SDTPatchEmbed, TimestepClassEmbedding
-from .grid_scaling import GridScalingMixin, check_grid_scaling
+from .grid_scaling import GridScalingMixin
 from .initialization import initialize_meta, initialize_weights
+from .model_output import SDTTransformer2DModelOutput, check_blocks, flow_of_clean
 from .presets import PRESETS
 
 #: Where diffusers warns of weights that are missing or left over.
@@ -75,15 +75,24 @@ class SDTTransformer2DModel(
         pos_embed_scaling: Position embedding on other grids, one of `POSITION_SCALINGS`; see `set_grid_scaling`.
         rotary_scaling: The same for the rotary embedding.
         decay_distance_scaling: Whether the decay measures distances on other grids in patches of the trained grid.
+        adaln: One of `sdt_diffusion.blocks.ADALN_KINDS`: "full", "single" or "low_rank".
+        adaln_rank: Rank of the matrices of "low_rank".
+        num_registers: Learned tokens before the patches, without positions and without decay; dropped at the end.
+        position_embedding: "sincos" or "none".
+        long_skips: Whether blocks of the second half also see the tokens of the first's, as in U-ViT.
+        network_output: "prediction", or "clean" if the last layer makes the clean image, of which the model returns
+            the flow; see `flow_of_clean`.
+        interval_conditioning: Whether the model also knows the timestep at which a step ends, as MeanFlow needs.
 
     Raises:
-        ValueError: If a number is out of its range (`RANGES`), sizes do not divide, or an option is unknown.
+        ValueError: If a number is out of its range (`RANGES`), sizes do not divide, an option is unknown, or options
+            contradict each other.
     """
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ["SDTBlock", "SDTPatchEmbed"]  # noqa: RUF012 (diffusers' names and forms, here and below)
     _repeated_blocks = ["SDTBlock"]  # noqa: RUF012
-    _skip_layerwise_casting_patterns = ["pos_embed", "norm", "gate", "time_class_embed"]  # noqa: RUF012
+    _skip_layerwise_casting_patterns = ["pos_embed", "norm", "gate", "time_class_embed", "modulation"]  # noqa: RUF012
     _keep_in_fp32_modules = ["gate"]  # noqa: RUF012
 
     @register_to_config
@@ -118,31 +127,31 @@ class SDTTransformer2DModel(
         pos_embed_scaling: str = "interpolate",
         rotary_scaling: str = "none",
         decay_distance_scaling: bool = False,
+        adaln: str = "full",
+        adaln_rank: int = 64,
+        num_registers: int = 0,
+        position_embedding: str = "sincos",
+        long_skips: bool = False,
+        network_output: str = "prediction",
+        interval_conditioning: bool = False,
     ):
         values = dict(locals())
         super().__init__()
-        check_ranges(values)
-        check_grid_scaling(values)
-        height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
-        if height % patch_size or width % patch_size:
-            raise ValueError(f"sample_size {height}x{width} is not divisible by patch_size {patch_size}.")
+        check_config(values)
+        height, width = sides(sample_size)
         dim = num_attention_heads * attention_head_dim
-        if dim % 4:
-            raise ValueError(f"The width {dim} must be divisible by 4 for the position embedding.")
-        if rotary and attention_head_dim % 4:
-            raise ValueError(f"attention_head_dim {attention_head_dim} must be divisible by 4 for rotary embeddings.")
-        tokens, per_block = height * width // patch_size**2, (10 + 2 * mlp_ratio) * dim**2
-        check_number(
-            "The number of parameters", num_layers * per_block + (num_classes + tokens) * dim, Range(0, MAX_PARAMETERS)
-        )
         self.out_channels = in_channels if out_channels is None else out_channels
         self.gradient_checkpointing = False
 
-        self.pos_embed = SDTPatchEmbed(in_channels, dim, patch_size, (height // patch_size, width // patch_size))
+        self.pos_embed = SDTPatchEmbed(
+            *(in_channels, dim, patch_size, (height // patch_size, width // patch_size)),
+            *(position_embedding == "sincos", num_registers),
+        )
         self.time_class_embed = TimestepClassEmbedding(
             *(dim, num_classes, class_dropout_prob, frequency_embedding_size),
-            *(timestep_scale, timestep_frequency_shift),
+            *(timestep_scale, timestep_frequency_shift, interval_conditioning),
         )
+        self.shared_modulation = None if adaln == "full" else nn.Linear(dim, 6 * dim)
         self.transformer_blocks = nn.ModuleList(
             SDTBlock(
                 dim,
@@ -155,6 +164,8 @@ class SDTTransformer2DModel(
                 gate_conditioning=gate_conditioning,
                 norm_eps=norm_eps,
                 norm_type=norm_type,
+                adaln=adaln,
+                adaln_rank=adaln_rank,
                 spatial_decay=spatial_decay,
                 decomposed=decomposed,
                 decay_initial_value=decay_initial_value,
@@ -162,9 +173,12 @@ class SDTTransformer2DModel(
                 decay_start=decay_start,
                 qk_norm=qk_norm,
                 local_position_kernel_size=local_position_kernel_size,
+                num_registers=num_registers,
             )
             for _ in range(num_layers)
         )
+        num_skips = (num_layers - 1) // 2 if long_skips else 0  # the middle block, or the middle two, have none
+        self.skip_projections = nn.ModuleList(nn.Linear(2 * dim, dim) for _ in range(num_skips)) if num_skips else None
         self.norm_out = build_norm(norm_type, dim, norm_eps, affine=False)
         self.proj_out_1 = nn.Linear(dim, 2 * dim)
         self.proj_out_2 = nn.Linear(dim, patch_size**2 * self.out_channels)
@@ -254,28 +268,43 @@ class SDTTransformer2DModel(
         class_labels: torch.Tensor,
         force_drop_ids: torch.Tensor | None = None,
         decay_scale: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        end_timestep: torch.Tensor | None = None,
+        block_outputs: Sequence[int] = (),
+    ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]:
         """Run all blocks; same arguments and errors as `forward`.
 
         Returns:
-            The tokens after the last block, shape (batch, tokens, width), and the conditioning, shape (batch, width).
+            The patches after the last block, shape (batch, tokens, width), the conditioning, shape (batch, width), and
+            the patches after each block of `block_outputs`.
         """
         height, width = self._check_input(hidden_states, class_labels)
+        check_blocks(block_outputs, len(self.transformer_blocks))
         grid_size = (height // self.config.patch_size, width // self.config.patch_size)
-        timestep = timestep.expand(hidden_states.shape[0])  # (B,)
-        batch_size, device = len(hidden_states), hidden_states.device
+        batch_size, device, registers = len(hidden_states), hidden_states.device, self.config.num_registers
+        timestep = timestep.expand(batch_size)  # (B,)
+        end_timestep = None if end_timestep is None else end_timestep.expand(batch_size)  # (B,)
         decay_scale = self._factors_of_decay(decay_scale, batch_size, grid_size, device)  # (B, h) or (B, 1)
 
-        hidden_states = self.pos_embed(hidden_states, self.config.pos_embed_scaling)  # (B, N, D), N = H/p * W/p
-        conditioning = self.time_class_embed(timestep, class_labels, hidden_states.dtype, force_drop_ids)  # (B, D)
-        image_rotary_emb = self._rotary_embedding(grid_size, device)  # each (N, d)
-        inputs = (grid_size, conditioning, image_rotary_emb, decay_scale)
-        for block in self.transformer_blocks:
+        hidden_states = self.pos_embed(hidden_states, self.config.pos_embed_scaling)  # (B, R+N, D), N = H/p * W/p
+        conditioning = self.time_class_embed(
+            timestep, class_labels, hidden_states.dtype, force_drop_ids, end_timestep
+        )  # (B, D)
+        modulation = None if self.shared_modulation is None else self.shared_modulation(conditioning)  # (B, 6*D)
+        image_rotary_emb = self._rotary_embedding(grid_size, device)  # each (R+N, d)
+        inputs = (grid_size, conditioning, image_rotary_emb, decay_scale, modulation)
+        num_layers, skips, kept = self.config.num_layers, list(self.skip_projections or ()), {}
+        for i, block in enumerate(self.transformer_blocks):
+            source = num_layers - 1 - i  # the block whose tokens a long skip brings here
+            if source < len(skips):
+                hidden_states = skips[source](torch.cat([hidden_states, kept[source]], dim=-1))  # (B, R+N, D)
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 hidden_states = self._gradient_checkpointing_func(block, hidden_states, *inputs)
             else:
-                hidden_states = block(hidden_states, *inputs)  # (B, N, D)
-        return hidden_states, conditioning
+                hidden_states = block(hidden_states, *inputs)  # (B, R+N, D)
+            if i < len(skips) or i in block_outputs:
+                kept[i] = hidden_states
+        outputs = tuple(kept[i][:, registers:] for i in block_outputs)  # each (B, N, D)
+        return hidden_states[:, registers:], conditioning, outputs
 
     def forward(
         self,
@@ -285,30 +314,37 @@ class SDTTransformer2DModel(
         return_dict: bool = True,
         force_drop_ids: torch.Tensor | None = None,
         decay_scale: torch.Tensor | None = None,
-    ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
+        end_timestep: torch.Tensor | None = None,
+        block_outputs: Sequence[int] = (),
+    ) -> SDTTransformer2DModelOutput | tuple[Any, ...]:
         """Predict noise, velocity or flow from a noisy (latent) image.
 
         Args:
             hidden_states: Shape (batch, in_channels, height, width); the sides need not be the trained ones.
             timestep: Shape (batch,) or a scalar, 0 to 1000: steps of a DDPM schedule, or 1000 sigma of a flow.
             class_labels: Labels 0 to num_classes - 1, or the null class `num_classes`, shape (batch,).
-            return_dict: Whether to return a `Transformer2DModelOutput` instead of a tuple.
+            return_dict: Whether to return a `SDTTransformer2DModelOutput` instead of a tuple.
             force_drop_ids: Which labels the null class replaces, shape (batch,), as in facebookresearch/DiT; by
                 default training draws them with probability `class_dropout_prob`.
             decay_scale: Factor of the spatial decay, shape (batch,) or (batch, heads), for `SDTGuidance`; 1 by
                 default.
+            end_timestep: Timestep at which the step ends that the flow is averaged over, shape (batch,) or a scalar,
+                for a model with `interval_conditioning`; `timestep` by default, where it is the flow itself.
+            block_outputs: Blocks, from 0, whose output to return as well.
 
         Returns:
-            The prediction, shape (batch, out_channels, height, width).
+            The prediction, shape (batch, out_channels, height, width), and, if there are `block_outputs`, the patches
+            after those blocks, a tuple of tensors of shape (batch, patches, width).
 
         Raises:
-            ValueError: If the channels, sides, labels or factors of the decay do not fit the model.
+            ValueError: If the channels, sides, labels, factors of the decay, `end_timestep` or blocks do not fit the
+                model.
         """
-        height, width = hidden_states.shape[-2:]
-        hidden_states, conditioning = self.forward_features(
-            hidden_states, timestep, class_labels, force_drop_ids, decay_scale
+        image, patch_size = hidden_states, self.config.patch_size
+        height, width = image.shape[-2:]
+        hidden_states, conditioning, outputs = self.forward_features(
+            image, timestep, class_labels, force_drop_ids, decay_scale, end_timestep, block_outputs
         )
-        patch_size = self.config.patch_size
         grid_size = (height // patch_size, width // patch_size)
         shift, scale = self.proj_out_1(conditioning).unsqueeze(1).chunk(2, dim=-1)  # each (B, 1, D)
         hidden_states = self.proj_out_2(modulate(self.norm_out(hidden_states), shift, scale))  # (B, N, p*p*C)
@@ -316,9 +352,11 @@ class SDTTransformer2DModel(
         patches = patches.unflatten(-1, (patch_size, patch_size, self.out_channels))  # (B, H/p, W/p, p, p, C)
         sample = patches.permute(0, 5, 1, 3, 2, 4)  # (B, C, H/p, p, W/p, p)
         sample = sample.reshape(-1, self.out_channels, height, width)  # (B, C, H, W)
+        if self.config.network_output == "clean":
+            sample = flow_of_clean(sample, image, timestep)
         if not return_dict:
-            return (sample,)
-        return Transformer2DModelOutput(sample=sample)
+            return (sample, outputs) if block_outputs else (sample,)
+        return SDTTransformer2DModelOutput(sample=sample, block_outputs=outputs if block_outputs else None)
 
     def _check_input(self, hidden_states, class_labels):
         channels, height, width = hidden_states.shape[1:]

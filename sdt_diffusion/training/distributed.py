@@ -93,10 +93,15 @@ def prepare(
         return accelerator.prepare(model, optimizer)
     accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
     model, optimizer = accelerator.prepare(model, optimizer)
+    autocast_forward(accelerator, model)
+    return model, optimizer
+
+
+def autocast_forward(accelerator: Accelerator, module: nn.Module) -> None:
+    """Let a module that accelerate has not prepared compute in the precision of the run."""
     if accelerator.mixed_precision != "no":
         dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[accelerator.mixed_precision]
-        model.forward = torch.autocast(accelerator.device.type, dtype)(model.forward)
-    return model, optimizer
+        module.forward = torch.autocast(accelerator.device.type, dtype)(module.forward)
 
 
 def compile_model(model: nn.Module, mode: str) -> None:

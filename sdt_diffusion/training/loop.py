@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 
 from ..utils.seeding import Draws
 from .distributed import STOP_REASONS, Interrupted, StopRequest, full_tensor
+from .heads import average_gradients
 from .monitor import StepValues
 from .optimizer import admit_step
 from .run import TrainingRun
@@ -71,7 +72,9 @@ def train(run: TrainingRun, loss: Loss, validate: Validation | None = None) -> N
                     accelerator.backward(batch_loss)
                 losses.append(batch_loss.detach().float())
 
-            gradient_norm = full_tensor(accelerator.clip_grad_norm_(model.parameters(), max_norm))
+            average_gradients(run.heads, accelerator)
+            parameters = [*model.parameters(), *run.heads.parameters()]
+            gradient_norm = full_tensor(accelerator.clip_grad_norm_(parameters, max_norm))
             means = run.mean_over_processes(losses, gradient_norm, stop_request.reason)  # (2 + reasons to stop,)
             finite = means[:2].isfinite().all()  # stays on the device, as does all that depends on it
 

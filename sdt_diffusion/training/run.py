@@ -38,6 +38,7 @@ from .checkpoint import (
 from .config import TrainingConfig, TrainingSet
 from .distributed import STOP_REASONS, build_accelerator, compile_model, prepare, shield_worker
 from .ema import WeightAverage, ema_profiles
+from .heads import prepare_heads
 from .monitor import FiniteGuard, TrainingLog
 from .optimizer import build_lr_schedule, build_optimizer
 from .reconstruct_ema import drop_snapshots_after, save_snapshot
@@ -59,6 +60,7 @@ class TrainingRun:
         data: The training data.
         config: Everything else, resolved.
         parameter_groups: See `build_optimizer`.
+        heads: What the loss trains with the model, see `DiffusionLoss`.
 
     Attributes:
         step: Optimizer steps made.
@@ -80,6 +82,7 @@ class TrainingRun:
         data: TrainingSet,
         config: TrainingConfig,
         parameter_groups: Sequence[dict[str, Any]] | None = None,
+        heads: nn.ModuleDict | None = None,
     ):
         self.data, self.config, self.output_dir = data, config, config.output_dir
         self.accelerator = build_accelerator(config.run)
@@ -103,7 +106,7 @@ class TrainingRun:
             on_error.callback(self.release_folder)
             self._lock_folder()
             checkpoint, self.changes = self._find_checkpoint()
-            self._prepare(model, name, parameter_groups)
+            self._prepare(model, name, parameter_groups, heads or nn.ModuleDict())
             if checkpoint is not None:
                 self._load_checkpoint(checkpoint)
                 self.accelerator.print(f"Resumed from {checkpoint}, after step {self.step}.")
@@ -337,9 +340,7 @@ class TrainingRun:
             )
         if checkpoint is None:
             if resume:
-                self.accelerator.print(
-                    f"There is no checkpoint in {self.output_dir} yet: starting from the beginning."
-                )
+                self.accelerator.print(f"There is no checkpoint in {self.output_dir} yet: starting at the beginning.")
             return None, []
         manifest = read_manifest(checkpoint)
         changed = check_same_run(
@@ -358,7 +359,7 @@ class TrainingRun:
         changes = [change for change in read_changes(self.output_dir) if change["step"] <= manifest["step"]]
         return checkpoint, changes + [{"step": manifest["step"], **change} for change in changed]
 
-    def _prepare(self, model, name, parameter_groups):
+    def _prepare(self, model, name, parameter_groups, heads):
         config, accelerator = self.config, self.accelerator
         optimizer = build_optimizer(model, config.optimization, parameter_groups)
         skeleton = copy.deepcopy(model).to("meta")
@@ -367,17 +368,16 @@ class TrainingRun:
             separate = copy.deepcopy(model).to(accelerator.device).eval().requires_grad_(False)
         compile_model(model, config.run.compile)
         self.model, self.optimizer = prepare(accelerator, model, optimizer)
+        self.heads = prepare_heads(heads, optimizer, config.optimization, accelerator)
         self.set_learning_rates = build_lr_schedule(optimizer, config.optimization, config.run.max_train_steps)
         self.batch_norms = BatchNormStatistics(self.unwrapped_model, accelerator.num_processes)
         tensors = self.unwrapped_model.state_dict()
-        self.averages = {
-            suffix: WeightAverage(tensors, profile) for suffix, profile in ema_profiles(config.ema).items()
-        }
-        self.state = TrainingState(name, skeleton, self.unwrapped_model, optimizer, self.averages)
-        if (
-            separate is not None and self.averages and not accelerator.is_fsdp2
-        ):  # the first average shares the memory of `trained_model`
-            separate.load_state_dict(next(iter(self.averages.values())).tensors, assign=True)
+        profiles = ema_profiles(config.ema)
+        self.averages = {suffix: WeightAverage(tensors, profile) for suffix, profile in profiles.items()}
+        self.state = TrainingState(name, skeleton, self.unwrapped_model, optimizer, self.averages, self.heads)
+        if separate is not None and self.averages and not accelerator.is_fsdp2:
+            first = next(iter(self.averages.values()))  # shares the memory of `trained_model`
+            separate.load_state_dict(first.tensors, assign=True)
             separate.requires_grad_(False)
         self.trained_model = self.unwrapped_model if separate is None else separate
 

@@ -55,7 +55,7 @@ class BatchNormStatistics:
             tensor.copy_(torch.where(finite, tensor, remembered))
 
 
-OPTIMIZER_FILE = "optimizer.safetensors"
+OPTIMIZER_FILE, HEADS_FILE = "optimizer.safetensors", "heads.safetensors"
 #: Entries that transformers adds to a config when it saves a model.
 ADDED_BY_TRANSFORMERS = frozenset({"architectures", "dtype", "transformers_version"})
 
@@ -73,6 +73,7 @@ class TrainingState:
         model: The model that is trained, without wrappers; its tensors may be sharded.
         optimizer: Its optimizer, without wrappers.
         averages: Its averages, by the suffix of their folders.
+        heads: What the loss trains with it, not sharded.
     """
 
     def __init__(
@@ -82,11 +83,14 @@ class TrainingState:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         averages: Mapping[str, WeightAverage],
+        heads: nn.Module | None = None,
     ):
         self.skeleton, self.model, self.optimizer = skeleton, model, optimizer
         self.models = {name: model.state_dict()}
         self.models |= {f"{name}_{ending}": average.tensors for ending, average in averages.items()}
-        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        self.heads = {} if heads is None else heads.state_dict(prefix="heads.")
+        named = {**dict(model.named_parameters()), **(dict(heads.named_parameters("heads")) if heads else {})}
+        names = {id(parameter): name for name, parameter in named.items()}
         trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self._trained = {names[id(parameter)]: parameter for parameter in trained}
 
@@ -110,6 +114,10 @@ class TrainingState:
         gathered = gather(moments, keep=is_main_process, require_finite="optimizer")
         if is_main_process:
             save_file(gathered, folder / OPTIMIZER_FILE)
+        if self.heads:
+            gathered = gather(self.heads, keep=is_main_process, require_finite="heads")
+            if is_main_process:
+                save_file(gathered, folder / HEADS_FILE)
 
     @torch.no_grad()
     def load(self, folder: Path) -> None:
@@ -128,6 +136,11 @@ class TrainingState:
             check_tensors(saved, tensors, str(folder / name))
             for key, tensor in tensors.items():
                 copy_full(saved[key], tensor)
+        if self.heads:
+            saved = read_tensors(folder / HEADS_FILE)
+            check_tensors(saved, self.heads, str(folder / HEADS_FILE))
+            for key, tensor in self.heads.items():
+                tensor.copy_(saved[key])
         saved = read_tensors(folder / OPTIMIZER_FILE)
         check_tensors(saved, self._expected_moments(), str(folder / OPTIMIZER_FILE))
         state = self.optimizer.state_dict()
@@ -151,7 +164,7 @@ class TrainingState:
         saves = _times_due(run.checkpointing_steps, step, run.max_train_steps)
         if not saves:
             return
-        checkpoint = model + sum(averages) + _num_bytes(self._expected_moments())
+        checkpoint = model + sum(averages) + _num_bytes(self._expected_moments()) + _num_bytes(self.heads)
         require_space(config.output_dir, checkpoint + model, "A checkpoint and the model")
         there, limit = len(complete_checkpoints(config.output_dir)), run.checkpoints_total_limit
         # While a checkpoint is written, there is one more than are kept.

@@ -12,6 +12,7 @@ and Ctrl-C reach, and it ends with a checkpoint.
 """
 
 import copy
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -34,10 +35,11 @@ from ..utils.seeding import Stream, seed_global_generators
 from .config import RunArguments, TrainingConfig, TrainingSet
 from .distributed import resolve_precision
 from .ema import EMAArguments
+from .heads import AverageTeacher
 from .init_from import describe_classes
 from .loop import train
 from .model_arguments import ModelArguments
-from .objectives import DiffusionLoss, ObjectiveArguments, build_objective
+from .objectives import DiffusionLoss, ObjectiveArguments, build_auxiliary_losses, build_objective
 from .optimizer import OptimizationArguments
 from .run import TrainingRun
 from .validation import DiffusionValidation, ValidationArguments, hold_out
@@ -98,13 +100,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     seed_global_generators(Stream.INITIALIZATION, run_args.seed)
     channels, side, _ = data.sample_shape
+    objective_args = objective_args.resolved(math.prod(data.sample_shape))
     sizes = {"sample_size": side, "in_channels": channels, "num_classes": data.images.num_classes}
     objective = build_objective(objective_args)
     if objective.learn_sigma:
         sizes["out_channels"] = 2 * channels
     model = model_args.build(data.images.class_names, **sizes)
     set_attention_backend(model, sampler_args.attention_backend, sampler_args.attention_prune_eps)
-    loss = DiffusionLoss(objective, model.config.class_dropout_prob, data.clean)
+    auxiliary = build_auxiliary_losses(objective_args, model, run_args.train_batch_size, ema_args.use_ema)
+    loss = DiffusionLoss(objective, model.config.class_dropout_prob, data.clean, auxiliary=auxiliary)
     config = TrainingConfig(
         run_args,
         optimization_args,
@@ -123,7 +127,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         identity=data.identity,
         relocatable=data.relocatable_arguments,
     )
-    with TrainingRun(model, "transformer", training_set, config) as run:
+    with TrainingRun(model, "transformer", training_set, config, heads=loss.heads) as run:
+        loss.teacher = AverageTeacher(run)
         pipe = SDTPipeline(
             run.trained_model,
             objective.sampling_scheduler(pixels=data.vae is None),

@@ -35,6 +35,14 @@ def test_it_is_the_reference_and_compiles_itself():
     torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.usefixtures("quickly_compiled")
+def test_registers_have_no_place_on_the_grid():
+    outputs = [
+        spatial_decay_attention(*inputs(), (3, 11), backend=name, num_registers=2) for name in ("flex", "reference")
+    ]
+    torch.testing.assert_close(*outputs, rtol=1e-5, atol=1e-5)
+
+
 def test_it_is_the_reference_in_the_one_graph_of_a_compiled_model():
     torch.compiler.reset()
     attend = torch.compile(

@@ -19,6 +19,7 @@ from sdt_diffusion.hub import write_code
 from sdt_diffusion.hub.code_export import TRANSFORMERS_CLASSES, bundle
 from sdt_diffusion.hub.push import files_to_share, main
 from sdt_diffusion.sdt.loading import open_pipeline
+from sdt_diffusion.sdt.presets import PLUS
 from tests.sdt_h.small import small_model
 
 LOAD = Path(__file__).with_name("load_without_package.py")
@@ -34,7 +35,7 @@ def folders(make_pipe, make_model, tmp_path):
     """Two pipelines and a classifier with their code, and what they compute with the package."""
     guider = SDTGuidance.from_kind("autoguidance", guidance_scale=2.0, guidance_interval=(0.2, 0.9))
     pipes = {
-        "plain": make_pipe(),
+        "plain": make_pipe(transformer=make_model(**PLUS, adaln="low_rank", num_registers=2, long_skips=True)),
         "guided": make_pipe(guider=guider, guide_transformer=make_model(num_layers=1)),
     }
     classifier = small_model()

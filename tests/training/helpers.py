@@ -39,7 +39,20 @@ def mean_loss(model, images, labels, draws):
     return (model(images, draws.uniform() * 1000, labels).sample - images).square().mean()
 
 
-def build_run(output_dir, model=None, optimization=None, ema=None, data=None, config=None, **run):
+class Projection:
+    """A term with a head, through which the prediction is to give the image."""
+
+    name, weight, blocks = "projection", 0.5, ()
+
+    def __init__(self, seed=0):
+        torch.manual_seed(seed)
+        self.head = torch.nn.Linear(3, 3)
+
+    def __call__(self, predicted):
+        return (self.head(predicted.prediction.transpose(1, 3)) - predicted.batch.transpose(1, 3)).square().mean()
+
+
+def build_run(output_dir, model=None, optimization=None, ema=None, data=None, config=None, heads=None, **run):
     """A run on one CPU process."""
     for state in (AcceleratorState, PartialState, GradientState):
         state._reset_state()
@@ -57,7 +70,7 @@ def build_run(output_dir, model=None, optimization=None, ema=None, data=None, co
     )
     torch.manual_seed(0)
     model = SDTTransformer2DModel(**{**TINY, **(model or {})})
-    return TrainingRun(model, "transformer", TrainingSet(Images(), **(data or {})), config)
+    return TrainingRun(model, "transformer", TrainingSet(Images(), **(data or {})), config, heads=heads)
 
 
 def trained(run, loss=mean_loss, validate=None):

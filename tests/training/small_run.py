@@ -21,10 +21,18 @@ from sdt_diffusion.training import run as training_run
 from sdt_diffusion.training.config import RunArguments, TrainingConfig, TrainingSet
 from sdt_diffusion.training.ema import EMAArguments
 from sdt_diffusion.training.loop import train
-from sdt_diffusion.training.objectives import DiffusionLoss, ObjectiveArguments, build_objective
+from sdt_diffusion.training.objectives import (
+    ContrastiveLoss,
+    DiffusionLoss,
+    DirectionLoss,
+    DispersiveLoss,
+    ObjectiveArguments,
+    build_objective,
+)
 from sdt_diffusion.training.optimizer import OptimizationArguments
 from sdt_diffusion.utils.arguments import exit_on_error
 from tests.conftest import TINY
+from tests.training.helpers import Projection
 
 
 class Images:
@@ -84,12 +92,13 @@ def main(output_dir, strategy, *words):
     )
     torch.manual_seed(0)
     model = SDTTransformer2DModel(**TINY)
-    loss = DiffusionLoss(build_objective(ObjectiveArguments()), class_dropout_prob=0.5)
+    terms = [DirectionLoss(0.5), ContrastiveLoss(0.05), DispersiveLoss(0.5, block=0, num_images=2), Projection()]
+    loss = DiffusionLoss(build_objective(ObjectiveArguments()), class_dropout_prob=0.5, auxiliary=terms)
     build = training_run.build_accelerator
     with exit_on_error():
         with mock.patch.object(training_run, "build_accelerator", sharded(build) if strategy == "fsdp2" else build):
             config = TrainingConfig(run_args, optimization, EMAArguments(ema_profile="power"))
-            run = training_run.TrainingRun(model, "transformer", data, config)
+            run = training_run.TrainingRun(model, "transformer", data, config, heads=loss.heads)
         with run:
             train(run, loss)
             if run.accelerator.is_main_process:

@@ -5,10 +5,12 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
+from sdt_diffusion.sdt.steps import set_schedule
 from sdt_diffusion.training import objectives
 from sdt_diffusion.training.objectives import DiffusionLoss, ObjectiveArguments, build_objective
 from sdt_diffusion.training.objectives import loss as loss_module
 from sdt_diffusion.training.objectives.ddpm import log_probability_of_pixels
+from sdt_diffusion.training.objectives.flow import shift_times
 from sdt_diffusion.utils.seeding import Draws
 
 
@@ -46,6 +48,35 @@ def test_flow_times_are_logit_normal():
     assert logit.std().item() == pytest.approx(0.8, abs=0.05)
     _, uniform = noised(objective="flow", weighting_scheme="none")
     assert (uniform.timestep / 1000).std().item() == pytest.approx(12**-0.5, abs=0.01)
+
+
+@pytest.mark.parametrize("shift", [0.5, 3.0])
+def test_the_time_shift_is_in_training_and_once_in_sampling(shift):
+    (_, plain), (_, shifted) = noised(n=64), noised(n=64, time_shift=shift)
+    sigma = plain.timestep.double() / 1000
+    # The signal-to-noise ratio (1 - sigma) / sigma falls by the shift.
+    expected = (1 - sigma) / sigma / shift
+    found = shifted.timestep.double() / 1000
+    torch.testing.assert_close((1 - found) / found, expected, rtol=1e-3, atol=1e-6)
+    scheduler = build_objective(ObjectiveArguments(time_shift=shift)).sampling_scheduler(pixels=True)
+    set_schedule(scheduler, 4, uniform=True)
+    uniform = torch.tensor([1.0, 0.75, 0.5, 0.25, 0.0])
+    torch.testing.assert_close(scheduler.sigmas, shift * uniform / (1 + (shift - 1) * uniform))
+
+
+def test_no_shift_changes_nothing():
+    for sigma in (torch.rand(1000), torch.rand(1000, dtype=torch.float64)):
+        assert torch.equal(shift_times(sigma, 1.0), sigma)
+
+
+def test_a_time_shift_of_0_follows_from_the_dimension():
+    """That of RAE: 768 channels of 16x16 are shifted by about 6.9."""
+    args = ObjectiveArguments(time_shift=0.0)
+    assert args.resolved(768 * 16 * 16).time_shift == pytest.approx(6.928, abs=1e-3)
+    assert args.resolved(4 * 32 * 32).time_shift == 1
+    assert ObjectiveArguments(time_shift=2.0).resolved(768 * 16 * 16).time_shift == 2
+    with pytest.raises(ValueError, match="time_shift 0 depends on the size of images"):
+        build_objective(args)
 
 
 def test_flow_matches_the_schedulers_noising():

@@ -48,7 +48,7 @@ def begun(folder, run, step=3):
     return folder
 
 
-def assert_same(folder, expected_folder, files=4):
+def assert_same(folder, expected_folder, files=5):
     names = sorted(path.relative_to(expected_folder) for path in expected_folder.rglob("*.safetensors"))
     assert len(names) == files
     for name in names:

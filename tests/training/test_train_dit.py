@@ -9,8 +9,9 @@ from sdt_diffusion.data.latents.training_data import open_training_data
 from sdt_diffusion.evaluation.cost import count_cost
 from sdt_diffusion.training import validation
 from sdt_diffusion.training.model_arguments import ModelArguments
+from sdt_diffusion.training.monitor import read_log
 from sdt_diffusion.training.objectives import DiffusionLoss, ObjectiveArguments, build_objective
-from sdt_diffusion.training.train_dit import flops_of
+from sdt_diffusion.training.train_dit import flops_of, main
 from sdt_diffusion.training.validation import DiffusionValidation, hold_out
 from tests.conftest import randomize
 from tests.training.helpers import build_run, trained
@@ -124,3 +125,38 @@ def test_the_last_grid_is_sampled_once_and_is_also_samples_png(digits, tmp_path,
     assert [path.name for path in sorted((tmp_path / "samples").iterdir())] == ["step-0000002.png", "step-0000004.png"]
     assert (tmp_path / "samples.png").read_bytes() == (tmp_path / "samples" / "step-0000004.png").read_bytes()
     assert (tmp_path / "loss_curve.png").is_file()
+
+
+class TestTermsOfTheLoss:
+    FLAGS = (
+        *("--model_overrides", '{"num_layers": 2}', "--train_batch_size", "8", "--checkpointing_steps", "1"),
+        *("--mixed_precision", "no", "--cpu_threads", "1", "--report_to", "none", "--held_out_images", "8"),
+        *("--num_validation_images", "1", "--num_inference_steps", "1", "--label_accuracy_samples", "0"),
+    )
+
+    def test_flags_train_them_and_the_pipeline_has_the_shift_and_no_head(self, tmp_path):
+        flags = ("--time_shift", "0", "--contrastive_weight", "0.05", "--dispersive_weight", "0.5")
+        flags += ("--dispersive_images", "4", "--self_alignment_weight", "0.2", "--logging_steps", "1")
+        flags += ("--output_dir", str(tmp_path), *self.FLAGS)
+        main([*flags, "--max_train_steps", "1"])
+        main([*flags, "--max_train_steps", "2", "--resume_from_checkpoint", "latest"])
+        pipe = SDTPipeline.from_pretrained(tmp_path)
+        assert pipe.scheduler.config.shift == 0.125  # sqrt(8 * 8 / 4096)
+        saved = {path.parent.name for path in tmp_path.rglob("*.safetensors") if "checkpoint" not in str(path)}
+        assert saved == {"transformer"}
+        assert (tmp_path / "checkpoint-2" / "heads.safetensors").is_file()
+        record = next(record for record in read_log(tmp_path) if record["step"] == 2 and "loss" in record)
+        assert {"contrastive_loss", "dispersive_loss", "self_alignment_loss"} <= set(record)
+
+    @pytest.mark.parametrize(
+        ("flags", "message"),
+        [
+            (["--direction_loss_weight", "1"], "needs images of several channels, not in_channels 1"),
+            (["--dispersive_weight", "0.5"], "dispersive_images needs a train_batch_size that is a multiple of 32"),
+            (["--self_alignment_weight", "1", "--no_use_ema"], "self_alignment_weight needs use_ema"),
+        ],
+    )
+    def test_what_does_not_fit_is_refused_before_anything_is_written(self, tmp_path, flags, message):
+        with pytest.raises(SystemExit, match=message):
+            main(["--output_dir", str(tmp_path / "out"), *self.FLAGS, *flags])
+        assert not (tmp_path / "out").exists()

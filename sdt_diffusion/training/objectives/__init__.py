@@ -1,8 +1,18 @@
 """What the model learns to predict: noise or velocity under a DDPM schedule, or the flow from data to noise.
 
-A new objective is a class like those in `flow.py` and `ddpm.py`, and a line in `OBJECTIVES`.
+A new objective is a class like those in `flow.py` and `ddpm.py`, and a line in `OBJECTIVES`. A further term of the
+loss is a class like those in `auxiliary.py`.
 """
 
+from .auxiliary import (
+    AuxiliaryLoss,
+    ContrastiveLoss,
+    DirectionLoss,
+    DispersiveLoss,
+    Predicted,
+    SelfAlignmentLoss,
+    build_auxiliary_losses,
+)
 from .ddpm import DDPMObjective
 from .flow import FlowObjective
 from .loss import DiffusionLoss
@@ -10,12 +20,19 @@ from .objective import OBJECTIVES, Noised, Objective, ObjectiveArguments
 
 __all__ = [
     "OBJECTIVES",
+    "AuxiliaryLoss",
+    "ContrastiveLoss",
     "DDPMObjective",
     "DiffusionLoss",
+    "DirectionLoss",
+    "DispersiveLoss",
     "FlowObjective",
     "Noised",
     "Objective",
     "ObjectiveArguments",
+    "Predicted",
+    "SelfAlignmentLoss",
+    "build_auxiliary_losses",
     "build_objective",
 ]
 

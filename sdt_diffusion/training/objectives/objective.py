@@ -2,17 +2,22 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Literal, NamedTuple, Protocol
 
 import torch
 from diffusers.schedulers import SchedulerMixin
 
-from ...utils.ranges import RANGE_KEY, CheckedArguments, Range, between, more_than
+from ...utils.ranges import RANGE_KEY, CheckedArguments, Range, at_least, between, more_than
 from ...utils.seeding import Draws
 
 #: Beyond it the 'mode' distribution would leave 0 to 1 (Esser et al. 2024, section 3.1).
 MODE_SCALE = Range(-1, 2 / (math.pi - 2))
+
+#: Numbers of a latent for which RAE (arXiv 2510.11690, section 4.2) shifts no times.
+UNSHIFTED_DIMENSION = 4096
+#: Fields that shape an auxiliary loss begin with its name, and apply if its weight is not 0.
+AUXILIARY_PREFIXES = ("dispersive", "self_alignment")
 
 #: Value of `objective` -> class; the package's `__init__.py` fills it.
 OBJECTIVES: dict[str, type["Objective"]] = {}
@@ -44,6 +49,49 @@ class ObjectiveArguments(CheckedArguments):
     mode_scale: float = field(
         default=1.29, metadata={"help": "Scale of the 'mode' distribution of times.", RANGE_KEY: MODE_SCALE}
     )
+    time_shift: float = field(
+        default=1.0,
+        metadata={
+            "help": "Shift s of flow times toward noise, s sigma / (1 + (s - 1) sigma), in training and sampling; 0 "
+            "for sqrt(dimension / 4096)."
+        }
+        | between(0, 1000),
+    )
+    direction_loss_weight: float = field(
+        default=0.0, metadata={"help": "Weight of the velocity direction loss; 1 is usual."} | at_least(0)
+    )
+    contrastive_weight: float = field(
+        default=0.0,
+        metadata={"help": "Weight of contrastive flow matching; 0.05 is usual."} | between(0, 1, with_most=False),
+    )
+    dispersive_weight: float = field(
+        default=0.0, metadata={"help": "Weight of the dispersive loss; 0.5 is usual."} | at_least(0)
+    )
+    dispersive_block: int | None = field(
+        default=None,
+        metadata={"help": "Blocks before the tokens that it disperses. Default: a quarter of them."} | at_least(1),
+    )
+    dispersive_temperature: float = field(
+        default=0.5, metadata={"help": "Temperature of the dispersive loss."} | more_than(0)
+    )
+    dispersive_images: int = field(
+        default=32, metadata={"help": "Consecutive images of a batch that are dispersed together."} | at_least(2)
+    )
+    self_alignment_weight: float = field(
+        default=0.0,
+        metadata={"help": "Weight of the alignment with the average's features; 0.2 is usual."} | at_least(0),
+    )
+    self_alignment_block: int | None = field(
+        default=None, metadata={"help": "Blocks before the aligned tokens. Default: 0.3 of them."} | at_least(1)
+    )
+    self_alignment_teacher_block: int | None = field(
+        default=None,
+        metadata={"help": "Blocks before the average's tokens. Default: 0.7 of them."} | at_least(1),
+    )
+    self_alignment_time: float = field(
+        default=0.2,
+        metadata={"help": "By how much of the flow's time, at most, the average sees less noise."} | between(0, 1),
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -54,6 +102,20 @@ class ObjectiveArguments(CheckedArguments):
             applies = f.name not in options or f.name in OBJECTIVES[self.objective].options
             if not applies and getattr(self, f.name) != f.default:
                 raise ValueError(f"{f.name} does not apply to objective {self.objective}.")
+            for prefix in AUXILIARY_PREFIXES:
+                idle = f.name.startswith(f"{prefix}_") and not getattr(self, f"{prefix}_weight")
+                if idle and getattr(self, f.name) != f.default:
+                    raise ValueError(f"{f.name} needs {prefix}_weight.")
+
+    def resolved(self, dimension: int) -> "ObjectiveArguments":
+        """Return the arguments with the time shift that 0 stands for.
+
+        Args:
+            dimension: Numbers of a (latent) image: channels times height times width.
+        """
+        if self.time_shift:
+            return self
+        return replace(self, time_shift=math.sqrt(dimension / UNSHIFTED_DIMENSION))
 
 
 class Noised(NamedTuple):

@@ -143,9 +143,8 @@ class LatentCache:
             if not largest.isfinite().all():
                 worst = int(largest.isfinite().logical_not().nonzero()[0])
                 path, place = self._paths[shards[worst]], int(indices[worst] - self._starts[shards[worst]])
-                raise ValueError(
-                    f"{path} cannot be used: the {'latents' if name == 'moments' else name} of image {place} are NaN or infinite. {REPAIR}"
-                )
+                what = "latents" if name == "moments" else name
+                raise ValueError(f"{path} cannot be used: the {what} of image {place} are NaN or infinite. {REPAIR}")
             found.append(torch.from_numpy(rows))
         images = found[0] if len(found) == 1 else map(ImagesWithFeatures, *found)
         return list(zip(images, self.labels[indices].tolist(), strict=True))

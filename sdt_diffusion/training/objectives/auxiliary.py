@@ -203,8 +203,6 @@ class SelfAlignmentLoss:
 class AlignmentLoss:
     """Minus the cosine of a block's tokens, through a head, and an encoder's patch features (REPA, arXiv 2410.06940).
 
-    The features are brought to the grid of the tokens bilinearly, averaged where it is coarser.
-
     Args:
         weight: See `AuxiliaryLoss`.
         width: Width of the tokens.
@@ -242,11 +240,25 @@ class AlignmentLoss:
         """Return the mean over images and tokens, -1 to 1."""
         if self.stop_step is not None and predicted.draws.step >= self.stop_step:
             return None
-        features = self.source.features(predicted.batch).float().permute(0, 3, 1, 2)  # (B, D, h, w)
-        if features.shape[2:] != self.grid_size:
-            features = F.interpolate(features, self.grid_size, mode="bilinear", antialias=True)
+        features = on_grid(self.source.features(predicted.batch).float(), self.grid_size)  # (B, N, D)
         aligned = self.head(predicted.tokens[self.blocks[0]])  # (B, N, D)
-        return -F.cosine_similarity(aligned.float(), features.flatten(2).mT, dim=-1).mean()
+        return -F.cosine_similarity(aligned.float(), features, dim=-1).mean()
+
+
+def on_grid(features: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
+    """Return features at the places of a grid's tokens, interpolated, or averaged where the grid is coarser.
+
+    Args:
+        features: Shape (batch, height, width, channels).
+        grid_size: Rows and columns of the grid.
+
+    Returns:
+        Shape (batch, rows * columns, channels).
+    """
+    if features.shape[1:3] != grid_size:
+        channels_first = features.permute(0, 3, 1, 2)
+        features = F.interpolate(channels_first, grid_size, mode="bilinear", antialias=True).permute(0, 2, 3, 1)
+    return features.flatten(1, 2)
 
 
 def groups(rows: torch.Tensor, size: int) -> torch.Tensor:

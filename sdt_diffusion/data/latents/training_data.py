@@ -57,7 +57,8 @@ class TrainingData:
     def identity(self) -> dict[str, Any]:
         """What identifies latents and features, independent of paths; a resumed run must have the same."""
         if isinstance(self.images, LatentCache):  # the fingerprint covers the VAE and the encoder
-            return {"cache of latents": self.images.fingerprint}
+            features = {} if self.feature_shape is None else {"features of the cache": list(self.feature_shape)}
+            return {"cache of latents": self.images.fingerprint, **features}
         encoder = {} if self.encoder is None else self.encoder.settings()
         if self.vae is None:
             return encoder

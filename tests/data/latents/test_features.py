@@ -117,6 +117,7 @@ class TestIdentity:
         save_encoder(folder / "moved")
         save_encoder(folder / "other", "registers")
         assert open_data(folder, "cache", "moved").identity == open_data(folder, "cache").identity
+        assert open_data(folder, "cache", None).identity != open_data(folder, "cache").identity
         with pytest.raises(
             ValueError, match=r"cache holds features of .*encoder, and alignment_model .*other is anot"
         ):

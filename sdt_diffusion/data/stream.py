@@ -37,9 +37,10 @@ class RandomFlip:
 class RandomMirror(RandomFlip):
     """Chooses between an image and its mirror image, stacked along the first axis, as `RandomFlip` would."""
 
-    def __call__(self, both: torch.Tensor, position: int) -> torch.Tensor:
-        """Return the image, `both[0]`, or its mirror image, `both[1]`."""
-        return both[int(self.mirrors(position))]
+    def __call__(self, both: Any, position: int) -> Any:
+        """Return the image, `both[0]`, or its mirror image, `both[1]`, of a tensor or of each in a named tuple."""
+        side = int(self.mirrors(position))
+        return both[side] if isinstance(both, torch.Tensor) else both._make(part[side] for part in both)
 
 
 class SeededTransform:

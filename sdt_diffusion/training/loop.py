@@ -3,7 +3,7 @@
 import contextlib
 import math
 import time
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -22,7 +22,7 @@ from .speed import Window
 class Loss(Protocol):
     """What `train` minimizes."""
 
-    def __call__(self, model: nn.Module, images: torch.Tensor, labels: torch.Tensor, draws: Draws, /) -> torch.Tensor:
+    def __call__(self, model: nn.Module, images: Any, labels: torch.Tensor, draws: Draws, /) -> torch.Tensor:
         """Return the mean loss of a batch, a scalar; all its random numbers come from `draws`."""
 
     def pop_values(self) -> dict[str, float]:

@@ -156,7 +156,7 @@ class TrainingRun:
             f"{run.gradient_accumulation_steps} a process); step {self.step:,} of {run.max_train_steps:,}."
         )
 
-    def batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def batches(self) -> Iterator[tuple[Any, torch.Tensor]]:
         """Load the batches of this process, on its device, from the position reached to the end of the run."""
         run = self.config.run
         stream = ShuffledStream(

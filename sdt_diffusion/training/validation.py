@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import reduce
+from accelerate.utils import reduce, send_to_device
 from PIL import Image
 from torch.utils.data import DataLoader, Subset
 
@@ -184,8 +184,8 @@ class DiffusionValidation:
             batch, labels = next(iter(DataLoader(Subset(images, rows), batch_size=len(rows))))  # (B, ...), (B,)
             draws = Draws(0, start, slice(0, len(rows)), len(rows), accelerator.device, Stream.VALIDATION)
             with accelerator.autocast():
-                inputs = (batch.to(accelerator.device), labels.to(accelerator.device), draws)
-                _, error = self.loss.errors(run.trained_model, *inputs)
+                batch, labels = send_to_device((batch, labels), accelerator.device)
+                _, error = self.loss.errors(run.trained_model, batch, labels, draws)
             sums += torch.stack([error.double().sum(), torch.tensor(len(rows), device=error.device)])
         error, count = reduce(sums, "sum").tolist()
         return error / count

@@ -112,7 +112,8 @@ class Draws:
         device: torch.device | str = "cpu",
         stream: Stream = Stream.STEP,
     ):
-        self.rows, self.images_per_step, self.device = rows, images_per_step, torch.device(device)
+        self.step, self.rows, self.images_per_step = step, rows, images_per_step
+        self.device = torch.device(device)
         self.generator = torch_generator(stream, seed, step, device=self.device)
 
     def take(self, draw: Callable[[int, torch.Generator], torch.Tensor]) -> torch.Tensor:

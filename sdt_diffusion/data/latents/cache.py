@@ -3,7 +3,8 @@
 A cache is a folder of
 
 - `shard-00000.safetensors`, ...: `moments` of shape (images, 2, 2, channels, height, width), which are mean and
-  standard deviation of the VAE's posterior, not normalized, for an image and for its mirror; `labels` of shape
+  standard deviation of the VAE's posterior, not normalized, for an image and for its mirror, or of shape (images, 2,
+  1, channels, height, width), which are the latents of a VAE without a posterior; `labels` of shape
   (images,), int64; and `checksums` of shape (images, 2), int64, which earlier releases did not write, see
   `moments_checksum`. The header's metadata name the classes.
 - `manifest.json`: how they were made, the VAE's normalization, the classes, and size and checksum of every shard.
@@ -110,8 +111,8 @@ class LatentCache:
     def __getitems__(self, indices: Sequence[int]) -> list[tuple[torch.Tensor, int]]:
         """Return moments and labels of some images.
 
-        Moments have the shape (2, channels, height, width), or with `mirrors` (2, 2, channels, height, width): of the
-        image and its mirror.
+        Moments have the shape (moments, channels, height, width), or with `mirrors` (2, moments, channels, height,
+        width): of the image and its mirror.
 
         Raises:
             ValueError: If they are not those that were written, or not finite; names the shard.
@@ -216,8 +217,9 @@ def _check_manifest(manifest):
     _require(settings, "settings.", dtype=str, **dict.fromkeys(READ_SETTINGS, object))
     if settings["dtype"] not in DTYPES.values():
         raise ValueError(f"settings.dtype is {settings['dtype']!r}, not one of {', '.join(DTYPES.values())}")
-    if len(shape) != 5 or shape[:2] != [2, 2] or not all(type(size) is int and 0 < size < 2**20 for size in shape):
-        raise ValueError(f"moments_shape is {shape!r:.60}, and not [2, 2, channels, height, width]")
+    sizes = all(type(size) is int and 0 < size < 2**20 for size in shape)
+    if len(shape) != 5 or shape[:2] not in ([2, 2], [2, 1]) or not sizes:
+        raise ValueError(f"moments_shape is {shape!r:.60}, and not [2, 2 or 1, channels, height, width]")
     for key, (kinds, allowed) in READ_SETTINGS.items():
         value = settings[key]
         each_channel = key in PER_CHANNEL and isinstance(value, list) and len(value) == shape[2]
@@ -258,7 +260,7 @@ def _require(values, prefix, **types):
 
 
 def moments_checksum(moments: np.ndarray, label: int) -> int:
-    """Return the checksum of the moments and the label of an image or its mirror, shape (2, channels, height, width).
+    """Return the checksum of the moments, shape (moments, channels, height, width), and the label of an image.
 
     It is a CRC-32, which notices every flipped bit and costs little beside reading.
     """
@@ -270,7 +272,7 @@ def write_shard(path: Path, moments: torch.Tensor, labels: torch.Tensor, class_n
 
     Args:
         path: The file.
-        moments: Shape (images, 2, 2, channels, height, width).
+        moments: Shape (images, 2, moments, channels, height, width).
         labels: Shape (images,).
         class_names: Names of the classes; `None` if they are not known yet.
     """

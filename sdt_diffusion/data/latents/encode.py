@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 from ...plots import image_grid
 from ...sdt.vae import (
     LatentNormalization,
+    VAELayout,
     check_images_fit,
     decode_raw_latents,
     describe_vae,
@@ -47,7 +48,7 @@ from .writer import CacheWriter, check_num_shards
 PREVIEW_FILE = "preview.png"
 #: Images in the preview.
 NUM_SHOWN = 8
-#: Side of the images in pixels if the arguments do not set it.
+#: Side of the images in pixels if neither the arguments nor the VAE set it.
 DEFAULT_RESOLUTION = 256
 
 
@@ -57,7 +58,8 @@ class EncodingArguments(CheckedArguments):
 
     output_dir: Path = field(metadata={"help": "Folder of the cache."})
     pretrained_vae_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "AutoencoderKL or AutoencoderDC, a folder or a name on the Hub."}
+        default=None,
+        metadata={"help": "AutoencoderKL, AutoencoderDC or AutoencoderRAE, a folder or a name on the Hub."},
     )
     streaming: bool = field(
         default=False,
@@ -101,25 +103,26 @@ class ShardEncoder:
 
     Args:
         vae: The VAE.
-        latent_shape: Channels, height and width of its latents.
+        resolution: Side of the images in pixels.
         dtype: Type of the moments.
     """
 
-    def __init__(self, vae: nn.Module, latent_shape: tuple[int, int, int], dtype: torch.dtype):
-        self.vae, self.latent_shape, self.dtype = vae, latent_shape, dtype
+    def __init__(self, vae: nn.Module, resolution: int, dtype: torch.dtype):
+        self.vae, self.dtype = vae, dtype
+        self.moments_shape = (VAELayout.of(vae).num_moments, *latent_shape(vae, resolution))
         self._shown: list[torch.Tensor] = []
 
     def __call__(self, batches: Iterator[ShardBatch]) -> tuple[torch.Tensor, torch.Tensor]:
         """Encode the batches of a shard.
 
         Returns:
-            Moments, shape (images, 2, 2, channels, height, width), and labels, shape (images,), of the images that
-            could be decoded.
+            Moments, shape (images, 2, moments, channels, height, width), and labels, shape (images,), of the images
+            that could be decoded.
 
         Raises:
             ValueError: If moments are not finite.
         """
-        moments, labels = [torch.empty(0, 2, 2, *self.latent_shape, dtype=self.dtype)], []
+        moments, labels = [torch.empty(0, 2, *self.moments_shape, dtype=self.dtype)], []
         self._shown = []
         for batch in batches:
             pairs = zip(batch.images, batch.labels, strict=True)
@@ -136,7 +139,7 @@ class ShardEncoder:
         """Return the moments of images and of their mirror images, on the CPU."""
         pixels = pixels.to(self.vae.device)
         both = [posterior_moments(self.vae, side) for side in (pixels, pixels.flip(-1))]
-        moments = torch.stack(both, dim=1).to(self.dtype)  # (B, 2, 2, C, H, W)
+        moments = torch.stack(both, dim=1).to(self.dtype)  # (B, 2, 1 or 2, C, H, W)
         if not moments.isfinite().all():
             name = str(self.dtype).removeprefix("torch.")
             raise ValueError(
@@ -211,14 +214,16 @@ def encode_into(
             _check_unreadable(_unreadable(writer.finished()), args.max_unreadable)
             num_rows = writer.num_rows() if rows.num_rows is None else rows.num_rows
             assert num_rows is not None  # the rows were read to the end, or the manifest counts them
-            writer.finish(args.pretrained_vae_model_name_or_path, latent_shape(vae, resolution), num_rows)
+            shape, num_moments = latent_shape(vae, resolution), VAELayout.of(vae).num_moments
+            writer.finish(args.pretrained_vae_model_name_or_path, shape, num_rows, num_moments)
         state.wait_for_everyone()
     return read_manifest(folder)
 
 
 def _bytes_per_image(vae, resolution, dtype):
     """Return the size of an image in a shard: the moments of two sides, a label and two checksums."""
-    return 4 * math.prod(latent_shape(vae, resolution)) * getattr(torch, dtype).itemsize + 24
+    numbers = 2 * VAELayout.of(vae).num_moments * math.prod(latent_shape(vae, resolution))
+    return numbers * getattr(torch, dtype).itemsize + 24
 
 
 def _encode_missing(writer, finished, rows, vae, args, progress):
@@ -227,7 +232,7 @@ def _encode_missing(writer, finished, rows, vae, args, progress):
     vae.to(state.device)
     if args.vae_dtype != "float32":
         vae.to(getattr(torch, args.vae_dtype))
-    encode = ShardEncoder(vae, latent_shape(vae, resolution), getattr(torch, args.dtype))
+    encode = ShardEncoder(vae, resolution, getattr(torch, args.dtype))
 
     def is_mine(shard):
         return shard % state.num_processes == state.process_index and shard not in finished
@@ -247,7 +252,7 @@ def _encode_missing(writer, finished, rows, vae, args, progress):
 
 
 def _settings(rows, vae, args):
-    images = rows.arguments
+    images, num_moments = rows.arguments, VAELayout.of(vae).num_moments
     return {
         "dataset": images.dataset,
         "dataset_split": images.dataset_split,
@@ -259,6 +264,7 @@ def _settings(rows, vae, args):
         "crop": "centre, by ADM's rule",  # existing caches have this spelling, and settings are compared
         **describe_vae(vae),
         **LatentNormalization.of(vae)._asdict(),
+        **({} if num_moments == 2 else {"num_moments": num_moments}),  # existing caches hold 2
         "vae_dtype": args.vae_dtype,
         "dtype": args.dtype,
         "shard_size": args.shard_size,
@@ -301,7 +307,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     assert args.pretrained_vae_model_name_or_path is not None  # checked by the arguments
     vae = load_vae(args.pretrained_vae_model_name_or_path)
     with state.local_main_process_first():  # `datasets` may have to copy the data set
-        rows = open_rows(image_args, args.streaming, DEFAULT_RESOLUTION)
+        rows = open_rows(image_args, args.streaming, VAELayout.of(vae).resolution or DEFAULT_RESOLUTION)
     manifest = encode_into(args.output_dir, rows, vae, args)
     if state.is_main_process:
         left_out = manifest["num_unreadable"]

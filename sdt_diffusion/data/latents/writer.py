@@ -102,7 +102,7 @@ class CacheWriter:
 
         Args:
             shard: Its number.
-            moments: Shape (images, 2, 2, channels, height, width).
+            moments: Shape (images, 2, moments, channels, height, width).
             labels: Shape (images,).
             unreadable: Messages about the images that were left out.
         """
@@ -119,13 +119,14 @@ class CacheWriter:
         }
         write_json(self._record_file(path.name), record, indent=1)
 
-    def finish(self, vae_name: str | None, latent_shape: Sequence[int], num_rows: int) -> None:
+    def finish(self, vae_name: str | None, latent_shape: Sequence[int], num_rows: int, num_moments: int = 2) -> None:
         """Write the manifest, which makes the shards a cache.
 
         Args:
             vae_name: Where the VAE came from.
             latent_shape: Channels, height and width.
             num_rows: Rows of the data set, which show whether shards are missing at the end.
+            num_moments: 2 for the mean and the standard deviation, 1 for the mean alone.
 
         Raises:
             ValueError: If shards are missing or hold no images.
@@ -154,7 +155,7 @@ class CacheWriter:
             "images_per_class": np.bincount(labels, minlength=len(class_names)).tolist(),
             "num_images": num_images,
             "num_unreadable": sum(len(record["unreadable"]) for record in records),
-            "moments_shape": [2, 2, *latent_shape],
+            "moments_shape": [2, num_moments, *latent_shape],
             "shards": records,
         }
         write_json(self.folder / MANIFEST_FILE, manifest, indent=1)

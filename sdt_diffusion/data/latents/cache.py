@@ -3,7 +3,8 @@
 A cache is a folder of
 
 - `shard-00000.safetensors`, ...: `moments` of shape (images, 2, 2, channels, height, width), which are mean and
-  standard deviation of the VAE's posterior, not normalized, for an image and for its mirror; `labels` of shape
+  standard deviation of the VAE's posterior, not normalized, for an image and for its mirror, or of shape (images, 2,
+  1, channels, height, width), which are the latents of a VAE without a posterior; `labels` of shape
   (images,), int64; and `checksums` of shape (images, 2), int64, which earlier releases did not write, see
   `row_checksum`. The header's metadata name the classes. If the images were encoded for alignment, there are
   `features` of shape (images, 2, height, width, channels), float16, and `feature_checksums` too.
@@ -126,8 +127,8 @@ class LatentCache:
     def __getitems__(self, indices: Sequence[int]) -> list[tuple[Any, int]]:
         """Return moments and labels of some images.
 
-        Moments have the shape (2, channels, height, width), or with `mirrors` (2, 2, channels, height, width): of the
-        image and its mirror. With features, they are `ImagesWithFeatures`, in the same form.
+        Moments have the shape (moments, channels, height, width), or with `mirrors` (2, moments, channels, height,
+        width): of the image and its mirror. With features, they are `ImagesWithFeatures`, in the same form.
 
         Raises:
             ValueError: If they are not those that were written, or not finite; names the shard.
@@ -237,7 +238,7 @@ def _check_manifest(manifest):
     _require(settings, "settings.", dtype=str, **dict.fromkeys(READ_SETTINGS, object))
     if settings["dtype"] not in DTYPES.values():
         raise ValueError(f"settings.dtype is {settings['dtype']!r}, not one of {', '.join(DTYPES.values())}")
-    _check_shape("moments_shape", shape, ["2", "2", "channels", "height", "width"])
+    _check_shape("moments_shape", shape, ["2", "1 or 2", "channels", "height", "width"])
     for key, (kinds, allowed) in READ_SETTINGS.items():
         value = settings[key]
         each_channel = key in PER_CHANNEL and isinstance(value, list) and len(value) == shape[2]
@@ -261,7 +262,8 @@ def _check_manifest(manifest):
 
 def _check_shape(key, shape, axes):
     sizes = len(shape) == len(axes) and all(type(size) is int and 0 < size < 2**20 for size in shape)
-    if not sizes or any(axis == "2" != str(size) for axis, size in zip(axes, shape, strict=True)):
+    counts = {"2": [2], "1 or 2": [1, 2]}
+    if not sizes or any(size not in counts.get(axis, [size]) for axis, size in zip(axes, shape, strict=True)):
         raise ValueError(f"{key} is {shape!r:.60}, and not [{', '.join(axes)}]")
 
 

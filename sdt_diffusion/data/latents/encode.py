@@ -28,6 +28,7 @@ from tqdm.auto import tqdm
 from ...plots import image_grid
 from ...sdt.vae import (
     LatentNormalization,
+    VAELayout,
     check_images_fit,
     decode_raw_latents,
     describe_vae,
@@ -49,7 +50,7 @@ from .writer import CacheWriter, check_num_shards
 PREVIEW_FILE = "preview.png"
 #: Images in the preview.
 NUM_SHOWN = 8
-#: Side of the images in pixels if the arguments do not set it.
+#: Side of the images in pixels if neither the arguments nor the VAE set it.
 DEFAULT_RESOLUTION = 256
 
 
@@ -59,7 +60,8 @@ class EncodingArguments(CheckedArguments):
 
     output_dir: Path = field(metadata={"help": "Folder of the cache."})
     pretrained_vae_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "AutoencoderKL or AutoencoderDC, a folder or a name on the Hub."}
+        default=None,
+        metadata={"help": "AutoencoderKL, AutoencoderDC or AutoencoderRAE, a folder or a name on the Hub."},
     )
     streaming: bool = field(
         default=False,
@@ -103,32 +105,27 @@ class ShardEncoder:
 
     Args:
         vae: The VAE.
-        latent_shape: Channels, height and width of its latents.
+        resolution: Side of the images in pixels.
         dtype: Type of the moments.
         encoder: Gives features of the same images, in float16.
     """
 
-    def __init__(
-        self,
-        vae: nn.Module,
-        latent_shape: tuple[int, int, int],
-        dtype: torch.dtype,
-        encoder: PatchEncoder | None = None,
-    ):
-        self.vae, self.latent_shape, self.dtype, self.encoder = vae, latent_shape, dtype, encoder
+    def __init__(self, vae: nn.Module, resolution: int, dtype: torch.dtype, encoder: PatchEncoder | None = None):
+        self.vae, self.dtype, self.encoder = vae, dtype, encoder
+        self.moments_shape = (VAELayout.of(vae).num_moments, *latent_shape(vae, resolution))
         self._shown: list[torch.Tensor] = []
 
     def __call__(self, batches: Iterator[ShardBatch]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Encode the batches of a shard.
 
         Returns:
-            Moments, shape (images, 2, 2, channels, height, width), labels, shape (images,), and, with an encoder,
-            features, shape (images, 2, height, width, channels), of the images that could be decoded.
+            Moments, shape (images, 2, moments, channels, height, width), labels, shape (images,), and, with an
+            encoder, features, shape (images, 2, height, width, channels), of the images that could be decoded.
 
         Raises:
             ValueError: If moments or features are not finite.
         """
-        moments, labels = [torch.empty(0, 2, 2, *self.latent_shape, dtype=self.dtype)], []
+        moments, labels = [torch.empty(0, 2, *self.moments_shape, dtype=self.dtype)], []
         features = []
         if self.encoder is not None:
             features.append(torch.empty(0, 2, *self.encoder.feature_shape, dtype=torch.float16))
@@ -150,7 +147,7 @@ class ShardEncoder:
         """Return the moments of images and of their mirror images, on the CPU."""
         pixels = pixels.to(self.vae.device)
         both = [posterior_moments(self.vae, side) for side in (pixels, pixels.flip(-1))]
-        moments = torch.stack(both, dim=1).to(self.dtype)  # (B, 2, 2, C, H, W)
+        moments = torch.stack(both, dim=1).to(self.dtype)  # (B, 2, 1 or 2, C, H, W)
         if not moments.isfinite().all():
             name = str(self.dtype).removeprefix("torch.")
             raise ValueError(
@@ -239,15 +236,16 @@ def encode_into(
             _check_unreadable(_unreadable(writer.finished()), args.max_unreadable)
             num_rows = writer.num_rows() if rows.num_rows is None else rows.num_rows
             assert num_rows is not None  # the rows were read to the end, or the manifest counts them
-            vae_name = args.pretrained_vae_model_name_or_path
-            writer.finish(vae_name, latent_shape(vae, resolution), num_rows, encoder)
+            shape, num_moments = latent_shape(vae, resolution), VAELayout.of(vae).num_moments
+            writer.finish(args.pretrained_vae_model_name_or_path, shape, num_rows, num_moments, encoder)
         state.wait_for_everyone()
     return read_manifest(folder)
 
 
 def _bytes_per_image(vae, resolution, dtype, encoder):
     """Return the size of an image in a shard: moments and features of two sides, a label and their checksums."""
-    latents = 4 * math.prod(latent_shape(vae, resolution)) * getattr(torch, dtype).itemsize + 24
+    numbers = 2 * VAELayout.of(vae).num_moments * math.prod(latent_shape(vae, resolution))
+    latents = numbers * getattr(torch, dtype).itemsize + 24
     return latents + (0 if encoder is None else 2 * math.prod(encoder.feature_shape) * 2 + 16)
 
 
@@ -259,7 +257,7 @@ def _encode_missing(writer, finished, rows, vae, args, progress, encoder):
         vae.to(getattr(torch, args.vae_dtype))
     if encoder is not None:
         encoder.to(state.device)
-    encode = ShardEncoder(vae, latent_shape(vae, resolution), getattr(torch, args.dtype), encoder)
+    encode = ShardEncoder(vae, resolution, getattr(torch, args.dtype), encoder)
 
     def is_mine(shard):
         return shard % state.num_processes == state.process_index and shard not in finished
@@ -279,7 +277,7 @@ def _encode_missing(writer, finished, rows, vae, args, progress, encoder):
 
 
 def _settings(rows, vae, args):
-    images = rows.arguments
+    images, num_moments = rows.arguments, VAELayout.of(vae).num_moments
     return {
         "dataset": images.dataset,
         "dataset_split": images.dataset_split,
@@ -291,6 +289,7 @@ def _settings(rows, vae, args):
         "crop": "centre, by ADM's rule",  # existing caches have this spelling, and settings are compared
         **describe_vae(vae),
         **LatentNormalization.of(vae)._asdict(),
+        **({} if num_moments == 2 else {"num_moments": num_moments}),  # existing caches hold 2
         "vae_dtype": args.vae_dtype,
         "dtype": args.dtype,
         "shard_size": args.shard_size,
@@ -334,7 +333,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     assert args.pretrained_vae_model_name_or_path is not None  # checked by the arguments
     vae, encoder = load_vae(args.pretrained_vae_model_name_or_path), encoder_args.load()
     with state.local_main_process_first():  # `datasets` may have to copy the data set
-        rows = open_rows(image_args, args.streaming, DEFAULT_RESOLUTION)
+        rows = open_rows(image_args, args.streaming, VAELayout.of(vae).resolution or DEFAULT_RESOLUTION)
     manifest = encode_into(args.output_dir, rows, vae, args, encoder=encoder)
     if state.is_main_process:
         left_out = manifest["num_unreadable"]

@@ -10,14 +10,15 @@ from torch import nn
 
 from ...sdt.loading import without_reports
 from ...sdt.vae import (
+    VAE_CLASSES,
     LatentNormalization,
+    VAELayout,
     check_images_fit,
     check_vae,
     describe_vae,
     latent_shape,
     posterior_moments,
     sample_posterior,
-    vae_spatial_scale,
 )
 from ...utils.files import local_path
 from ...utils.fingerprint import differences
@@ -92,8 +93,8 @@ class TrainingData:
         batch = batch.images if isinstance(batch, ImagesWithFeatures) else batch
         if self.vae is None:
             return batch
-        moments = batch if self.is_cached else posterior_moments(self.vae, batch)  # (B, 2, C, H, W)
-        if moments.ndim == 6:  # (B, 2, 2, C, H, W): held-out images, whose mirror images are not chosen
+        moments = batch if self.is_cached else posterior_moments(self.vae, batch)  # (B, 1 or 2, C, H, W)
+        if moments.ndim == 6:  # (B, 2, 1 or 2, C, H, W): held-out images, whose mirror images are not chosen
             moments = moments[:, 0]
         return sample_posterior(moments, draws.normal(self.sample_shape), LatentNormalization.of(self.vae))
 
@@ -122,7 +123,7 @@ def open_training_data(
     Args:
         data: The data arguments, which stay as they are; those of the data returned are complete.
         vae_name: Folder or Hub name of the VAE; a cache names its own, and without either the data are pixels.
-        default_sample_size: Side of the model's samples if `data` does not set the resolution.
+        default_sample_size: Side of the model's samples if neither `data` nor the VAE sets the resolution.
         seed: Seed of the run, for mirrored images.
         encoder_args: Whose features to give besides; a cache of latents must hold them, or there must be pixels.
 
@@ -134,7 +135,11 @@ def open_training_data(
     if not means_digits(data.dataset) and is_latent_cache(folder):
         return _open_cache(folder, data, vae_name, seed, encoder_args)
     vae = load_vae(vae_name) if vae_name is not None else None
-    data = data.resolved(default_sample_size * vae_spatial_scale(vae))
+    default_resolution = default_sample_size
+    if vae is not None:
+        layout = VAELayout.of(vae)
+        default_resolution = layout.resolution or default_sample_size * layout.spatial_scale
+    data = data.resolved(default_resolution)
     resolution, image_mode = data.size_and_mode
     images = load_images(data, resolution)
     augment = RandomFlip(seed) if data.random_flip else None
@@ -196,7 +201,7 @@ def load_vae(name: str) -> nn.Module:
     """Load a VAE, in evaluation mode and without gradients.
 
     Args:
-        name: Folder or Hub name of an `AutoencoderKL` or `AutoencoderDC`.
+        name: Folder or Hub name of one of `VAE_CLASSES`.
 
     Raises:
         ValueError: If it cannot be loaded, is not a VAE, or its weights are damaged, missing or not finite.
@@ -204,11 +209,11 @@ def load_vae(name: str) -> nn.Module:
     if local_path(name).is_dir():
         verify_checksums(local_path(name))
     try:
-        kind = getattr(diffusers, diffusers.AutoencoderKL.load_config(name).get("_class_name", ""), None)
-        if kind is None or not hasattr(kind, "encode"):
-            raise ValueError("its config.json names no autoencoder of diffusers")
+        kind = diffusers.AutoencoderKL.load_config(name).get("_class_name")
+        if kind not in VAE_CLASSES:
+            raise ValueError(f"its config.json names the class {kind!r:.60}, not one of {', '.join(VAE_CLASSES)}")
         with without_reports():
-            vae, found = kind.from_pretrained(name, output_loading_info=True)
+            vae, found = getattr(diffusers, kind).from_pretrained(name, output_loading_info=True)
     except Exception as error:  # diffusers raises errors of many kinds for damaged files
         first_line = str(error).strip().partition("\n")[0]
         raise ValueError(f"Cannot load the VAE {name}: {first_line or type(error).__name__}") from error

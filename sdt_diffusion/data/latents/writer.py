@@ -112,7 +112,7 @@ class CacheWriter:
 
         Args:
             shard: Its number.
-            moments: Shape (images, 2, 2, channels, height, width).
+            moments: Shape (images, 2, moments, channels, height, width).
             labels: Shape (images,).
             unreadable: Messages about the images that were left out.
             features: Shape (images, 2, height, width, channels), float16.
@@ -132,7 +132,12 @@ class CacheWriter:
         write_json(self._record_file(path.name), record, indent=1)
 
     def finish(
-        self, vae_name: str | None, latent_shape: Sequence[int], num_rows: int, encoder: PatchEncoder | None = None
+        self,
+        vae_name: str | None,
+        latent_shape: Sequence[int],
+        num_rows: int,
+        num_moments: int = 2,
+        encoder: PatchEncoder | None = None,
     ) -> None:
         """Write the manifest, which makes the shards a cache.
 
@@ -140,6 +145,7 @@ class CacheWriter:
             vae_name: Where the VAE came from.
             latent_shape: Channels, height and width.
             num_rows: Rows of the data set, which show whether shards are missing at the end.
+            num_moments: 2 for the mean and the standard deviation, 1 for the mean alone.
             encoder: Whose features the shards hold.
 
         Raises:
@@ -169,7 +175,7 @@ class CacheWriter:
             "images_per_class": np.bincount(labels, minlength=len(class_names)).tolist(),
             "num_images": num_images,
             "num_unreadable": sum(len(record["unreadable"]) for record in records),
-            "moments_shape": [2, 2, *latent_shape],
+            "moments_shape": [2, num_moments, *latent_shape],
             "shards": records,
         }
         if encoder is not None:
@@ -233,7 +239,7 @@ def write_shard(
 
     Args:
         path: The file.
-        moments: Shape (images, 2, 2, channels, height, width).
+        moments: Shape (images, 2, moments, channels, height, width).
         labels: Shape (images,).
         class_names: Names of the classes; `None` if they are not known yet.
         features: Shape (images, 2, height, width, channels), float16.

@@ -331,6 +331,11 @@ class TestVae:
         with pytest.raises(ValueError, match=r"Cannot load the VAE .*vae: "):
             load_vae(str(folder))
 
+    def test_one_of_another_kind(self, folder):
+        (folder / "config.json").write_text('{"_class_name": "AutoencoderTiny"}')
+        with pytest.raises(ValueError, match=r"the class 'AutoencoderTiny', not one of AutoencoderKL, "):
+            load_vae(str(folder))
+
     @pytest.mark.parametrize("size", [0, 5, 400])
     def test_one_with_weights_that_are_cut(self, folder, size):
         path = self.weights(folder)

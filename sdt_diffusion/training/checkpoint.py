@@ -6,7 +6,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -269,6 +269,7 @@ def check_output_dir(
     resume: bool,
     may_differ: Collection[str] = (),
     changes: Collection[str] = (),
+    defaults: Mapping[str, Any] | None = None,
 ) -> None:
     """Refuse a folder that holds another run, or this one if it is not to be resumed. Write nothing.
 
@@ -278,6 +279,7 @@ def check_output_dir(
         resume: Whether the run resumes what the folder holds.
         may_differ: See `check_same_run`.
         changes: See `check_same_run`.
+        defaults: See `check_same_run`.
 
     Raises:
         ValueError: Says what the folder holds, and what to do.
@@ -289,7 +291,7 @@ def check_output_dir(
     if os.path.lexists(config_file):
         saved = _read_config(config_file)
         saved.pop(CHANGES_KEY, None)
-        check_same_run(str(output_dir), saved, config, may_differ, changes)
+        check_same_run(str(output_dir), saved, config, may_differ, changes, defaults)
         if results and not resume:
             raise ValueError(
                 f"{output_dir} already holds this run. Continue it with resume_from_checkpoint latest, or give "
@@ -305,6 +307,7 @@ def check_same_run(
     config: dict[str, Any],
     may_differ: Collection[str] = (),
     changes: Collection[str] = (),
+    defaults: Mapping[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
     """Refuse to mix two runs.
 
@@ -314,6 +317,7 @@ def check_same_run(
         config: The config of this run.
         may_differ: Keys that may differ, since they change no step.
         changes: Keys whose change the user has asked for.
+        defaults: Values of keys that the saved config lacks, because it was saved before they existed.
 
     Returns:
         The requested changes that apply: dictionaries of `argument`, `before` and `after`.
@@ -321,6 +325,7 @@ def check_same_run(
     Raises:
         ValueError: Lists the other keys that differ.
     """
+    saved = {**{key: value for key, value in (defaults or {}).items() if key in config}, **saved}
     saved, config = ({k: v for k, v in values.items() if k not in may_differ} for values in (saved, config))
     refused = [{k: v for k, v in values.items() if k not in changes} for values in (saved, config)]
     found = differences(*refused)

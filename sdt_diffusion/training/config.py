@@ -1,7 +1,7 @@
 """The arguments of a run, and the immutable config that training uses."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -165,6 +165,16 @@ class TrainingConfig(CheckedArguments):
     def as_dict(self) -> dict[str, Any]:
         """Return all arguments of the script in one flat dictionary."""
         return merged(*(self.arguments or (self.run, self.optimization, self.ema)))
+
+    def defaults(self) -> dict[str, Any]:
+        """Return the default of each argument, which checkpoints have in mind that were saved before it existed."""
+        arguments = self.arguments or (self.run, self.optimization, self.ema)
+        found = {f.name: f for each in arguments for f in fields(each)}
+        return {
+            name: f.default if f.default_factory is MISSING else f.default_factory()
+            for name, f in found.items()
+            if f.default is not MISSING or f.default_factory is not MISSING
+        }
 
     def resumable(self) -> frozenset[str]:
         """Return the names of the arguments that a resumed run may change."""

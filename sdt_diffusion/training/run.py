@@ -323,13 +323,13 @@ class TrainingRun:
         Runs that cannot be resumed are refused before anything is written.
         """
         run, resume = self.config.run, self.config.run.resume_from_checkpoint is not None
-        known = self.config.as_dict()
+        defaults = self.config.defaults()
         for key in run.change_on_resume:
             if key not in self.checkpoint_config or not resume:
                 need = "resume_from_checkpoint" if key in self.checkpoint_config else "an argument of this script"
                 raise ValueError(f"change_on_resume {key} needs {need}.")
         may_differ = {*self.config.resumable(), *self.data.relocatable}
-        check_output_dir(self.output_dir, known, resume, may_differ, run.change_on_resume)
+        check_output_dir(self.output_dir, self.config.as_dict(), resume, may_differ, run.change_on_resume, defaults)
         checkpoint, wanted = None, run.resume_from_checkpoint or "latest"
         if resume:
             checkpoint = find_shared_checkpoint(self.output_dir, wanted, self.accelerator.is_main_process)
@@ -345,7 +345,7 @@ class TrainingRun:
             return None, []
         manifest = read_manifest(checkpoint)
         changed = check_same_run(
-            str(checkpoint), manifest["config"], self.checkpoint_config, may_differ, run.change_on_resume
+            str(checkpoint), manifest["config"], self.checkpoint_config, may_differ, run.change_on_resume, defaults
         )
         if manifest["step"] > run.max_train_steps:
             raise ValueError(

@@ -144,6 +144,12 @@ class TestTheOutputFolder:
         with pytest.raises(ValueError, match="it is of a run with another config: model: 'SDT-S/2' there"):
             check_same_run("it", manifest["config"], self.other)
 
+    def test_arguments_that_are_newer_than_a_checkpoint_have_their_defaults_there(self):
+        saved, defaults = {"seed": 0}, {"seed": 0, "optimizer": "adamw"}
+        check_same_run("it", saved, {"seed": 0, "optimizer": "adamw"}, defaults=defaults)
+        with pytest.raises(ValueError, match="optimizer: 'adamw' there, 'muon' now"):
+            check_same_run("it", saved, {"seed": 0, "optimizer": "muon"}, defaults=defaults)
+
 
 def test_a_run_does_not_start_again_over_checkpoints_that_are_all_damaged(tmp_path):
     assert find_checkpoint(tmp_path, "latest") is None

@@ -6,7 +6,7 @@
 Takes folders of eval/sweep.py, and files that `--results` wrote, which hold the numbers alone. A row of the table is a
 way to sample: the mean of the metric over the models and seeds that it was measured with, its standard deviation, and
 the mean and the standard deviation of its ratio to the baseline's of the same sweep, model and seed. The picture shows
-the means over the evaluations of the network up to about twice the least, and 5% around the baseline as a band.
+the means, of the ratio if there is a baseline, over the evaluations of the network, up to about twice the least.
 """
 
 import argparse
@@ -84,8 +84,10 @@ def averaged(rows: Sequence[Row], baseline: str | None) -> list[Row]:
         values = [row["value"] for row in groups[key]]
         origins = [(row["sweep"], row["model"], row["seed"]) for row in groups[key]]
         ratios = [value / of[origin] for value, origin in zip(values, origins, strict=True) if origin in of]
-        numbers = {"value": fmean(values), "shown": spread(values), "ratio": spread(ratios), "count": len(values)}
-        table.append(dict(zip(KEY, key, strict=True)) | numbers)
+        numbers = {"shown": spread(values), "ratio": spread(ratios), "count": len(values)}
+        # Ratios can be compared where some rows have fewer seeds than others.
+        height = {"height": fmean(ratios if baseline else values)} if ratios or not baseline else {}
+        table.append(dict(zip(KEY, key, strict=True)) | numbers | height)
     return table
 
 
@@ -97,32 +99,33 @@ def spread(values: Sequence[float]) -> str:
 
 
 def draw(table: Sequence[Row], label: str, baseline: str | None, path: Path) -> None:
-    """Draw the metric over the evaluations, a line for each sampler and guidance."""
+    """Draw the metric, or its ratio to the baseline, over the evaluations: a line for each sampler and guidance."""
     lines: dict[str, list[tuple[float, float]]] = {}
+    table = [row for row in table if "height" in row]
     for row in table:
         name = row["sampler"].rpartition(" ")[0]
         name += f", {row['guidance']}" if len({other["guidance"] for other in table}) > 1 else ""
-        lines.setdefault(name, []).append((row["evaluations"], row["value"]))
+        lines.setdefault(name, []).append((row["evaluations"], row["height"]))
     figure = new_figure(9, 5.5)
     axes = figure.subplots()
-    for row in table:
-        if row["sampler"] == baseline:
-            axes.axhspan(0.95 * row["value"], 1.05 * row["value"], color="0.9")
-            axes.axhline(row["value"], color="0.5", linewidth=1, label=f"{baseline} steps, and 5% around it")
-    for index, (name, points) in enumerate(sorted(lines.items())):
+    if baseline:
+        axes.axhspan(0.95, 1.05, color="0.9", label=f"5% around {baseline}")
+    low = min(row["height"] for row in table)
+    most = 2.2 * low  # what is worse is too bad to be told apart
+    lines = {name: points for name, points in sorted(lines.items()) if min(height for _, height in points) < most}
+    for index, (name, points) in enumerate(lines.items()):
         style = {"marker": "osD^vX"[index % 6], "linestyle": ("-", "--")[index // 6 % 2]}
         axes.plot(*zip(*sorted(points), strict=True), markersize=5, label=name, **style)
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.minorticks_off()
-    low = min(row["value"] for row in table)
-    axes.set_ylim(0.95 * low, 2.2 * low)  # what is worse is too bad to be told apart
+    axes.set_ylim(0.95 * low, most)
     axes.set_xticks([tick for tick in (5, 10, 20, 50, 100, 250) if tick <= max(row["evaluations"] for row in table)])
-    axes.set_yticks([low * 2 ** (i / 4) for i in range(5)])
+    axes.set_yticks([0.9, 1, 1.1, 1.25, 1.5, 1.75, 2] if baseline else [low * 2 ** (i / 4) for i in range(5)])
     axes.xaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_major_formatter("{x:.3g}")
     axes.set_xlabel("evaluations of the network")
-    axes.set_ylabel(label)
+    axes.set_ylabel(f"{label} over that of {baseline}" if baseline else label)
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     write_atomically(path, lambda partial: figure.savefig(partial, dpi=110))

@@ -19,6 +19,11 @@ from sdt_diffusion.sdt.schedulers import DIFFUSION_SCHEDULERS, DIT_SCHEDULE, FLO
 from sdt_diffusion.sdt.steps import set_schedule
 
 MEAN, STD = 0.4, 0.5
+#: Schedulers of flows whose steps `uniform_sigmas` changes.
+MENDED = (
+    *("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"),
+    *("DEISMultistepScheduler", "SASolverScheduler"),
+)
 LOG_ALPHA_BAR = np.log(np.cumprod(1 - np.linspace(1e-4, 2e-2, 1000)))
 
 
@@ -57,8 +62,8 @@ def main() -> None:
     rows = [(name, diffusion, name, {}, False) for name in DIFFUSION_SCHEDULERS]
     large = {"variance_type": "fixed_large", "timestep_spacing": "linspace"}
     rows.append(("DDPMScheduler, DiT's `fixed_large` and `linspace`", diffusion, "DDPMScheduler", large, False))
-    rows += [(name, flow, name, {}, False) for name in FLOW_SCHEDULERS]
-    rows.append(("FlowMatchEulerDiscreteScheduler, uniform sigmas", flow, "FlowMatchEulerDiscreteScheduler", {}, True))
+    rows += [(name, flow, name, {}, True) for name in FLOW_SCHEDULERS]
+    rows += [(f"{name}, diffusers' steps", flow, name, {}, False) for name in MENDED]
     for kind in ("constant", "decreasing", "increasing-decreasing"):
         rows.append((f"FlowMatchSDEScheduler, `{kind}`", flow, "FlowMatchSDEScheduler", {"diffusion": kind}, False))
     print(f"| scheduler | of | {' | '.join(map(str, args.steps))} |\n|---|---|{'---|' * len(args.steps)}")

@@ -51,8 +51,8 @@ class SDTPipeline(SDTLoaderMixin, DiffusionPipeline):
         guide_transformer: The weaker model of autoguidance.
         objective: What the model has learned, which no scheduler may contradict: the prediction type and the betas or
             the number of timesteps; those of `scheduler` if `None`.
-        uniform_sigmas: Whether Euler's method takes the noise levels 1 - i/N of a flow, so that N steps are worth N,
-            in place of diffusers', the last of which is 0.001.
+        uniform_sigmas: Whether Euler's and Heun's methods take the noise levels 1 - i/N of a flow, so that N steps are
+            worth N, in place of diffusers', the last of which is 0.001; DEIS and SASolver end at the image.
 
     Raises:
         ValueError: If a part is of another kind, or a setting is none.

@@ -31,8 +31,9 @@ def set_schedule(
         timesteps: The model's timesteps, from noise to image, of which flows have fractions too.
         sigmas: Noise levels in the scheduler's unit, from noise to image without the 0 at the end; the scheduler
             shifts them by its `shift`.
-        uniform: Whether flow-matching schedulers that take sigmas get 1 - i/N unless others are given, so that N Euler
-            steps are worth N; diffusers' own end at 0.001.
+        uniform: Whether N steps of a flow are to be worth N unless others are given: Euler's and Heun's methods take
+            1 - i/N, while diffusers' own end at 0.001, and DEIS and SASolver end at the image, while diffusers' own
+            repeat the last noise level, so that noise of 1/N stays in the image.
 
     Returns:
         The number of steps.
@@ -50,6 +51,8 @@ def set_schedule(
             scheduler.set_timesteps(device=device, sigmas=[1 - i / num_steps for i in range(num_steps)])
         else:
             scheduler.set_timesteps(num_steps, device=device)
+            if uniform and flow:
+                _end_at_image(scheduler, num_steps)
         return num_steps
 
     name, given = ("timesteps", timesteps) if sigmas is None else ("sigmas", sigmas)
@@ -75,6 +78,18 @@ def set_schedule(
             f"{type(scheduler).__name__} of this config takes steps of its own in place of {name}: swap it."
         )
     return len(expected)
+
+
+def _end_at_image(scheduler: Any, num_steps: int) -> None:
+    """Mend the noise levels of schedulers whose last evaluation diffusers wastes, or that stop before the image."""
+    sigmas, steps = scheduler.sigmas, scheduler.config.num_train_timesteps
+    if type(scheduler) is diffusers.FlowMatchHeunDiscreteScheduler:
+        # Two evaluations a step but the last, which is Euler's, as in EDM: at 0.001, models know no direction.
+        levels, shift = 1 - torch.arange(num_steps, device=sigmas.device) / num_steps, scheduler.config.shift
+        levels = (shift * levels / (1 + (shift - 1) * levels)).repeat_interleave(2)[1:]  # (2N - 1,)
+        scheduler.sigmas, scheduler.timesteps = torch.cat([levels, levels.new_zeros(1)]), steps * levels
+    elif sigmas[-1] == sigmas[-2]:
+        sigmas[-1] = 1 / steps  # as near to 0 as diffusers' other schedulers go; this one takes logarithms
 
 
 def _spaces_sigmas(config: Mapping[str, Any]) -> bool:

@@ -182,6 +182,24 @@ class TestSteps:
         torch.testing.assert_close(found, expected, rtol=0, atol=2e-6)
         assert torch.equal(found, draw(pipe, latents=start, sigmas=np.array([1, 0.8, 0.6, 0.4, 0.2])))
 
+    def test_steps_of_heun_end_at_the_image(self):
+        euler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+        scheduler = swap_scheduler(euler, "FlowMatchHeunDiscreteScheduler")
+        set_schedule(scheduler, 3, uniform=True)
+        levels = [1, 6 / 7, 6 / 7, 3 / 5, 3 / 5]
+        assert scheduler.sigmas.tolist() == pytest.approx([*levels, 0])
+        assert scheduler.timesteps.tolist() == pytest.approx([1000 * level for level in levels])
+
+    @pytest.mark.parametrize("name", FLOW_SCHEDULERS)
+    def test_no_noise_stays_in_an_image(self, name):
+        """If all images are alike, the flow points away from them, and every step of it leads there."""
+        scheduler = swap_scheduler(diffusers.FlowMatchEulerDiscreteScheduler(), name)
+        set_schedule(scheduler, 5, uniform=True)
+        x = torch.randn(1, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+        for t in scheduler.timesteps:
+            x = scheduler.step(1000 / t * (x - MEAN), t, x, return_dict=False)[0]
+        assert (x - MEAN).abs().max() < 0.02
+
     def test_pipelines_of_before_keep_their_steps(self, make_pipe):
         pipe = make_pipe(saved_scheduler("flow"), transformer=GaussianDenoiser("flow"))
         draw(pipe, num_inference_steps=4)

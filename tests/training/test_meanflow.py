@@ -4,16 +4,20 @@ import math
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from sdt_diffusion import SDTPipeline
 from sdt_diffusion.attention import SPATIAL_DECAY_VARIANTS
 from sdt_diffusion.attention_processor import set_decay_backend
-from sdt_diffusion.training.objectives import DiffusionLoss, Noised, ObjectiveArguments, build_objective
+from sdt_diffusion.sampling.settings import SamplerArguments
+from sdt_diffusion.training.objectives import OBJECTIVES, DiffusionLoss, Noised, ObjectiveArguments, build_objective
 from sdt_diffusion.training.train_dit import main
 from sdt_diffusion.utils.seeding import Draws
 from tests.sdt.gaussian import MEAN, STD, GaussianMeanFlow
+from tests.training.helpers import build_run, trained, weights_of
 
 
 def draws_for(n, rows=None, seed=0):
@@ -249,14 +253,29 @@ class TestWhatIsRefused:
         with pytest.raises(ValueError, match="set attention_prune_eps to 0"):
             objective.check_model(model)
 
+    def test_options_of_other_objectives(self):
+        for name in ("direction_loss_weight", "contrastive_weight", "self_alignment_weight"):
+            with pytest.raises(ValueError, match=f"{name} does not apply to objective meanflow"):
+                build(**{name: 0.5})
+        with pytest.raises(ValueError, match="meanflow_ratio does not apply to objective flow"):
+            ObjectiveArguments(meanflow_ratio=0.1)
+
+    def test_sharded_parameters(self, make_model):
+        model, (objective, noised, labels, dropped) = make_model(interval_conditioning=True), gaussian(4)
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        try:
+            fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+            with pytest.raises(ValueError, match=r"objective meanflow takes .* FSDP2 shards: use DDP"):
+                objective.correction(model, noised, labels, dropped)
+        finally:
+            dist.destroy_process_group()
+
     @pytest.mark.parametrize(
         ("flags", "message"),
         [
             (["--attention_backend", "dense"], "meanflow needs derivatives in forward mode"),
             (["--scheduler", "FlowMatchHeunDiscreteScheduler"], "predicts the average of the flow over a step"),
-            (["--direction_loss_weight", "1"], "direction_loss_weight does not apply to objective meanflow"),
             (["--model_overrides", '{"timestep_scale": 1}'], "timestep_scale follow from .* the objective"),
-            (["--objective", "flow", "--meanflow_ratio", "0.1"], "meanflow_ratio does not apply to objective flow"),
             (
                 ["--objective", "flow", "--model_overrides", '{"interval_conditioning": true}'],
                 "interval_conditioning follow from .* the objective",
@@ -270,24 +289,32 @@ class TestWhatIsRefused:
         assert not (tmp_path / "out").exists()
 
 
-def test_a_run_resumes_exactly_and_saves_a_pipeline_of_one_step(tmp_path):
+def test_a_run_resumes_exactly(tmp_path):
+    def run(name, steps, **options):
+        model = {"interval_conditioning": True, "timestep_scale": 0.001}
+        run = build_run(tmp_path / name, model, max_train_steps=steps, **options)
+        return weights_of(trained(run, DiffusionLoss(build(), class_dropout_prob=0.5)))
+
+    whole = run("whole", 2)
+    run("resumed", 1)
+    resumed = run("resumed", 2, resume_from_checkpoint="latest")
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(whole, resumed, strict=True))
+
+
+def test_the_script_saves_a_pipeline_of_one_step(tmp_path):
     flags = ("--objective", "meanflow", "--meanflow_guidance_scale", "1.5", "--model_overrides", '{"num_layers": 1}')
     flags += ("--train_batch_size", "8", "--mixed_precision", "no", "--cpu_threads", "1", "--report_to", "none")
-    flags += ("--num_validation_images", "1", "--label_accuracy_samples", "0", "--held_out_images", "8")
-    flags += ("--lr_scheduler", "constant", "--guidance_scale", "1", "--num_inference_steps", "1")
-
-    def train(name, steps, *more):
-        for state in (AcceleratorState, PartialState, GradientState):
-            state._reset_state()
-        main([*flags, "--output_dir", str(tmp_path / name), "--max_train_steps", steps, *more])
-
-    train("whole", "2")
-    train("resumed", "1")
-    train("resumed", "2", "--resume_from_checkpoint", "latest")
-    pipes = [SDTPipeline.from_pretrained(tmp_path / name) for name in ("whole", "resumed")]
-    for ours, theirs in zip(*(pipe.transformer.state_dict().values() for pipe in pipes), strict=True):
-        assert torch.equal(ours, theirs)
-    config = pipes[0].transformer.config
+    flags += ("--num_validation_images", "1", "--label_accuracy_samples", "0", "--max_train_steps", "1")
+    main([*flags, "--guidance_scale", "1", "--num_inference_steps", "1", "--output_dir", str(tmp_path)])
+    pipe = SDTPipeline.from_pretrained(tmp_path)
+    config = pipe.transformer.config
     assert (config.interval_conditioning, config.timestep_scale) == (True, 0.001)
-    assert len(pipes[0]([3]).images) == 1
-    assert pipes[0].num_timesteps == 1
+    assert len(pipe([3]).images) == 1
+    assert pipe.num_timesteps == 1
+
+
+def test_without_guidance_and_in_one_step_by_default():
+    saved = SamplerArguments().with_defaults(**OBJECTIVES["meanflow"].sampling)
+    assert (saved.guidance_scale, saved.num_inference_steps) == (1.0, 1)
+    given = SamplerArguments(guidance_scale=2.0).with_defaults(**OBJECTIVES["meanflow"].sampling)
+    assert (given.guidance_scale, given.num_inference_steps) == (2.0, 1)

@@ -182,7 +182,7 @@ def step_ends(transformer: Any, scheduler: SchedulerMixin) -> Sequence[torch.Ten
 
 def check_network_output(transformer: Any, scheduler: SchedulerMixin) -> None:
     """Refuse a scheduler that does not take steps as the model predicts them: by a flow, or by its average."""
-    euler = type(scheduler) is FlowMatchEulerDiscreteScheduler and not scheduler.config.stochastic_sampling
+    euler = type(scheduler) is FlowMatchEulerDiscreteScheduler and not scheduler.config.get("stochastic_sampling")
     if _averages(transformer) and not euler:
         raise ValueError(
             f"A model with interval_conditioning predicts the average of the flow over a step, of which "

@@ -63,8 +63,8 @@ class MeanFlowObjective(FlowObjective):
         other, ratio = self.times(draws), self.args.meanflow_ratio
         later, earlier = torch.maximum(sigma, other), torch.minimum(sigma, other)
         averaged = draws.take(lambda images, _: torch.arange(images + 1).mul(1 - ratio).floor().diff() > 0)  # (B,)
-        rows = averaged.nonzero().flatten()
-        end = later.index_copy(0, rows.to(later.device), earlier[rows])
+        rows = averaged.nonzero().flatten().to(later.device, non_blocking=True)
+        end = later.index_copy(0, rows, earlier[rows])
         step = (later - sigma).reshape(-1, *[1] * (noised.sample.ndim - 1))  # (B, 1, 1, 1)
         return noised._replace(
             sample=noised.sample + step * noised.target,

@@ -137,8 +137,7 @@ class Noised(NamedTuple):
     Where a model predicts more channels than the target has, `further_loss` takes the prediction of the target, shape
     (batch, channels, height, width), without its gradient, and the further channels, and returns their loss, (batch,).
 
-    A MeanFlow has an `end_timestep`, shape (batch,), and the indices of the images where it is not `timestep`, on the
-    CPU, in `averaged`.
+    A MeanFlow has an `end_timestep`, shape (batch,), and in `averaged` the indices of the images where it is earlier.
     """
 
     sample: torch.Tensor

@@ -14,7 +14,7 @@ from ...utils.seeding import Draws
 from .flow import FlowObjective
 from .objective import Noised
 
-#: What keeps the adaptive weight of small errors finite (c of MeanFlow, arXiv 2505.13447, equation 22).
+#: What keeps the adaptive weight of small errors finite (c of MeanFlow, arXiv 2505.13447).
 ADAPTIVE_EPS = 1e-3
 
 
@@ -77,7 +77,7 @@ class MeanFlowObjective(FlowObjective):
     def guided(self, model: nn.Module, noised: Noised, class_labels: torch.Tensor, dropped: torch.Tensor) -> Noised:
         """Replace the targets by those of the guided flow, w (noise - x) + (1 - w) v of the null class.
 
-        Those of dropped labels stay (MeanFlow, equation 19).
+        Those of dropped labels stay, as in MeanFlow.
         """
         scale = self.args.meanflow_guidance_scale
         if scale == 1:

@@ -224,6 +224,18 @@ def describe_backend(model: nn.Module, device: torch.device, dtype: torch.dtype,
     return ", ".join(dict.fromkeys(_describe(attn, device, dtype, tokens) for attn in _attention_modules(model)))
 
 
+def named_backends(model: nn.Module) -> set[str]:
+    """Return the names of the backends that were asked for, of ours and of diffusers; none where there is a default.
+
+    Args:
+        model: Any module with `SDTAttention` inside.
+    """
+    processors = [attn.processor for attn in _attention_modules(model)]
+    ours = [processor for processor in processors if isinstance(processor, SDTAttnProcessor)]
+    names = {processor.diffusers_backend() or processor.backend or named_backend() for processor in ours}
+    return {name if isinstance(name, str) else "a function" for name in names if name is not None}
+
+
 def _describe(attn, device, dtype, tokens):
     processor = attn.processor
     if not isinstance(processor, SDTAttnProcessor):

@@ -127,13 +127,17 @@ class SamplerArguments(CheckedArguments):
         | between(0, MAX_PRUNE_EPS),
     )
 
-    def with_defaults(self) -> "SamplerArguments":
+    def with_defaults(
+        self,
+        guidance_scale: float = DEFAULT_GUIDANCE_SCALE,
+        num_inference_steps: int = DEFAULT_NUM_INFERENCE_STEPS,
+    ) -> "SamplerArguments":
         """Return a copy that names guidance and steps, for a pipeline that has none saved yet."""
         guidance, steps = self.guidance_scale, self.num_inference_steps
         return replace(
             self,
-            guidance_scale=DEFAULT_GUIDANCE_SCALE if guidance is None else guidance,
-            num_inference_steps=DEFAULT_NUM_INFERENCE_STEPS if steps is None else steps,
+            guidance_scale=guidance_scale if guidance is None else guidance,
+            num_inference_steps=num_inference_steps if steps is None else steps,
         )
 
     def apply_to(self, pipe: SDTPipeline) -> None:

@@ -1,9 +1,10 @@
 """Predict with guidance: one batched forward pass for both predictions, and what parts make a pipeline together."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from diffusers import FasterCacheConfig, PyramidAttentionBroadcastConfig
+from diffusers import FasterCacheConfig, FlowMatchEulerDiscreteScheduler, PyramidAttentionBroadcastConfig
 from diffusers.guiders import BaseGuidance
 from diffusers.schedulers import SchedulerMixin
 
@@ -24,6 +25,7 @@ def predict(
     latents: torch.Tensor,
     timestep: torch.Tensor,
     class_labels: torch.Tensor,
+    end_timestep: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Predict at a timestep, guided where guidance is due.
 
@@ -34,28 +36,29 @@ def predict(
         latents: What the model sees, shape (batch, channels, height, width).
         timestep: A scalar.
         class_labels: Shape (batch,).
+        end_timestep: Where the step ends, a scalar, for models that know it; see `step_ends`.
 
     Returns:
         The prediction in fp32, shape (batch, out_channels, height, width). A learned variance, which is the second
         half of twice as many channels, is the unguided one.
     """
+    kwargs = {} if end_timestep is None else {"end_timestep": end_timestep.to(latents.device)}
     null_labels = torch.full_like(class_labels, transformer.config.num_classes)
     branches = guider.prepare_inputs({"latents": latents, "class_labels": (class_labels, null_labels)})
     if len(branches) == 1 or guider.guidance_scale <= 1:  # guiders of diffusers interpolate below 1
         check_single_batch(transformer)
         with transformer.cache_context("cond"):
-            return _run(transformer, latents, timestep, class_labels)
+            return _run(transformer, latents, timestep, class_labels, **kwargs)
 
     options = guider.config if isinstance(guider, SDTGuidance) else {}
     weak_labels = branches[1].class_labels
     if options.get("guide_model"):
         check_single_batch(transformer)
         with transformer.cache_context("cond"):
-            cond = _run(transformer, latents, timestep, class_labels)
+            cond = _run(transformer, latents, timestep, class_labels, **kwargs)
         with guide_transformer.cache_context("cond"):
-            weak = _run(guide_transformer, latents, timestep, weak_labels)
+            weak = _run(guide_transformer, latents, timestep, weak_labels, **kwargs)
     else:
-        kwargs = {}
         if options.get("decay_factor") is not None:
             factors = guider.decay_scale(transformer.config).to(latents.device)  # (h,)
             both = torch.stack([factors, torch.ones_like(factors)])  # (2, h)
@@ -73,6 +76,8 @@ def predict(
 def _run(model, latents, timestep, class_labels, **kwargs):
     # One timestep per sample: a scalar from the scheduler would make compiled models specialize on it.
     timestep = timestep.to(latents.device).expand(latents.shape[0])
+    if "end_timestep" in kwargs:
+        kwargs["end_timestep"] = kwargs["end_timestep"].expand(latents.shape[0])
     # By names, as diffusers' caches want it.
     inputs = {"hidden_states": latents.to(model.dtype), "timestep": timestep, "class_labels": class_labels, **kwargs}
     return model(**inputs, return_dict=False)[0].float()
@@ -116,6 +121,11 @@ def check_guidance(guider: Any, transformer: Any, guide_transformer: Any, scale:
             ours, theirs = transformer.config[key], guide_transformer.config.get(key)
             if _sides(ours) != _sides(theirs):
                 raise ValueError(f"guide_transformer has {key} {theirs}, but the transformer has {ours}.")
+        if _averages(guide_transformer) != _averages(transformer):
+            raise ValueError(
+                f"guide_transformer has interval_conditioning {_averages(guide_transformer)}, but the transformer "
+                f"{_averages(transformer)}: one predicts a flow, and the other its average."
+            )
         if (guide_transformer.config.get("out_channels") or channels) < channels:
             raise ValueError("guide_transformer predicts fewer channels than the transformer takes.")
     if (options.get("guided_channels") or 1) > channels:
@@ -167,8 +177,26 @@ def check_parts(transformer: Any, scheduler: Any, vae: Any, id2label: Any) -> No
         raise ValueError("id2label must map label ids to class names.")
 
 
+def _averages(transformer: Any) -> bool:
+    """Return whether a model predicts the average of a flow over a step, and so has to know its end."""
+    return bool(transformer.config.get("interval_conditioning", False))
+
+
+def step_ends(transformer: Any, scheduler: SchedulerMixin) -> Sequence[torch.Tensor | None]:
+    """Return the timestep at which each step of a run ends, for a model that has to know it; else `None` for each."""
+    if not _averages(transformer):
+        return [None] * len(scheduler.timesteps)
+    return scheduler.sigmas[1:] * scheduler.config.num_train_timesteps
+
+
 def check_network_output(transformer: Any, scheduler: SchedulerMixin) -> None:
-    """Refuse a scheduler of another kind for a model that computes a flow from its clean image."""
+    """Refuse a scheduler that does not take steps as the model predicts them: by a flow, or by its average."""
+    euler = type(scheduler) is FlowMatchEulerDiscreteScheduler
+    if _averages(transformer) and not euler:
+        raise ValueError(
+            f"A model with interval_conditioning predicts the average of the flow over a step, of which "
+            f"{type(scheduler).__name__} of this config makes none: use FlowMatchEulerDiscreteScheduler."
+        )
     if transformer.config.get("network_output") == "clean" and not is_flow(scheduler):
         raise ValueError(
             f"network_output 'clean' makes the model return a flow, which {type(scheduler).__name__} does not sample "

@@ -17,7 +17,7 @@ from ..utils.ranges import Range, check_value
 from ..utils.reading import CHECKSUMS_FILE, verify_checksums, write_checksums
 from .class_names import flat_labels, label_ids, labels_of_names
 from .guidance import SDTGuidance
-from .guided_prediction import check_guidance, check_network_output, check_parts, predict
+from .guided_prediction import check_guidance, check_network_output, check_parts, predict, step_ends
 from .pipeline_loaders import SDTLoaderMixin, objective_of_0_1
 from .schedulers import (
     check_fits,
@@ -252,14 +252,20 @@ class SDTPipeline(SDTLoaderMixin, DiffusionPipeline):
         # Flow-matching schedulers start at sigma 1 and lack this attribute.
         return latents.to(device, torch.float32) * getattr(self.scheduler, "init_noise_sigma", 1.0)
 
-    def predict(self, latents: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor) -> torch.Tensor:
-        """Predict at a timestep, with the guidance of the running call where one is due.
+    def predict(
+        self,
+        latents: torch.Tensor,
+        timestep: torch.Tensor,
+        class_labels: torch.Tensor,
+        end_timestep: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Predict at a timestep, with the guidance of the running call where one is due; see `guided_prediction`.
 
         A learned variance, which is the second half of twice as many channels, comes from the unguided prediction.
         """
         self._guider.guidance_scale = self._guidance_scale
-        networks = (self.transformer, self.guide_transformer)
-        prediction = predict(self._guider, *networks, latents, timestep, class_labels)  # (B, C or 2C, H, W)
+        inputs = (self.transformer, self.guide_transformer, latents, timestep, class_labels, end_timestep)
+        prediction = predict(self._guider, *inputs)  # (B, C or 2C, H, W)
         takes_variance = isinstance(self.scheduler, DDPMScheduler) and learns_variance(self.scheduler)
         return prediction if takes_variance else prediction[:, : latents.shape[1]]
 
@@ -336,7 +342,7 @@ class SDTPipeline(SDTLoaderMixin, DiffusionPipeline):
         step_kwargs = {k: v for k, v in {"eta": eta, "generator": generator}.items() if k in accepted}
 
         with self.progress_bar(total=num_steps) as progress_bar:
-            for i, t in enumerate(run):
+            for i, (t, end) in enumerate(zip(run, step_ends(self.transformer, self.scheduler), strict=True)):
                 if self.interrupt:
                     continue
                 self._current_timestep = t
@@ -344,7 +350,7 @@ class SDTPipeline(SDTLoaderMixin, DiffusionPipeline):
                 model_input = latents
                 if hasattr(self.scheduler, "scale_model_input"):
                     model_input = self.scheduler.scale_model_input(latents, t)
-                prediction = self.predict(model_input, t, class_labels)
+                prediction = self.predict(model_input, t, class_labels, end)
                 latents = self.scheduler.step(prediction, t, latents, return_dict=False, **step_kwargs)[0]
                 if callback_on_step_end is not None:
                     tensors = {"latents": latents, "model_input": model_input, "prediction": prediction}

@@ -101,9 +101,11 @@ class ModelArguments(CheckedArguments):
             ValueError: If the preset or a key is unknown, or `model_overrides` is not a JSON object.
         """
         further = json_object(self.model_overrides, "model_overrides")
-        derived = sorted({"in_channels", "num_classes", "sample_size"} & set(further))
+        derived = sorted({"in_channels", "num_classes", "sample_size", *overrides} & set(further))
         if derived:
-            raise ValueError(f"model_overrides: {', '.join(derived)} follow from the data set and resolution.")
+            raise ValueError(
+                f"model_overrides: {', '.join(derived)} follow from the data set and resolution, or the objective."
+            )
         own = {key: getattr(self, key) for key in CONFIG_KEYS if getattr(self, key) is not None}
         if self.qk_norm == "none":
             own["qk_norm"] = None

@@ -40,7 +40,14 @@ from .heads import AverageTeacher
 from .init_from import describe_classes
 from .loop import train
 from .model_arguments import ModelArguments
-from .objectives import DiffusionLoss, ObjectiveArguments, build_auxiliary_losses, build_objective
+from .objectives import (
+    OBJECTIVES,
+    DiffusionLoss,
+    MeanFlowObjective,
+    ObjectiveArguments,
+    build_auxiliary_losses,
+    build_objective,
+)
 from .optimizer import OptimizationArguments
 from .run import TrainingRun
 from .validation import DiffusionValidation, ValidationArguments
@@ -90,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     validation_args, sampler_args, encoder_args = others
 
     run_args = replace(run_args, mixed_precision=resolve_precision(run_args.mixed_precision))
-    sampler_args = sampler_args.with_defaults()
+    sampler_args = sampler_args.with_defaults(**OBJECTIVES[objective_args.objective].sampling)
     vae_name = model_args.pretrained_vae_model_name_or_path
     data = open_training_data(data_args, vae_name, model_args.config()["sample_size"], run_args.seed, encoder_args)
     data_args = data.arguments
@@ -103,10 +110,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     objective_args = objective_args.resolved(math.prod(data.sample_shape))
     sizes = {"sample_size": side, "in_channels": channels, "num_classes": data.images.num_classes}
     objective = build_objective(objective_args)
-    if objective.learn_sigma:
-        sizes["out_channels"] = 2 * channels
+    sizes |= {"interval_conditioning": False, **objective.model_config(channels)}
     model = model_args.build(data.images.class_names, **sizes)
     set_attention_backend(model, sampler_args.attention_backend, sampler_args.attention_prune_eps)
+    if isinstance(objective, MeanFlowObjective):
+        objective.check_model(model)
     auxiliary = build_auxiliary_losses(objective_args, model, run_args.train_batch_size, ema_args.use_ema, data)
     loss = DiffusionLoss(objective, model.config.class_dropout_prob, data.clean, auxiliary=auxiliary)
     config = TrainingConfig(

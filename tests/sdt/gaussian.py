@@ -50,3 +50,28 @@ def saved_scheduler(kind):
 
 def flow_of(x, sigma):
     return GaussianDenoiser("flow")(x, torch.tensor([1000.0 * sigma]), None)[0]
+
+
+class GaussianMeanFlow(diffusers.ModelMixin, ConfigMixin, CacheMixin):
+    """The exact average, from `end_timestep` to `timestep`, of the flow of data whose pixels are N(0.4, 0.5^2).
+
+    The flow moves quantiles to quantiles: z_t = (1 - t) m + s_t q, where s_t^2 = (1 - t)^2 s^2 + t^2.
+    """
+
+    @register_to_config
+    def __init__(self, in_channels=1, sample_size=32, patch_size=1, num_classes=1, interval_conditioning=True):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))  # gives the model a device and a dtype
+
+    def forward(
+        self, hidden_states, timestep, class_labels, force_drop_ids=None, end_timestep=None, return_dict=False
+    ):
+        dtype = hidden_states.dtype
+        end_timestep = timestep if end_timestep is None else end_timestep
+        t, r = (x.double().reshape(-1, 1, 1, 1) / 1000 for x in (timestep, end_timestep))
+        spread, end_spread = (((1 - x) ** 2 * STD**2 + x**2).sqrt() for x in (t, r))
+        quantile = (hidden_states.double() - (1 - t) * MEAN) / spread
+        slope = (t - (1 - t) * STD**2) / spread  # of the spread, by t
+        # (s_t - s_r) / (t - r), without a division by 0 where t = r.
+        slope = torch.where(t > r, (spread - end_spread) / torch.where(t > r, t - r, 1), slope)
+        return ((quantile * slope - MEAN).to(dtype),)

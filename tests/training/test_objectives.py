@@ -209,7 +209,7 @@ def test_another_objective_is_a_class_and_a_line_in_the_table(monkeypatch):
 
 
 def test_an_unknown_objective_is_refused():
-    with pytest.raises(ValueError, match="objective must be one of flow, ddpm, not 'score'"):
+    with pytest.raises(ValueError, match="objective must be one of flow, ddpm, meanflow, not 'score'"):
         ObjectiveArguments(objective="score")
 
 

@@ -1,4 +1,4 @@
-"""What the model learns to predict: noise or velocity under a DDPM schedule, or the flow from data to noise.
+"""What the model learns to predict: noise or velocity under a DDPM schedule, or a flow, itself or its average.
 
 A new objective is a class like those in `flow.py` and `ddpm.py`, and a line in `OBJECTIVES`. A further term of the
 loss is a class like those in `auxiliary.py`.
@@ -17,6 +17,7 @@ from .auxiliary import (
 from .ddpm import DDPMObjective
 from .flow import FlowObjective
 from .loss import DiffusionLoss
+from .meanflow import MeanFlowObjective
 from .objective import OBJECTIVES, Noised, Objective, ObjectiveArguments
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "DirectionLoss",
     "DispersiveLoss",
     "FlowObjective",
+    "MeanFlowObjective",
     "Noised",
     "Objective",
     "ObjectiveArguments",
@@ -38,7 +40,7 @@ __all__ = [
     "build_objective",
 ]
 
-OBJECTIVES.update(flow=FlowObjective, ddpm=DDPMObjective)
+OBJECTIVES.update(flow=FlowObjective, ddpm=DDPMObjective, meanflow=MeanFlowObjective)
 
 
 def build_objective(args: ObjectiveArguments) -> Objective:

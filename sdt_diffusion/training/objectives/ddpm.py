@@ -1,6 +1,9 @@
 """Noise or velocity under a DDPM schedule, and the variance of its steps."""
 
 import math
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
@@ -16,6 +19,7 @@ class DDPMObjective:
     """Noise (epsilon) or velocity under DiT's linear schedule."""
 
     options: tuple[str, ...] = ("prediction_type", "snr_gamma", "learn_sigma")
+    sampling: Mapping[str, Any] = MappingProxyType({})
 
     def __init__(self, args: ObjectiveArguments):
         self.prediction_type, self.snr_gamma = args.prediction_type, args.snr_gamma
@@ -37,6 +41,10 @@ class DDPMObjective:
         return DDIMScheduler(
             **DIT_SCHEDULE, prediction_type=self.prediction_type, timestep_spacing="trailing", clip_sample=pixels
         )
+
+    def model_config(self, in_channels: int) -> dict[str, Any]:
+        """Return twice the channels if the model predicts the variance too."""
+        return {"out_channels": 2 * in_channels} if self.learn_sigma else {}
 
     def noised(self, clean: torch.Tensor, draws: Draws) -> Noised:
         """Draw noise and timesteps: x_t = sqrt(alpha_bar_t) x + sqrt(1 - alpha_bar_t) noise."""

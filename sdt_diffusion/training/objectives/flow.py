@@ -1,5 +1,9 @@
 """The flow from data to noise."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.schedulers import SchedulerMixin
@@ -21,7 +25,7 @@ class FlowObjective:
         *("direction_loss_weight", "contrastive_weight", "self_alignment_weight", "self_alignment_time"),
         *("self_alignment_block", "self_alignment_teacher_block"),
     )
-    learn_sigma = False
+    sampling: Mapping[str, Any] = MappingProxyType({})
 
     def __init__(self, args: ObjectiveArguments):
         if not args.time_shift:
@@ -33,10 +37,13 @@ class FlowObjective:
         """Return Euler's method, which shifts its noise levels as training does."""
         return FlowMatchEulerDiscreteScheduler(self.num_train_timesteps, shift=self.args.time_shift)
 
-    def noised(self, clean: torch.Tensor, draws: Draws) -> Noised:
-        """Draw noise and times."""
+    def model_config(self, in_channels: int) -> dict[str, Any]:
+        """Return nothing: any model will do."""
+        return {}
+
+    def times(self, draws: Draws) -> torch.Tensor:
+        """Draw sigma, shape (batch,)."""
         args = self.args
-        noise = draws.normal(clean.shape[1:])  # (B, C, H, W)
         sigma = draws.take(
             lambda images, generator: compute_density_for_timestep_sampling(
                 args.weighting_scheme,
@@ -44,11 +51,15 @@ class FlowObjective:
                 args.logit_mean,
                 args.logit_std,
                 args.mode_scale,
-                device=clean.device,
+                device=draws.device,
                 generator=generator,
             )
         )  # (B,)
-        sigma = shift_times(sigma, args.time_shift)
+        return shift_times(sigma, args.time_shift)
+
+    def noised(self, clean: torch.Tensor, draws: Draws) -> Noised:
+        """Draw noise and times."""
+        noise, sigma = draws.normal(clean.shape[1:]), self.times(draws)  # (B, C, H, W), (B,)
         broadcast = sigma.reshape(-1, *[1] * (clean.ndim - 1))  # (B, 1, 1, 1)
         sample = (1 - broadcast) * clean + broadcast * noise
         return Noised(sample, sigma * self.num_train_timesteps, noise - clean, torch.ones_like(sigma))

@@ -11,6 +11,7 @@ from torch import nn
 from ...utils.ranges import Range, check_number, check_value
 from ...utils.seeding import Draws
 from .auxiliary import AuxiliaryLoss, Predicted
+from .meanflow import MeanFlowObjective
 from .objective import Noised, Objective
 
 
@@ -51,9 +52,12 @@ class DiffusionLoss:
     def __call__(self, model: torch.nn.Module, batch: Any, class_labels: torch.Tensor, draws: Draws) -> torch.Tensor:
         """Return the loss of a batch: the weighted error of `errors`, further terms, and that of further channels."""
         noised, error, prediction, dropped, tokens = self._predict(
-            model, batch, class_labels, draws, self.class_dropout_prob, self._blocks
+            model, batch, class_labels, draws, self.class_dropout_prob, self._blocks, training=True
         )
-        loss = (noised.weight * error).mean()
+        weight = noised.weight
+        if isinstance(self.objective, MeanFlowObjective):
+            weight = weight * self.objective.adaptive_weight(error)
+        loss = (weight * error).mean()
         target_prediction = prediction[:, : noised.target.shape[1]]
         predicted = Predicted(batch, noised, target_prediction, class_labels, dropped, tokens, draws, self.teacher)
         terms = [term(predicted) for term in self.auxiliary]
@@ -74,7 +78,7 @@ class DiffusionLoss:
         draws: Draws,
         class_dropout_prob: float = 0.0,
     ) -> tuple[Noised, torch.Tensor]:
-        """Noise a batch and compare the model's prediction with the target.
+        """Noise a batch and compare the model's prediction with the target; a MeanFlow's, with the flow itself.
 
         Returns:
             The noised batch, and the mean squared error of each image, shape (batch,), unweighted.
@@ -84,11 +88,17 @@ class DiffusionLoss:
         """
         return self._predict(model, batch, class_labels, draws, class_dropout_prob)[:2]
 
-    def _predict(self, model, batch, class_labels, draws, class_dropout_prob, blocks=()):
+    def _predict(self, model, batch, class_labels, draws, class_dropout_prob, blocks=(), training=False):
         """Return the noised batch, errors of images, the prediction, which labels are dropped, and blocks' tokens."""
         noised = self.objective.noised(self.clean_of(batch, draws), draws)
+        mean_flow = self.objective if training and isinstance(self.objective, MeanFlowObjective) else None
+        if mean_flow is not None:
+            noised = mean_flow.with_intervals(noised, draws)
         dropped = draws.uniform() < class_dropout_prob
-        options = {"block_outputs": tuple(blocks)} if blocks else {}
+        options: dict[str, Any] = {"block_outputs": tuple(blocks)} if blocks else {}
+        if mean_flow is not None:
+            noised = mean_flow.guided(model, noised, class_labels, dropped)
+            options["end_timestep"] = noised.end_timestep
         prediction, *rest = model(
             noised.sample, noised.timestep, class_labels, force_drop_ids=dropped, return_dict=False, **options
         )
@@ -101,6 +111,8 @@ class DiffusionLoss:
                 "out_channels equal to in_channels, or twice that with learn_sigma."
             )
         prediction = prediction.float()  # once, so that the terms' gradients are not rounded one by one
+        if mean_flow is not None:
+            prediction = prediction + mean_flow.correction(model, noised, class_labels, dropped)
         difference = prediction[:, :channels] - noised.target.float()  # (B, C, H, W)
         return noised, difference.square().flatten(1).mean(dim=1), prediction, dropped, tokens
 

@@ -1,9 +1,9 @@
 """What an objective is: how clean images become training examples."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from diffusers.schedulers import SchedulerMixin
@@ -27,7 +27,10 @@ OBJECTIVES: dict[str, type["Objective"]] = {}
 class ObjectiveArguments(CheckedArguments):
     """What the model learns."""
 
-    objective: str = field(default="flow", metadata={"help": "Flow matching (flow) or a DDPM schedule (ddpm)."})
+    objective: str = field(
+        default="flow",
+        metadata={"help": "Flow matching (flow), its average for few steps (meanflow), or a DDPM schedule (ddpm)."},
+    )
     prediction_type: Literal["epsilon", "v_prediction"] = field(
         default="epsilon", metadata={"help": "What a DDPM model predicts."}
     )
@@ -56,6 +59,16 @@ class ObjectiveArguments(CheckedArguments):
             "for sqrt(dimension / 4096)."
         }
         | between(0, 1000),
+    )
+    meanflow_ratio: float = field(
+        default=0.5, metadata={"help": "Share of the images whose interval has no length."} | between(0, 1)
+    )
+    meanflow_adaptive_power: float = field(
+        default=0.0,
+        metadata={"help": "Power p of the weight 1 / (error + 0.001)^p of an image; MeanFlow has 1."} | between(0, 2),
+    )
+    meanflow_guidance_scale: float = field(
+        default=1.0, metadata={"help": "Guidance that the averaged flow contains, 1 for none."} | between(1, 1000)
     )
     direction_loss_weight: float = field(
         default=0.0, metadata={"help": "Weight of the velocity direction loss; 1 is usual."} | at_least(0)
@@ -138,6 +151,8 @@ class Noised(NamedTuple):
 
     Where a model predicts more channels than the target has, `further_loss` takes the prediction of the target, shape
     (batch, channels, height, width), without its gradient, and the further channels, and returns their loss, (batch,).
+
+    A MeanFlow has an `end_timestep`, shape (batch,), and in `averaged` the indices of the images where it is earlier.
     """
 
     sample: torch.Tensor
@@ -145,6 +160,8 @@ class Noised(NamedTuple):
     target: torch.Tensor
     weight: torch.Tensor
     further_loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
+    end_timestep: torch.Tensor | None = None
+    averaged: torch.Tensor | None = None
 
 
 class Objective(Protocol):
@@ -154,10 +171,13 @@ class Objective(Protocol):
     options: tuple[str, ...]
     #: Timesteps lie between 0 and this number.
     num_train_timesteps: int
-    #: Whether the model predicts a variance too, in as many further channels.
-    learn_sigma: bool
+    #: Defaults of `guidance_scale` and `num_inference_steps` that differ from those of pipelines.
+    sampling: Mapping[str, Any]
 
     def __init__(self, args: ObjectiveArguments): ...
+
+    def model_config(self, in_channels: int) -> dict[str, Any]:
+        """Return the values of the model's config that follow from the objective."""
 
     def sampling_scheduler(self, pixels: bool) -> SchedulerMixin:
         """Return the scheduler that is saved with the pipeline; `pixels` if the model works in pixels."""

@@ -3,9 +3,8 @@
 Importing this module registers both with transformers' Auto classes and pipelines, and SDT-H with timm.
 """
 
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
-
 from .probe import SDTClassifierConfig, SDTForImageClassification, SDTModel
+from .sdt_h.auto_classes import register
 from .sdt_h.convert_rmt import load_rmt
 from .sdt_h.modeling_sdt_h import SDTHConfig, SDTHForImageClassification, SDTHImageProcessor, SDTHModel
 from .sdt_h.network import PRESETS, SDTHNetwork
@@ -25,11 +24,4 @@ __all__ = [
     "load_rmt",
 ]
 
-for _config, _model, _classifier in (
-    (SDTHConfig, SDTHModel, SDTHForImageClassification),
-    (SDTClassifierConfig, SDTModel, SDTForImageClassification),
-):
-    AutoConfig.register(_config.model_type, _config, exist_ok=True)
-    AutoModel.register(_config, _model, exist_ok=True)
-    AutoModelForImageClassification.register(_config, _classifier, exist_ok=True)
-    AutoImageProcessor.register(_config, image_processor_classes={"torchvision": SDTHImageProcessor}, exist_ok=True)
+register(SDTClassifierConfig, SDTModel, SDTForImageClassification)

@@ -21,7 +21,7 @@ from .sdt.embeddings import SDTPatchEmbed, position_embedding
 from .sdt.loading import open_pipeline, open_transformer
 from .sdt.model_output import check_blocks
 from .sdt.schedulers import DIT_SCHEDULE, noise_scales
-from .sdt.vae import encode_pixels, vae_spatial_scale
+from .sdt.vae import VAELayout, encode_pixels, vae_spatial_scale
 from .sdt_h.modeling_sdt_h import ImagePreTrainedModel
 from .utils.ranges import LARGEST_SEED, Range, check_value
 
@@ -105,7 +105,7 @@ class Backbone:
     @property
     def num_channels(self) -> int:
         """Channels of the images."""
-        return (self.transformer if self.vae is None else self.vae).config.in_channels
+        return self.transformer.config.in_channels if self.vae is None else VAELayout.of(self.vae).image_channels
 
     @property
     def image_mode(self) -> str:

@@ -108,3 +108,22 @@ def tiny_dc_vae():
         decoder_qkv_multiscales=((), ()),
         scaling_factor=0.5,
     ).eval()
+
+
+@pytest.fixture
+def tiny_rae():
+    """Return a random AutoencoderRAE: images of 16x16, 64 latent channels of 4x4, normalized at each place."""
+    torch.manual_seed(0)
+    return diffusers.AutoencoderRAE(
+        encoder_hidden_size=64,  # one head
+        encoder_patch_size=8,
+        encoder_num_hidden_layers=1,
+        encoder_input_size=32,
+        decoder_hidden_size=16,
+        decoder_num_hidden_layers=1,
+        decoder_num_attention_heads=2,
+        decoder_intermediate_size=16,
+        patch_size=4,
+        latents_mean=torch.randn(64, 4, 4),
+        latents_std=torch.rand(64, 4, 4) + 0.5,
+    ).eval()

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ..sdt import SDTPipeline, SDTTransformer2DModel
-from ..sdt.vae import CHANNEL_STATISTICS, LatentNormalization
+from ..sdt.vae import CHANNEL_STATISTICS, LatentNormalization, VAELayout
 from ..utils.files import move_into, require_space, write_atomically
 from ..utils.reading import check_finite, check_tensors, read_json, read_state_dict, shortened
 from . import Source
@@ -96,10 +96,9 @@ def build_pipeline(
     check_tensors(source.weights, expected, f"The checkpoint of {source.name}")
     model.load_state_dict(source.weights, strict=False)
     vae, id2label = vae or source.vae, id2label or source.id2label
-    if vae is not None and vae.config.latent_channels != model.config.in_channels:
-        raise ValueError(
-            f"The VAE has {vae.config.latent_channels} latent channels, and the model {model.config.in_channels}."
-        )
+    channels = None if vae is None else VAELayout.of(vae).latent_channels
+    if channels not in (None, model.config.in_channels):
+        raise ValueError(f"The VAE has {channels} latent channels, and the model {model.config.in_channels}.")
     if latent_normalization is not None:
         _normalize_latents(vae, latent_normalization)
     if id2label and set(id2label) != set(range(model.config.num_classes)):
@@ -119,7 +118,7 @@ def build_pipeline(
 def _normalize_latents(vae, normalization):
     if vae is None:
         raise ValueError("latent_stats are of the latents of a VAE: give vae too.")
-    if CHANNEL_STATISTICS[0] not in vae.config:
+    if CHANNEL_STATISTICS[0] not in vae.config or VAELayout.of(vae).is_normalized:
         raise ValueError(f"latent_stats are for an AutoencoderKL, and the VAE is an {type(vae).__name__}.")
     if len(normalization.shift_factor) != vae.config.latent_channels:
         raise ValueError(

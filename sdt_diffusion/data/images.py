@@ -88,6 +88,9 @@ class DataArguments(ImageArguments):
     """What to train on."""
 
     random_flip: bool = field(default=False, metadata={"help": "Mirror every other image."})
+    class_balanced: bool = field(
+        default=False, metadata={"help": "Show every class equally often, however many images it has."}
+    )
     dataloader_num_workers: int = field(
         default=0, metadata={"help": "Processes that load images.", "resumable": True} | between(0, 1024)
     )

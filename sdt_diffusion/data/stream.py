@@ -1,6 +1,7 @@
 """An endless, reshuffled stream of samples that can start at any position, and the augmentations of its images."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -36,9 +37,10 @@ class RandomFlip:
 class RandomMirror(RandomFlip):
     """Chooses between an image and its mirror image, stacked along the first axis, as `RandomFlip` would."""
 
-    def __call__(self, both: torch.Tensor, position: int) -> torch.Tensor:
-        """Return the image, `both[0]`, or its mirror image, `both[1]`."""
-        return both[int(self.mirrors(position))]
+    def __call__(self, both: Any, position: int) -> Any:
+        """Return the image, `both[0]`, or its mirror image, `both[1]`, of a tensor or of each in a named tuple."""
+        side = int(self.mirrors(position))
+        return both[side] if isinstance(both, torch.Tensor) else both._make(part[side] for part in both)
 
 
 class SeededTransform:
@@ -58,6 +60,51 @@ class SeededTransform:
             return self.transform(image)
 
 
+class EpochOrder:
+    """Every image once, then every image once again in another order.
+
+    Args:
+        num_images: Images of the data set.
+        draw: Function of the number of an epoch that returns the generator of its order.
+    """
+
+    def __init__(self, num_images: int, draw: Callable[[int], np.random.Generator]):
+        self.num_images, self.draw = num_images, draw
+        self._orders: dict[int, np.ndarray] = {}
+
+    def __call__(self, slot: int) -> int:
+        """Return the index of the image at a place of the stream."""
+        epoch, place = divmod(slot, self.num_images)
+        if epoch not in self._orders:
+            previous = {epoch - 1: self._orders[epoch - 1]} if epoch - 1 in self._orders else {}
+            self._orders = {**previous, epoch: self.draw(epoch).permutation(self.num_images)}
+        return int(self._orders[epoch][place])
+
+
+class BalancedOrder:
+    """Every class once, in rounds of another order each; the images of a class come in its own `EpochOrder`.
+
+    Args:
+        labels: Label of each image; a class without images is left out.
+        seed: Seed of the run.
+    """
+
+    def __init__(self, labels: Sequence[int] | np.ndarray, seed: int):
+        rows = np.argsort(labels, kind="stable")
+        present, starts = np.unique(np.asarray(labels)[rows], return_index=True)
+        self.rows = np.split(rows, starts[1:])
+        self.classes = EpochOrder(len(present), partial(numpy_generator, Stream.CLASS_ORDER, seed))
+        self.images = [
+            EpochOrder(len(of_class), partial(numpy_generator, Stream.CLASS_EPOCH_ORDER, seed, int(label)))
+            for label, of_class in zip(present, self.rows, strict=True)
+        ]
+
+    def __call__(self, slot: int) -> int:
+        """Return the index of the image at a place of the stream."""
+        chosen = self.classes(slot)
+        return int(self.rows[chosen][self.images[chosen](slot // len(self.rows))])
+
+
 class ShuffledStream(Dataset):
     """The samples of a data set, epoch after epoch, each in a new order.
 
@@ -74,6 +121,8 @@ class ShuffledStream(Dataset):
         num_repeats: How many times in a row a sample is repeated, augmented anew each time ("Augment your batch",
             Hoffer et al. 2020). An epoch is then that many times longer: no sample is left out, unlike in DeiT's
             sampler, whose epochs stay as long as the data set and so leave samples out.
+        class_balanced: Show every class equally often: of as many samples in a row as there are classes, from the
+            first on, each has another one. `images` then has `labels` too.
     """
 
     def __init__(
@@ -84,13 +133,18 @@ class ShuffledStream(Dataset):
         start: int,
         stop: int,
         num_repeats: int = 1,
+        class_balanced: bool = False,
     ):
         check_value("num_repeats", num_repeats, (int,), Range(1, 1000))
         check_value("start", start, (int,), Range(0, MAX_POSITION))
         check_value("stop", stop, (int,), Range(start, MAX_POSITION))
         self.images, self.seed, self.augment = images, seed, augment
         self.start, self.stop, self.num_repeats = start, stop, num_repeats
-        self._orders = {}
+        self._index: Callable[[int], int] = (
+            BalancedOrder(images.labels, seed)
+            if class_balanced
+            else EpochOrder(len(images), partial(numpy_generator, Stream.EPOCH_ORDER, seed))
+        )
 
     def __len__(self) -> int:
         return self.stop - self.start
@@ -109,13 +163,3 @@ class ShuffledStream(Dataset):
 
     def __getitem__(self, offset: int) -> tuple[torch.Tensor, int]:
         return self.__getitems__([offset])[0]
-
-    def _index(self, slot: int) -> int:
-        return int(self._order(slot // len(self.images))[slot % len(self.images)])
-
-    def _order(self, epoch: int) -> np.ndarray:
-        if epoch not in self._orders:
-            previous = {epoch - 1: self._orders[epoch - 1]} if epoch - 1 in self._orders else {}
-            order = numpy_generator(Stream.EPOCH_ORDER, self.seed, epoch).permutation(len(self.images))
-            self._orders = {**previous, epoch: order}
-        return self._orders[epoch]

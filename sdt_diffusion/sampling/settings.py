@@ -17,7 +17,7 @@ from ..sdt.guidance import DECAY_FACTORS, RESCALE, clean_image_of
 from ..sdt.loading import open_pipeline
 from ..sdt.pipeline_sdt import DEFAULT_GUIDANCE_SCALE, DEFAULT_NUM_INFERENCE_STEPS, SIDE_RANGE
 from ..sdt.schedulers import GUIDANCE, STEPS, swap_scheduler
-from ..sdt.vae import LatentNormalization
+from ..sdt.vae import LatentNormalization, VAELayout
 from ..utils.arguments import json_object
 from ..utils.ranges import RANGE_KEY, CheckedArguments, Range, a_seed, between
 from .generate import describe_sampling
@@ -296,7 +296,8 @@ def _open_guide(name: str, pipe: SDTPipeline) -> SDTTransformer2DModel:
 def _latent_scale(pipe: SDTPipeline) -> list[Any]:
     if pipe.vae is None:
         return []
-    return [type(pipe.vae).__name__, pipe.vae.config.latent_channels, *LatentNormalization.of(pipe.vae)]
+    channels = VAELayout.of(pipe.vae).latent_channels
+    return [type(pipe.vae).__name__, channels, *LatentNormalization.of(pipe.vae)]
 
 
 def set_attention_backend(model: SDTTransformer2DModel, name: str | None, prune_eps: float = 0.0) -> None:

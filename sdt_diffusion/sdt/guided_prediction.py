@@ -11,7 +11,7 @@ from ..utils.reading import shortened
 from .caching import check_single_batch
 from .guidance import GUIDANCE_KINDS, SDTGuidance
 from .schedulers import is_flow
-from .vae import CHANNEL_STATISTICS, LatentNormalization
+from .vae import check_normalization
 
 #: Caches of diffusers that expect the same batch at all steps.
 WHOLE_RUN_CACHES = (FasterCacheConfig, PyramidAttentionBroadcastConfig)
@@ -155,8 +155,8 @@ def check_parts(transformer: Any, scheduler: Any, vae: Any, id2label: Any) -> No
     ):
         if part is not None and not fits:
             raise ValueError(f"{name} must be {wanted}, not a {type(part).__name__}.")
-    if vae is not None and vae.config.get(CHANNEL_STATISTICS[0]) is not None:
-        LatentNormalization.of(vae)
+    if vae is not None:
+        check_normalization(vae)
     # Offloaded parts are on the meta device, and a whole VAE may be on purpose.
     offloaded = vae is None or hasattr(vae, "hf_device_map")
     missing = [] if offloaded else [name for name, value in vae.named_parameters() if value.is_meta]

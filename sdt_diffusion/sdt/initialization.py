@@ -1,6 +1,8 @@
 """Initialize diffusion transformers as facebookresearch/DiT does."""
 
 import math
+import zlib
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -8,27 +10,38 @@ from torch import nn
 from ..attention import ContextAwareGate
 
 
+def draw_seed() -> int:
+    """Draw a seed for `initialize_weights` from torch's global generator."""
+    return int(torch.randint(2**62, (), device="cpu"))
+
+
 @torch.no_grad()
-def initialize_weights(model: nn.Module) -> None:
+def initialize_weights(model: nn.Module, seed: int) -> None:
     """Initialize an `SDTTransformer2DModel`: Xavier linears, zero modulations and output; gates as their class says.
 
     Queries, keys and values are three layers here and one of 3 dim outputs in DiT, whose number of outputs narrows
     Xavier's distribution: they are initialized as parts of that one.
+
+    Args:
+        model: The model, changed in place.
+        seed: Each parameter draws from this and its own name, so that models that differ in a part start with the
+            other parts alike, and their comparison is paired.
     """
+    draw = _draws_by_name(model, seed)
     for module in model.modules():
         if isinstance(module, nn.Linear):
-            nn.init.xavier_uniform_(module.weight)
+            draw(nn.init.xavier_uniform_, module.weight)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-    nn.init.xavier_uniform_(model.pos_embed.proj.weight.flatten(1))
+    draw(lambda kernel, **kw: nn.init.xavier_uniform_(kernel.flatten(1), **kw), model.pos_embed.proj.weight)
     nn.init.zeros_(model.pos_embed.proj.get_parameter("bias"))
     embed = model.time_class_embed
     for layer in (embed.class_embedder, embed.timestep_embedder.linear_1, embed.timestep_embedder.linear_2):
-        nn.init.normal_(layer.weight, std=0.02)
+        draw(nn.init.normal_, layer.weight, std=0.02)
     for block in model.transformer_blocks:
         for linear in (block.attn.to_q, block.attn.to_k, block.attn.to_v):
             bound = math.sqrt(6 / (linear.in_features + 3 * linear.out_features))
-            nn.init.uniform_(linear.weight, -bound, bound)
+            draw(nn.init.uniform_, linear.weight, a=-bound, b=bound)
         if block.norm1.adaln == "single":
             nn.init.zeros_(block.norm1.table)
         else:
@@ -39,12 +52,24 @@ def initialize_weights(model: nn.Module) -> None:
         if linear is not None:
             nn.init.zeros_(linear.weight)
     if embed.interval_embedder is not None:  # starts as a model without it
-        nn.init.normal_(embed.interval_embedder.linear_1.weight, std=0.02)
+        draw(nn.init.normal_, embed.interval_embedder.linear_1.weight, std=0.02)
         nn.init.zeros_(embed.interval_embedder.linear_2.weight)
     if model.pos_embed.registers is not None:
-        nn.init.normal_(model.pos_embed.registers, std=0.02)
+        draw(nn.init.normal_, model.pos_embed.registers, std=0.02)
     for linear in model.skip_projections or ():  # starts as a model without long skips
         linear.weight.copy_(torch.eye(*linear.weight.shape))
+
+
+def _draws_by_name(model: nn.Module, seed: int) -> Callable[..., None]:
+    """Return a function that calls a function of `nn.init` for a parameter, with a generator of its own."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+
+    def draw(initialize: Callable[..., object], parameter: torch.Tensor, **options: float) -> None:
+        if not parameter.is_meta:  # which has no values to draw
+            own_seed = seed ^ zlib.crc32(names[parameter].encode())
+            initialize(parameter, **options, generator=torch.Generator(parameter.device).manual_seed(own_seed))
+
+    return draw
 
 
 @torch.no_grad()

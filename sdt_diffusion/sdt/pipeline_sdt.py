@@ -28,7 +28,7 @@ from .schedulers import (
 )
 from .steps import set_schedule
 from .transformer_sdt import SDTTransformer2DModel
-from .vae import decode_latents, vae_spatial_scale
+from .vae import check_images_made, decode_latents, vae_spatial_scale
 
 #: Sampling settings of a pipeline that has none saved.
 DEFAULT_GUIDANCE_SCALE, DEFAULT_NUM_INFERENCE_STEPS = 4.0, 50
@@ -376,6 +376,7 @@ class SDTPipeline(SDTLoaderMixin, DiffusionPipeline):
                 f"An image of {height}x{width} is not divisible into patches: both sides must be multiples of {unit} "
                 f"(patch_size {self.transformer.config.patch_size}, VAE factor {self.vae_scale_factor})."
             )
+        check_images_made(self.vae, height, width)
         channels = self.transformer.config.in_channels
         if learns_variance(self.scheduler) and self.transformer.config.get("out_channels") != 2 * channels:
             raise ValueError(

@@ -22,7 +22,7 @@ from .caching import SDTCacheMixin
 from .config_ranges import check_config, sides
 from .embeddings import SDTPatchEmbed, TimestepClassEmbedding
 from .grid_scaling import GridScalingMixin
-from .initialization import initialize_meta, initialize_weights
+from .initialization import draw_seed, initialize_meta, initialize_weights
 from .model_output import SDTTransformer2DModelOutput, check_blocks, flow_of_clean
 from .presets import PRESETS
 
@@ -137,6 +137,7 @@ class SDTTransformer2DModel(
     ):
         values = dict(locals())
         super().__init__()
+        seed = draw_seed()  # before the layers, whose number of draws depends on the options
         check_config(values)
         height, width = sides(sample_size)
         dim = num_attention_heads * attention_head_dim
@@ -182,7 +183,7 @@ class SDTTransformer2DModel(
         self.norm_out = build_norm(norm_type, dim, norm_eps, affine=False)
         self.proj_out_1 = nn.Linear(dim, 2 * dim)
         self.proj_out_2 = nn.Linear(dim, patch_size**2 * self.out_channels)
-        initialize_weights(self)
+        initialize_weights(self, seed)
 
     @classmethod
     def from_preset(cls, name: str, **overrides) -> "SDTTransformer2DModel":

@@ -8,11 +8,11 @@ from typing import Any, Literal
 from transformers import PreTrainedModel
 
 from ..data.decoding import IMAGE_MODES
-from ..metrics.extractors.transformers_models import load_network
 from ..probe import Backbone, SDTForImageClassification, load_backbone
 from ..sdt_h.modeling_sdt_h import SDTHConfig, SDTHForImageClassification, SDTHImageProcessor
 from ..sdt_h.network import PRESETS
 from ..utils.arguments import json_object, one_line
+from ..utils.pretrained import load_network
 from ..utils.ranges import CheckedArguments, Range, at_least, between, check_value
 from ..utils.reading import check_finite, read_json
 

@@ -115,6 +115,7 @@ class TrainingSet:
         images: The data set; see `ShuffledStream`.
         augment: See `ShuffledStream`.
         num_repeats: See `ShuffledStream`.
+        class_balanced: See `ShuffledStream`; the data set then has `labels`.
         num_workers: Processes that load images.
         identity: What steps depend on besides the arguments, such as fingerprints of data.
         relocatable: Names of arguments that are paths to data in `identity`; a resumed run may change them.
@@ -123,6 +124,7 @@ class TrainingSet:
     images: Any
     augment: Callable[[Any, int], torch.Tensor] | None = None
     num_repeats: int = 1
+    class_balanced: bool = False
     num_workers: int = 0
     identity: Mapping[str, Any] = field(default_factory=dict)
     relocatable: tuple[str, ...] = ()

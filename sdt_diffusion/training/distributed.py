@@ -16,7 +16,6 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, is_bf16_available, parse_flag_from_env
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from .config import RunArguments
 
@@ -91,6 +90,8 @@ def prepare(
     """
     if not accelerator.is_fsdp2:
         return accelerator.prepare(model, optimizer)
+    if any(group["rule"] == "adamw8bit" for group in optimizer.param_groups):
+        raise ValueError("optimizer adamw8bit has moments that FSDP2 cannot shard: choose adamw or muon, or use DDP.")
     accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
     model, optimizer = accelerator.prepare(model, optimizer)
     autocast_forward(accelerator, model)
@@ -122,19 +123,6 @@ def compile_model(model: nn.Module, mode: str) -> None:
         model.compile_repeated_blocks(fullgraph=True)
     elif mode == "full":
         model.compile()
-
-
-def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the whole of a tensor that may be sharded; all processes must call it together."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def copy_full(source: torch.Tensor, target: torch.Tensor) -> None:
-    """Copy a whole tensor into one that may be sharded."""
-    if isinstance(target, DTensor):
-        source = source.to(target.device)  # every process has read the whole tensor, so nothing needs to be sent
-        source = distribute_tensor(source, target.device_mesh, target.placements, src_data_rank=None)
-    target.copy_(source)
 
 
 def find_launcher() -> int | None:

@@ -24,11 +24,12 @@ def prepare_heads(
     To be called after the model is prepared: FSDP2 knows no other parameters.
     """
     heads.to(accelerator.device)
+    rule = "adamw8bit" if args.optimizer == "adamw8bit" else "adamw"  # Muon is for the blocks
     for head in heads.values():
         autocast_forward(accelerator, head)
     if len(heads):
-        group = {"params": list(heads.parameters()), "lr": args.learning_rate, "weight_decay": 0.0}
-        optimizer.add_param_group(group)
+        settings = {"rule": rule, "num_matrices": 0, "lr": args.learning_rate, "weight_decay": 0.0}
+        optimizer.add_param_group({"params": list(heads.parameters()), **settings})
     return heads
 
 

@@ -3,25 +3,26 @@
 import contextlib
 import math
 import time
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 from tqdm.auto import tqdm
 
 from ..utils.seeding import Draws
-from .distributed import STOP_REASONS, Interrupted, StopRequest, full_tensor
+from .distributed import STOP_REASONS, Interrupted, StopRequest
 from .heads import average_gradients
 from .monitor import StepValues
 from .optimizer import admit_step
 from .run import TrainingRun
+from .shards import full_tensor
 from .speed import Window
 
 
 class Loss(Protocol):
     """What `train` minimizes."""
 
-    def __call__(self, model: nn.Module, images: torch.Tensor, labels: torch.Tensor, draws: Draws, /) -> torch.Tensor:
+    def __call__(self, model: nn.Module, images: Any, labels: torch.Tensor, draws: Draws, /) -> torch.Tensor:
         """Return the mean loss of a batch, a scalar; all its random numbers come from `draws`."""
 
     def pop_values(self) -> dict[str, float]:

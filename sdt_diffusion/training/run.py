@@ -156,7 +156,7 @@ class TrainingRun:
             f"{run.gradient_accumulation_steps} a process); step {self.step:,} of {run.max_train_steps:,}."
         )
 
-    def batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def batches(self) -> Iterator[tuple[Any, torch.Tensor]]:
         """Load the batches of this process, on its device, from the position reached to the end of the run."""
         run = self.config.run
         stream = ShuffledStream(
@@ -166,6 +166,7 @@ class TrainingRun:
             start=self.step * self.images_per_step,
             stop=run.max_train_steps * self.images_per_step,
             num_repeats=self.data.num_repeats,
+            class_balanced=self.data.class_balanced,
         )
         if len(stream) == 0:
             return iter(())
@@ -361,7 +362,7 @@ class TrainingRun:
 
     def _prepare(self, model, name, parameter_groups, heads):
         config, accelerator = self.config, self.accelerator
-        optimizer = build_optimizer(model, config.optimization, parameter_groups)
+        optimizer = build_optimizer(model, config.optimization, parameter_groups, accelerator.mixed_precision)
         skeleton = copy.deepcopy(model).to("meta")
         separate = None  # without an average, the trained model is the one that is saved
         if config.ema.use_ema or accelerator.is_fsdp2:
@@ -376,8 +377,7 @@ class TrainingRun:
         self.averages = {suffix: WeightAverage(tensors, profile) for suffix, profile in profiles.items()}
         self.state = TrainingState(name, skeleton, self.unwrapped_model, optimizer, self.averages, self.heads)
         if separate is not None and self.averages and not accelerator.is_fsdp2:
-            first = next(iter(self.averages.values()))  # shares the memory of `trained_model`
-            separate.load_state_dict(first.tensors, assign=True)
+            separate.load_state_dict(next(iter(self.averages.values())).tensors, assign=True)  # shares its memory
             separate.requires_grad_(False)
         self.trained_model = self.unwrapped_model if separate is None else separate
 

@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint: weights, averages and AdamW's moments, whole, however many processes shared them."""
+"""The whole tensors of a checkpoint, however many processes shared them: weights, averages, the optimizer's state."""
 
 import copy
 import logging
@@ -15,9 +15,10 @@ from ..utils.fingerprint import differences
 from ..utils.reading import WEIGHTS_ENDING, check_tensors, is_finite, read_json, read_tensors, shortened
 from .checkpoint import complete_checkpoints
 from .config import TrainingConfig
-from .distributed import copy_full, full_tensor
 from .ema import WeightAverage
 from .monitor import NonFiniteLossError
+from .optimizer import initial_state
+from .shards import copy_full, full_tensor
 
 logger = logging.getLogger(__name__)
 
@@ -91,8 +92,11 @@ class TrainingState:
         self.heads = {} if heads is None else heads.state_dict(prefix="heads.")
         named = {**dict(model.named_parameters()), **(dict(heads.named_parameters("heads")) if heads else {})}
         names = {id(parameter): name for name, parameter in named.items()}
-        trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        self._trained = {names[id(parameter)]: parameter for parameter in trained}
+        self._trained = {
+            names[id(parameter)]: (parameter, group["rule"])
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+        }
 
     def save(self, folder: Path, is_main_process: bool = True) -> None:
         """Fill a folder; all processes gather, the main one writes.
@@ -106,12 +110,12 @@ class TrainingState:
                 module = copy.deepcopy(self.skeleton)
                 module.load_state_dict(gathered, assign=True)
                 module.save_pretrained(folder / name)
-        moments = {
-            f"{name}.{key}": value
-            for name, parameter in self._trained.items()
-            for key, value in (self.optimizer.state.get(parameter) or _first_moments(parameter)).items()
+        state = {
+            f"{name}.{key}": torch.as_tensor(value)
+            for name, (parameter, rule) in self._trained.items()
+            for key, value in (self.optimizer.state.get(parameter) or initial_state(rule, parameter)).items()
         }
-        gathered = gather(moments, keep=is_main_process, require_finite="optimizer")
+        gathered = gather(state, keep=is_main_process, require_finite="optimizer")
         if is_main_process:
             save_file(gathered, folder / OPTIMIZER_FILE)
         if self.heads:
@@ -142,13 +146,15 @@ class TrainingState:
             for key, tensor in self.heads.items():
                 tensor.copy_(saved[key])
         saved = read_tensors(folder / OPTIMIZER_FILE)
-        check_tensors(saved, self._expected_moments(), str(folder / OPTIMIZER_FILE))
-        state = self.optimizer.state_dict()
-        state["state"] = {
-            index: _moments(saved, f"{name}.", parameter)
-            for index, (name, parameter) in enumerate(self._trained.items())
-        }
-        self.optimizer.load_state_dict(state)
+        check_tensors(saved, self._expected_state(), str(folder / OPTIMIZER_FILE))
+        for name, (parameter, rule) in self._trained.items():
+            state = initial_state(rule, parameter)
+            for key, value in state.items():
+                if isinstance(value, torch.Tensor):  # spread over the processes as its parameter is
+                    copy_full(saved[f"{name}.{key}"], value)
+                else:
+                    state[key] = saved[f"{name}.{key}"].item()
+            self.optimizer.state[parameter] = state
 
     def check_space(self, config: TrainingConfig, step: int) -> None:
         """Refuse to train where the disk cannot hold the first checkpoint and the model; warn if it cannot hold all.
@@ -164,7 +170,7 @@ class TrainingState:
         saves = _times_due(run.checkpointing_steps, step, run.max_train_steps)
         if not saves:
             return
-        checkpoint = model + sum(averages) + _num_bytes(self._expected_moments()) + _num_bytes(self.heads)
+        checkpoint = model + sum(averages) + _num_bytes(self._expected_state()) + _num_bytes(self.heads)
         require_space(config.output_dir, checkpoint + model, "A checkpoint and the model")
         there, limit = len(complete_checkpoints(config.output_dir)), run.checkpoints_total_limit
         # While a checkpoint is written, there is one more than are kept.
@@ -182,13 +188,13 @@ class TrainingState:
                 config.output_dir,
             )
 
-    def _expected_moments(self) -> dict[str, torch.Tensor]:
+    def _expected_state(self) -> dict[str, torch.Tensor]:
         """Return tensors of the names, shapes and types of those in the optimizer's file, without values."""
         return {
-            f"{name}.{key}": value
-            for name, parameter in self._trained.items()
-            for key, value in _first_moments(
-                torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+            f"{name}.{key}": torch.as_tensor(value, device="meta")
+            for name, (parameter, rule) in self._trained.items()
+            for key, value in initial_state(
+                rule, torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
             ).items()
         }
 
@@ -227,12 +233,6 @@ def _times_due(interval: int, step: int, last_step: int) -> int:
 
 def _num_bytes(tensors: Mapping[str, torch.Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-
-
-def _first_moments(parameter: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Return AdamW's state of a parameter that it has not moved yet, which its next step may start from."""
-    moments = {key: torch.zeros_like(parameter, requires_grad=False) for key in ("exp_avg", "exp_avg_sq")}
-    return {"step": torch.zeros(()), **moments}
 
 
 def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -276,13 +276,3 @@ def _comparable(config: Mapping[str, Any]) -> dict[str, Any]:
     return {
         key: value for key, value in config.items() if not key.startswith("_") and key not in ADDED_BY_TRANSFORMERS
     }
-
-
-def _moments(saved, prefix, parameter):
-    moments = {}
-    for key in ("step", "exp_avg", "exp_avg_sq"):
-        moments[key] = saved[prefix + key]
-        if key != "step":  # a moment: spread over the processes as its parameter is
-            tensor, moments[key] = moments[key], torch.zeros_like(parameter, requires_grad=False)
-            copy_full(tensor, moments[key])
-    return moments

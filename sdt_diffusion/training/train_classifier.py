@@ -133,6 +133,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         train_images,
         SeededTransform(transform, run_args.seed),
         recipe_args.aug_repeats,
+        data_args.class_balanced,
         data_args.dataloader_num_workers,
     )
     config = TrainingConfig(

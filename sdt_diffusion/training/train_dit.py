@@ -23,6 +23,7 @@ import torch
 
 from ..data import DataArguments, LabeledImages
 from ..data.latents.training_data import TrainingData, open_training_data
+from ..data.patch_features import EncoderArguments
 from ..evaluation.cost import count_cost
 from ..evaluation.label_accuracy import label_accuracy
 from ..hub import HubArguments, create_hub_repo
@@ -33,7 +34,7 @@ from ..utils.arguments import exit_on_error, given_arguments, one_line, parse_ar
 from ..utils.files import move_into, write_json
 from ..utils.seeding import Stream, seed_global_generators
 from .config import RunArguments, TrainingConfig, TrainingSet
-from .distributed import resolve_precision
+from .distributed import autocast_forward, resolve_precision
 from .ema import EMAArguments
 from .heads import AverageTeacher
 from .init_from import describe_classes
@@ -42,7 +43,7 @@ from .model_arguments import ModelArguments
 from .objectives import DiffusionLoss, ObjectiveArguments, build_auxiliary_losses, build_objective
 from .optimizer import OptimizationArguments
 from .run import TrainingRun
-from .validation import DiffusionValidation, ValidationArguments, hold_out
+from .validation import DiffusionValidation, ValidationArguments
 
 
 def check_sampler(pipe: SDTPipeline, sampling: dict[str, Any]) -> None:
@@ -71,7 +72,7 @@ def flops_of(model: SDTTransformer2DModel) -> float:
 #: What the script's command line sets.
 ARGUMENT_TYPES = (
     *(ModelArguments, DataArguments, ObjectiveArguments, OptimizationArguments, EMAArguments, RunArguments),
-    *(ValidationArguments, SamplerArguments, HubArguments),
+    *(ValidationArguments, SamplerArguments, EncoderArguments, HubArguments),
 )
 
 
@@ -85,18 +86,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         recipes={"digits": Path(__file__).parents[1] / "configs" / "digits.yaml"},
         description=__doc__,
     )
-    model_args, data_args, objective_args, optimization_args, ema_args, run_args, validation_args, sampler_args = (
-        parsed
-    )
+    model_args, data_args, objective_args, optimization_args, ema_args, run_args, *others = parsed
+    validation_args, sampler_args, encoder_args = others
 
     run_args = replace(run_args, mixed_precision=resolve_precision(run_args.mixed_precision))
     sampler_args = sampler_args.with_defaults()
     vae_name = model_args.pretrained_vae_model_name_or_path
-    data = open_training_data(data_args, vae_name, model_args.config()["sample_size"], run_args.seed)
+    data = open_training_data(data_args, vae_name, model_args.config()["sample_size"], run_args.seed, encoder_args)
     data_args = data.arguments
     model_args = replace(model_args, pretrained_vae_model_name_or_path=data.vae_name)
     validation_args.check_label_accuracy(data)
-    train_images, held_out = hold_out(data.images, validation_args.held_out_images)
+    train_images, held_out = validation_args.hold_out(data)
 
     seed_global_generators(Stream.INITIALIZATION, run_args.seed)
     channels, side, _ = data.sample_shape
@@ -107,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sizes["out_channels"] = 2 * channels
     model = model_args.build(data.images.class_names, **sizes)
     set_attention_backend(model, sampler_args.attention_backend, sampler_args.attention_prune_eps)
-    auxiliary = build_auxiliary_losses(objective_args, model, run_args.train_batch_size, ema_args.use_ema)
+    auxiliary = build_auxiliary_losses(objective_args, model, run_args.train_batch_size, ema_args.use_ema, data)
     loss = DiffusionLoss(objective, model.config.class_dropout_prob, data.clean, auxiliary=auxiliary)
     config = TrainingConfig(
         run_args,
@@ -116,13 +116,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         validation_args.validation_steps,
         arguments=(
             *(model_args, data_args, objective_args, optimization_args, ema_args, run_args),
-            *(validation_args, sampler_args),
+            *(validation_args, sampler_args, encoder_args),
         ),
         flops_per_image=flops_of(model),
     )
     training_set = TrainingSet(
         train_images,
         data.augment,
+        class_balanced=data_args.class_balanced,
         num_workers=data_args.dataloader_num_workers,
         identity=data.identity,
         relocatable=data.relocatable_arguments,
@@ -147,8 +148,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             create_hub_repo(hub_args, run.output_dir)  # so that errors show now rather than after training
         if data.vae is not None:
             data.vae.to(run.accelerator.device)
-        num_images = validation_args.num_validation_images
-        train(run, loss, DiffusionValidation(pipe, loss, data, held_out, num_images, sampling))
+        if data.encoder is not None:
+            autocast_forward(run.accelerator, data.encoder.to(run.accelerator.device))
+        counts = validation_args.num_validation_images, validation_args.velocity_error_images
+        train(run, loss, DiffusionValidation(pipe, loss, data, held_out, counts[0], sampling, counts[1]))
 
         if run.accelerator.is_main_process:
             save_pipeline(run, pipe, data, validation_args.label_accuracy_samples, sampling)
@@ -170,7 +173,8 @@ def save_pipeline(
             "{label_accuracy:.1%} of {num_images} samples are classified as their label by an RBF SVM trained on "
             "the {num_real_images} real images ({sampler}).".format(**results)
         )
-    print(f"Saved the pipeline, samples.png and loss_curve.png to {run.output_dir}")
+    pictures = ", samples.png and loss_curve.png" if (run.output_dir / "samples.png").is_file() else ""
+    print(f"Saved the pipeline{pictures} to {run.output_dir}")
 
 
 if __name__ == "__main__":

@@ -1,15 +1,17 @@
 """What train_dit.py validates: samples, and the loss of held-out images."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
-from accelerate.utils import reduce
+from accelerate.utils import reduce, send_to_device
 from PIL import Image
 from torch.utils.data import DataLoader, Subset
 
+from ..data.images import LabeledImages, load_images
 from ..data.latents.training_data import TrainingData
-from ..data.splits import ImageSubset
+from ..data.splits import ImageSubset, check_same_classes
 from ..evaluation.label_accuracy import MAX_SVM_VALUES
 from ..plots import image_grid, plot_loss_curve
 from ..sampling.generate import class_labels_for, generate_on_all_processes
@@ -19,6 +21,7 @@ from ..utils.ranges import CheckedArguments, at_least, between
 from ..utils.seeding import Draws, Stream, numpy_generator
 from .objectives import DiffusionLoss
 from .run import TrainingRun
+from .velocity_error import VelocityError
 
 
 @dataclass(frozen=True)
@@ -30,11 +33,28 @@ class ValidationArguments(CheckedArguments):
         metadata={"help": "Steps between validations; 0 for none but the last.", "resumable": True} | at_least(0),
     )
     num_validation_images: int = field(
-        default=80, metadata={"help": "Images of a sample grid.", "resumable": True} | between(1, 10_000)
+        default=80,
+        metadata={"help": "Images of a sample grid; 0 for no pictures.", "resumable": True} | between(0, 10_000),
     )
     held_out_images: int = field(
         default=0,
         metadata={"help": "Images kept from training, to measure their loss with fixed noise; the same for all seeds."}
+        | at_least(0),
+    )
+    held_out_dataset: str | None = field(
+        default=None,
+        metadata={
+            "help": "Take the held-out images from this data set, and train on all of --dataset.",
+            "resumable": True,  # the number of images to train on must still be equal
+        },
+    )
+    velocity_error_images: int = field(
+        default=0,
+        metadata={
+            "help": "Measure, instead of the loss, the error of the flow's velocity, which can be compared between "
+            "objectives: of this many held-out images at each validation, and of all at the end.",
+            "resumable": True,
+        }
         | at_least(0),
     )
     label_accuracy_samples: int = field(
@@ -45,6 +65,34 @@ class ValidationArguments(CheckedArguments):
         }
         | between(0, 1_000_000),
     )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.held_out_dataset is not None and not self.held_out_images:
+            raise ValueError("held_out_dataset needs held_out_images: how many of its images to measure.")
+        if self.velocity_error_images > self.held_out_images:
+            raise ValueError(
+                f"velocity_error_images {self.velocity_error_images} are more than held_out_images "
+                f"{self.held_out_images}, of which they are a part."
+            )
+
+    def hold_out(self, data: TrainingData) -> tuple[Any, ImageSubset | None]:
+        """Return the images to train on, and those held out, if any; see `hold_out`.
+
+        Raises:
+            ValueError: If there are too few images, or `held_out_dataset` has other classes or is a cache.
+        """
+        if self.held_out_dataset is None:
+            return hold_out(data.images, self.held_out_images)
+        if not isinstance(data.images, LabeledImages):
+            raise ValueError("held_out_dataset takes images, and dataset is a cache of latents: leave it out.")
+        others = load_images(replace(data.arguments, dataset=self.held_out_dataset), None)
+        check_same_classes(data.images, others)
+        if self.held_out_images > len(others):
+            raise ValueError(
+                f"held_out_images {self.held_out_images} are more than the {len(others)} images of {others.name}."
+            )
+        return data.images, ImageSubset(others, sorted(held_out_order(len(others))[: self.held_out_images]))
 
     def check_label_accuracy(self, data: TrainingData) -> None:
         """Refuse, before training, data on which the support vector machine cannot judge samples after it.
@@ -75,8 +123,10 @@ class DiffusionValidation:
         loss: The training loss.
         data: The data; its classes label the grid.
         held_out: Images kept from training; `None` for none.
-        num_images: Images of the grid.
+        num_images: Images of the grid; 0 for no pictures.
         sampling: `seed`, `guidance_scale` and `num_inference_steps`.
+        velocity_error_images: Held-out images whose velocity error is measured on the way, in place of the loss of
+            all; 0 to measure the loss.
     """
 
     def __init__(
@@ -87,14 +137,24 @@ class DiffusionValidation:
         held_out: ImageSubset | None,
         num_images: int,
         sampling: dict[str, Any],
+        velocity_error_images: int = 0,
     ):
         self.pipe, self.loss, self.data, self.held_out = pipe, loss, data, held_out
         self.num_images, self.sampling = num_images, sampling
+        self.velocity_error = None
+        if held_out is not None and velocity_error_images:
+            self.velocity_error = VelocityError(pipe.scheduler, data.clean, held_out, velocity_error_images)
 
     def __call__(self, run: TrainingRun) -> dict[str, float]:
         """Validate `run.trained_model`; all processes call it."""
-        values = {} if self.held_out is None else {"validation_loss": self.held_out_loss(run, self.held_out)}
-        grid = self.sample_grid()
+        values = {}
+        if self.velocity_error is not None:
+            values = self.velocity_error.on_the_way(run)
+            if run.step == run.config.run.max_train_steps:
+                values |= self.velocity_error.at_the_end(run)
+        elif self.held_out is not None:
+            values = {"validation_loss": self.held_out_loss(run, self.held_out)}
+        grid = self.sample_grid() if self.num_images else None
         if grid is not None:
             steps = run.config.validation_steps
             if steps and run.step % steps == 0:
@@ -124,8 +184,8 @@ class DiffusionValidation:
             batch, labels = next(iter(DataLoader(Subset(images, rows), batch_size=len(rows))))  # (B, ...), (B,)
             draws = Draws(0, start, slice(0, len(rows)), len(rows), accelerator.device, Stream.VALIDATION)
             with accelerator.autocast():
-                inputs = (batch.to(accelerator.device), labels.to(accelerator.device), draws)
-                _, error = self.loss.errors(run.trained_model, *inputs)
+                batch, labels = send_to_device((batch, labels), accelerator.device)
+                _, error = self.loss.errors(run.trained_model, batch, labels, draws)
             sums += torch.stack([error.double().sum(), torch.tensor(len(rows), device=error.device)])
         error, count = reduce(sums, "sum").tolist()
         return error / count
@@ -141,5 +201,10 @@ def hold_out(images: Any, count: int) -> tuple[Any, ImageSubset | None]:
         return images, None
     if count >= len(images):
         raise ValueError(f"held_out_images {count} leaves none of the {len(images)} images to train on.")
-    order = numpy_generator(Stream.HELD_OUT_ROWS, 0).permutation(len(images))
+    order = held_out_order(len(images))
     return ImageSubset(images, sorted(order[count:])), ImageSubset(images, sorted(order[:count]))
+
+
+def held_out_order(num_images: int) -> np.ndarray:
+    """Return the rows of a data set in the order in which they are held out, the same for all seeds."""
+    return numpy_generator(Stream.HELD_OUT_ROWS, 0).permutation(num_images)

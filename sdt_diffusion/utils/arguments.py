@@ -7,6 +7,7 @@ import json
 import re
 import signal
 import sys
+import traceback
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +32,9 @@ OWN_METADATA = frozenset({"resumable", RANGE_KEY, SECRET_KEY})
 
 #: Ending of the names of fields that hold a JSON object as text. A YAML file may give a mapping for them.
 JSON_FIELD_ENDING = "_overrides"
+
+#: How a script's message starts after one of the data loader's processes was killed.
+WORKER_ENDED = "Error: a process of the data loader ended, perhaps for lack of memory"
 
 
 def json_object(text: str | None, name: str) -> dict[str, Any]:
@@ -72,14 +76,24 @@ def exit_on_error() -> Iterator[None]:
     except KeyboardInterrupt:
         print("Stopped by Ctrl-C.", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, EOFError) as error:
+        if isinstance(error, (ConnectionError, EOFError)) and _handed_over_a_tensor(error):
+            sys.exit(f"{WORKER_ENDED}: {one_line(error)}")
+        if isinstance(error, EOFError):
+            raise
         sys.exit(f"Error: {one_line(error)}")
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
             sys.exit(f"Error: not enough memory, use smaller batches or images: {one_line(error)}")
         if "DataLoader worker" not in str(error):
             raise
-        sys.exit(f"Error: a process of the data loader ended, perhaps for lack of memory: {one_line(error)}")
+        sys.exit(f"{WORKER_ENDED}: {one_line(error)}")
+
+
+def _handed_over_a_tensor(error: BaseException) -> bool:
+    """Return whether an error was raised where a process receives a tensor from another one."""
+    files = [Path(frame.f_code.co_filename) for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return any(file.parts[-3:-1] == ("torch", "multiprocessing") for file in files)
 
 
 def one_line(error: BaseException) -> str:

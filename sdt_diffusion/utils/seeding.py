@@ -16,6 +16,8 @@ class Stream(IntEnum):
     """Names of all uses of random numbers; changing a value changes its draws."""
 
     EPOCH_ORDER = 1  # key: epoch
+    CLASS_ORDER = 21  # key: round; classes of class-balanced batches
+    CLASS_EPOCH_ORDER = 22  # key: class label and its epoch; images of class-balanced batches
     FLIP = 2  # key: position in the stream of training images
     AUGMENTATION = 3  # key: position
     STEP = 4  # key: optimizer step; noise, timesteps and dropped labels of `Draws`
@@ -27,6 +29,7 @@ class Stream(IntEnum):
     INITIALIZATION = 10  # no key; weights of a new model
     HELD_OUT_ROWS = 11  # no key; images kept from a diffusion model's training
     VALIDATION = 12  # key: index of the first image; noise and timesteps of the held-out loss
+    VELOCITY_NOISE = 20  # key: position of the held-out image, number of its noise level
 
 
 def seed_sequence(stream: Stream, seed: int, *key: int) -> np.random.SeedSequence:
@@ -109,7 +112,8 @@ class Draws:
         device: torch.device | str = "cpu",
         stream: Stream = Stream.STEP,
     ):
-        self.rows, self.images_per_step, self.device = rows, images_per_step, torch.device(device)
+        self.step, self.rows, self.images_per_step = step, rows, images_per_step
+        self.device = torch.device(device)
         self.generator = torch_generator(stream, seed, step, device=self.device)
 
     def take(self, draw: Callable[[int, torch.Generator], torch.Tensor]) -> torch.Tensor:

@@ -206,7 +206,7 @@ class TestBadInput:
         error = refused(tmp_path / "lightning.pt", tmp_path / "out", "--num_attention_heads", 2)
         assert "freqs_cos has 8 channels, which do not fit num_attention_heads 2" in error
 
-    def test_parts_that_do_not_fit_the_model(self, refused, checkpoint, tiny_vae, tmp_path):
+    def test_parts_that_do_not_fit_the_model(self, refused, checkpoint, tiny_vae, tiny_rae, tmp_path):
         words = (checkpoint, tmp_path / "out", "--kind", "dit", *HEADS)
         for content in ('["a", "b"]', '{"0": 1}', '{"a": "b"}', "[", "3", '{"0": ["a"]}'):
             (tmp_path / "names.json").write_text(content)
@@ -219,6 +219,8 @@ class TestBadInput:
         torch.save({"mean": torch.ones(3), "std": torch.ones(3)}, tmp_path / "stats.pt")
         assert "latent_stats are of 3 channels, and the VAE has 4" in refused(*words, *vae, *stats)
         assert "give vae too" in refused(*words, *stats)
+        tiny_rae.save_pretrained(tmp_path / "rae")
+        assert "The VAE has 64 latent channels, and the model" in refused(*words, "--vae", tmp_path / "rae")
         tiny_vae.register_to_config(latent_channels=16)
         tiny_vae.save_config(tmp_path / "vae")
         refused(*words, "--vae", tmp_path / "vae")

@@ -39,6 +39,33 @@ def test_another_seed_gives_another_order():
     assert [other[i][1] for i in range(10)] != labels(0, 10)
 
 
+class Imbalanced(Numbers):
+    """Six images of class 0, three of class 1, one of class 3, none of class 2."""
+
+    labels = np.array([0, 1, 0, 1, 0, 3, 0, 1, 0, 0])
+
+
+def balanced(start, stop, seed=0):
+    stream = ShuffledStream(Imbalanced(), seed, augment=None, start=start, stop=stop, class_balanced=True)
+    return [index for _, index in stream.__getitems__(range(len(stream)))]
+
+
+def test_balanced_rounds_show_every_class_once_and_its_images_equally_often():
+    shown = np.array(balanced(0, 54))  # 18 rounds
+    rounds = Imbalanced.labels[shown].reshape(18, 3)
+    assert (np.sort(rounds) == [0, 1, 3]).all()
+    assert len({tuple(row) for row in rounds}) > 1
+    assert np.bincount(shown).tolist() == [3, 6, 3, 6, 3, 18, 3, 6, 3, 3]
+    of_class = shown[Imbalanced.labels[shown] == 0].reshape(3, 6)
+    assert (np.sort(of_class) == [0, 2, 4, 6, 8, 9]).all()
+    assert not (of_class[0] == of_class[1]).all()
+
+
+def test_a_balanced_stream_follows_from_seed_and_position_alone():
+    assert balanced(17, 40) == balanced(0, 40)[17:]
+    assert balanced(0, 40, seed=1) != balanced(0, 40)
+
+
 def test_flips_half_the_images_and_the_same_ones_after_a_restart():
     def flipped(start):
         stream = ShuffledStream(Numbers(), seed=0, augment=RandomFlip(0), start=start, stop=2000)

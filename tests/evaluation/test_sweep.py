@@ -1,8 +1,5 @@
 import json
-import os
 import re
-import subprocess
-import sys
 
 import pytest
 from PIL import Image
@@ -17,7 +14,7 @@ from sdt_diffusion.metrics.extractors import build_extractor
 from sdt_diffusion.sampling.folder import weights_of
 from sdt_diffusion.sampling.generate import describe_sampling
 from sdt_diffusion.sampling.settings import load_pipeline
-from tests.scripts.process import ROOT
+from tests.scripts.process import ROOT, fork_ranks
 
 PIXELS = build_extractor("pixels")
 SCALES = "guidance_scale=1,2"
@@ -292,13 +289,9 @@ def test_bad_requests_are_refused_before_the_first_cell(run, calls, tmp_path, ax
 
 def test_processes_share_the_work_and_change_no_digit(run, model, tmp_path):
     found, _ = run(SCALES, sampling={"batch_size": 3})
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "eval/sweep.py"]
     flags = f"--num_samples 10 --num_inference_steps 2 --batch_size 3 --extractor pixels --axes {SCALES}".split()
     flags += ["--reference", "digits", "--metrics", "fid", "--model", model, "--output_dir", tmp_path / "two"]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    command, options = list(map(str, [*launch, *flags])), {"capture_output": True, "text": True, "timeout": 300}
-    result = subprocess.run(command, cwd=ROOT, env=environment, check=False, **options)
-    assert result.returncode == 0, result.stderr
+    result = fork_ranks("eval/sweep.py", *flags)
     assert result.stdout.count("Best: guidance_scale") == 1
     for cell, record in found.finished.values():
         assert json.loads((tmp_path / "two" / "cells" / f"{cell.name}.json").read_text())["fid"] == record["fid"]

@@ -8,14 +8,12 @@ stopped. The exit code is 1 if a case went wrong.
 """
 
 import argparse
-import importlib
 import json
 import os
 import shutil
 import signal
 import sys
 import tempfile
-import threading
 import traceback
 from collections import Counter
 from pathlib import Path
@@ -25,20 +23,13 @@ os.environ |= {"TOKENIZERS_PARALLELISM": "false", "TQDM_MININTERVAL": "1"}
 os.environ["JE_ARROW_MALLOC_CONF"] = "background_thread:false"  # pyarrow's thread, which no fork has
 os.environ.pop("HF_TOKEN", None)
 
-import torch
-from PIL import Image
 from tqdm import tqdm
 
-from .bases import SCRIPTS
+from tests.scripts.forks import import_all
+
 from .cases import Case
 from .judge import GOOD
 from .subjects import build_template
-
-#: Modules that the scripts import late, and that each child would otherwise import again.
-LATE = (
-    *("matplotlib.pyplot", "matplotlib.backends.backend_agg", "timm.data"),
-    *("timm.optim", "torch_fidelity", "diffusers.guiders", "diffusers.pipelines.pipeline_loading_utils"),
-)
 
 
 def main() -> None:
@@ -81,18 +72,6 @@ def main() -> None:
     table = summarize(done, root)
     print(table)
     sys.exit(any(not line["good"] for line in done))
-
-
-def import_all() -> None:
-    """Import everything once, and start no thread: the children are forks of this process."""
-    tqdm.monitor_interval = 0
-    tqdm.set_lock(threading.RLock())  # its own is shared with forks: one that is killed would keep it forever
-    torch.set_num_threads(1)
-    for module in (*SCRIPTS.values(), *LATE):
-        importlib.import_module(module)
-    Image.init()
-    threads = list(Path("/proc/self/task").iterdir())
-    assert len(threads) == 1, "a fork has none of the other threads, but all of their locks"
 
 
 def read_lines(path: Path) -> list[dict]:

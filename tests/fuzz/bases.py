@@ -5,22 +5,7 @@ import importlib
 from dataclasses import dataclass
 from unittest import mock
 
-#: Script -> module of its `main`.
-SCRIPTS = {
-    "train/train_dit.py": "sdt_diffusion.training.train_dit",
-    "train/train_classifier.py": "sdt_diffusion.training.train_classifier",
-    "train/encode_latents.py": "sdt_diffusion.data.latents.encode",
-    "train/reconstruct_ema.py": "sdt_diffusion.training.reconstruct_ema",
-    "train/share.py": "sdt_diffusion.hub.push",
-    "sample/sample.py": "sdt_diffusion.sampling.sample",
-    "sample/gallery.py": "sdt_diffusion.demo.gallery",
-    "eval/fid.py": "sdt_diffusion.evaluation.fid",
-    "eval/sweep.py": "sdt_diffusion.evaluation.sweep",
-    "eval/make_reference.py": "sdt_diffusion.evaluation.make_reference",
-    "eval/accuracy.py": "sdt_diffusion.evaluation.accuracy",
-    "eval/label_accuracy.py": "sdt_diffusion.evaluation.label_accuracy",
-    "eval/decay_maps.py": "sdt_diffusion.evaluation.decay_maps",
-}
+from tests.scripts.forks import SCRIPTS
 
 
 @dataclass(frozen=True)

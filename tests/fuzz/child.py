@@ -1,6 +1,5 @@
 """Run one command in a forked child, with limits on its memory, time and files."""
 
-import atexit
 import contextlib
 import faulthandler
 import os
@@ -9,14 +8,14 @@ import select
 import signal
 import sys
 import tempfile
-import threading
 import time
 import traceback
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import datasets
+
+from tests.scripts.forks import end_with
 
 from .bases import BASES
 
@@ -68,7 +67,8 @@ def run_child(folder: Path, base: str, argv: list[str], limits: Limits) -> Ended
     if pid == 0:
         try:
             _prepare(folder, pipes, limits)
-            _call(BASES[base].main, BASES[base].script, argv)
+            sys.argv = [BASES[base].script, *argv]
+            end_with(BASES[base].main)
         finally:  # a mistake of this harness
             os.write(2, traceback.format_exc().encode())
             os._exit(70)
@@ -105,30 +105,6 @@ def _prepare(folder: Path, pipes: list[tuple[int, int]], limits: Limits) -> None
         (resource.RLIMIT_CORE, 0),
     ):
         resource.setrlimit(kind, (value, value))
-
-
-def _call(main: Callable, script: str, argv: list[str]) -> None:
-    """Call `main` and end as the interpreter does: exit codes, tracebacks, threads, functions of `atexit`."""
-    sys.argv = [script, *argv]
-    code = 0
-    try:
-        main()
-    except SystemExit as stop:
-        code = stop.code
-        if code is None:
-            code = 0
-        elif not isinstance(code, int):
-            print(code, file=sys.stderr)
-            code = 1
-    except BaseException as error:
-        traceback.print_exc()
-        code = 130 if isinstance(error, KeyboardInterrupt) else 1
-    threading._shutdown()
-    atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):
-            stream.flush()
-    os._exit(code & 0xFF)
 
 
 def _watch(pid: int, pipes: list[int], start: float, limits: Limits) -> Ended:

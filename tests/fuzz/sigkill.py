@@ -20,6 +20,7 @@ import psutil
 import torch
 from safetensors.torch import load_file
 
+from tests.scripts.forks import Fork
 from tests.training import small_run
 
 ROOT = Path(__file__).parents[2]
@@ -44,9 +45,12 @@ def start(output_dir, num_steps, processes, workers):
     }
     words = [f"{key}={value}" for key, value in fields.items()]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [*(launcher if processes > 1 else []), small_run.__file__, str(output_dir), "ddp", *words]
+    command = [small_run.__file__, str(output_dir), "ddp", *words]
     with output_dir.with_suffix(".txt").open("a") as output:
-        return subprocess.Popen([sys.executable, *command], env=environment, stdout=output, stderr=output)
+        options = {"env": environment, "stdout": output, "stderr": output}
+        if processes == 1:
+            return Fork(*command, **options)
+        return subprocess.Popen([sys.executable, *launcher, *command], **options)
 
 
 def wait_until(condition, what):

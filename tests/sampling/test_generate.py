@@ -1,7 +1,3 @@
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -18,7 +14,7 @@ from sdt_diffusion.sampling.generate import (
     stack_samples,
 )
 from sdt_diffusion.sdt import GUIDANCE_KINDS
-from tests.scripts.process import ROOT
+from tests.scripts.process import fork_ranks
 
 LABELS = class_labels_for(10, [0, 2, 4])
 
@@ -118,11 +114,7 @@ for name, labels in {labels}.items():
 sample.main({flags_for("shared")})
 state.destroy_process_group()
 """)
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, *launch, str(tmp_path / "run.py")]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert result.returncode == 0, result.stderr
+    result = fork_ranks(tmp_path / "run.py")
     assert "Sampling: 100%" in result.stderr
     for name, pipe in pipes.items():
         one = generate_on_all_processes(pipe, labels[name], **settings)

@@ -1,15 +1,12 @@
 """eval/accuracy.py as a user runs it."""
 
 import json
-import os
 import runpy
-import subprocess
-import sys
 
 import pytest
 
 from sdt_diffusion.classification import SDTHImageProcessor
-from tests.scripts.process import ROOT
+from tests.scripts.process import ROOT, fork_ranks
 from tests.sdt_h.small import small_model
 
 
@@ -30,13 +27,7 @@ def main():
 def test_number_of_processes_and_workers_change_no_digit(tmp_path, flags, main, capsys):
     main([*flags, str(tmp_path / "one.json")])
     assert "mean of classes" in capsys.readouterr().out
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*launch, "eval/accuracy.py", *flags, str(tmp_path / "two.json"), "--dataloader_num_workers", "1"]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    shared = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert shared.returncode == 0, shared.stderr
+    shared = fork_ranks("eval/accuracy.py", *flags, tmp_path / "two.json", "--dataloader_num_workers", "1")
     assert shared.stdout.count("mean of classes") == 1
     one, two = (json.loads((tmp_path / name).read_text()) for name in ("one.json", "two.json"))
     assert one.pop("throughput")["images_per_second"] > 0

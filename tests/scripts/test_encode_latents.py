@@ -1,9 +1,6 @@
 """train/encode_latents.py as a user runs it, and killed."""
 
-import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -11,9 +8,10 @@ from datasets import ClassLabel
 
 from sdt_diffusion.data import LatentCache
 from tests.data.test_images import table
-from tests.scripts.process import ROOT, load_main, run
+from tests.scripts.forks import Fork
+from tests.scripts.process import fork_ranks, load_main
 
-ENCODE = [sys.executable, "train/encode_latents.py"]
+ENCODE = "train/encode_latents.py"
 
 
 @pytest.fixture
@@ -31,27 +29,23 @@ def files(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_killed_run_repeats_one_shard_and_two_processes_write_the_same_files(arguments, tmp_path, monkeypatch):
+def test_a_killed_run_repeats_one_shard_and_two_processes_write_the_same_files(arguments, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # several threads may add up in another order
-    two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *ENCODE[1:]]
-    result = run(*two, *arguments, "--output_dir", whole)
+    result = fork_ranks(ENCODE, *arguments, "--output_dir", whole)
     assert f"60 images of 3 classes are in {whole}." in result.stdout
     assert len(LatentCache(whole)) == 60
 
-    command = [*ENCODE, *arguments, "--output_dir", str(killed)]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = Fork(ENCODE, *arguments, "--output_dir", killed)
     while not list(killed.glob("shard-00002*")):
         assert process.poll() is None, "the run ended before it could be killed"
         time.sleep(0.0005)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
     assert not (killed / "manifest.json").exists()
     done = {path: path.stat().st_mtime_ns for path in killed.glob("shard-*.safetensors")}
     assert 3 <= len(done) < 60
 
-    load_main("train/encode_latents.py")(command[2:])
+    load_main(ENCODE)([*arguments, "--output_dir", str(killed)])
     again = [path for path, time_written in done.items() if path.stat().st_mtime_ns != time_written]
     assert len(again) <= 1
     assert files(killed) == files(whole)

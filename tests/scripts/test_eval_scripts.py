@@ -1,19 +1,15 @@
 """The evaluation scripts as a user runs them: in processes of their own."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from tests.scripts.process import ROOT, call, run
-
-FID = [sys.executable, "eval/fid.py"]
+from tests.scripts.forks import Fork
+from tests.scripts.process import call, fork, fork_ranks
 
 
 @pytest.fixture
@@ -32,16 +28,10 @@ def flags(model, output, *more):
 
 
 def test_number_of_processes_and_workers_change_no_digit(model, tmp_path):
-    first = run(*FID, *flags(model, tmp_path / "one.json"))
+    first = fork("eval/fid.py", *flags(model, tmp_path / "one.json"))
     assert "FD(pixels)-90" in first.stdout
     assert "3 steps, 6 network evaluations, guidance 1.5, seed 0" in first.stdout
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    command = [*launch, "eval/fid.py", *flags(model, tmp_path / "two.json", "--dataloader_num_workers", "1")]
-    result = subprocess.run(
-        list(map(str, command)), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert result.returncode == 0, result.stderr
+    result = fork_ranks("eval/fid.py", *flags(model, tmp_path / "two.json", "--dataloader_num_workers", "1"))
     one, two = (json.loads((tmp_path / name).read_text()) for name in ("one.json", "two.json"))
     assert one.pop("samples") == {**two.pop("samples"), "images": ".../one.samples"}
     assert one == two
@@ -49,19 +39,19 @@ def test_number_of_processes_and_workers_change_no_digit(model, tmp_path):
 
 
 def test_a_killed_run_resumes_where_it_stopped(model, tmp_path):
-    run(*FID, *flags(model, tmp_path / "whole.json", "--metrics", "fid"))
+    fork("eval/fid.py", *flags(model, tmp_path / "whole.json", "--metrics", "fid"))
     output = tmp_path / "killed.json"
-    command = list(map(str, [*FID, *flags(model, output, "--metrics", "fid")]))
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command = ["eval/fid.py", *flags(model, output, "--metrics", "fid")]
+    process = Fork(*command)
     samples = tmp_path / "killed.samples"
     while not list(samples.glob("batch-*.npy")):
         assert process.poll() is None, "the run ended before it could be killed"
         time.sleep(0.0005)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
     assert not output.exists()
     kept = {path: path.stat().st_mtime_ns for path in samples.glob("batch-*.npy")}
-    run(*command)
+    fork(*command)
     assert all(path.stat().st_mtime_ns == modified for path, modified in kept.items())
     assert json.loads(output.read_text())["fid"] == json.loads((tmp_path / "whole.json").read_text())["fid"]
 

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
 
@@ -14,9 +13,9 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from sdt_diffusion.training.monitor import read_log
-from tests.scripts.process import ROOT, assert_same_weights, call, run
+from tests.scripts.forks import Fork
+from tests.scripts.process import assert_same_weights, call, fork, run
 
-TRAIN = [sys.executable, "train/train_dit.py"]
 SMALL = [
     *("--cpu_threads", "1", "--model_overrides", '{"num_layers": 1, "dropout": 0.1}'),
     *("--train_batch_size", "8", "--gradient_accumulation_steps", "2", "--num_validation_images", "20"),
@@ -60,9 +59,8 @@ def test_training_leaves_a_pipeline_pictures_a_log_and_its_config(trained):
 def test_a_killed_and_resumed_run_ends_with_the_same_weights(trained, tmp_path, kill_at, by):
     """In the steps after a checkpoint, or while one is being written; with its loader's worker, as clusters do it."""
     output_dir = tmp_path / "killed"
-    command = [*TRAIN, *SMALL, "--dataloader_num_workers", "1", "--output_dir", str(output_dir)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, **pipes)
+    command = ["train/train_dit.py", *SMALL, "--dataloader_num_workers", "1", "--output_dir", str(output_dir)]
+    process = Fork(*command, start_new_session=True)
     while not list(output_dir.glob(kill_at)):
         assert process.poll() is None, "the run ended before it could be killed"
         time.sleep(0.0005)
@@ -75,7 +73,7 @@ def test_a_killed_and_resumed_run_ends_with_the_same_weights(trained, tmp_path, 
         assert (output_dir / f"checkpoint-{step}" / "checkpoint.json").is_file()
         assert "Traceback" not in err
 
-    run(*command, "--resume_from_checkpoint", "latest")
+    fork(*command, "--resume_from_checkpoint", "latest")
     for name in ("transformer", "transformer_ema"):
         assert_same_weights(output_dir / "checkpoint-30" / name, trained[0] / "checkpoint-30" / name)
     assert_same_weights(output_dir / "transformer", trained[0] / "transformer")
@@ -168,7 +166,7 @@ class TestSampling:
     def sampled(cls, trained, tmp_path_factory):
         output_dir = tmp_path_factory.mktemp("samples") / "a"
         argv = ("--classes", "3", "7", "--num_images", "10", "--num_inference_steps", "4", "--npz")
-        result = run(sys.executable, "sample/sample.py", "--model", trained[0], *argv, "--output_dir", output_dir)
+        result = fork("sample/sample.py", "--model", trained[0], *argv, "--output_dir", output_dir)
         return output_dir, result
 
     def test_leaves_a_file_per_sample_and_a_grid(self, sampled):

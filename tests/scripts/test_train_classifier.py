@@ -1,9 +1,7 @@
 """The classifier's script as a user runs it: in processes of its own, on small runs."""
 
 import json
-import os
 import signal
-import subprocess
 import sys
 import time
 
@@ -21,9 +19,10 @@ from sdt_diffusion.data.splits import ValidationDataArguments, load_splits
 from sdt_diffusion.metrics.confusion import from_log
 from sdt_diffusion.training.monitor import read_log
 from sdt_diffusion.training.train_classifier import evaluate_classifier
-from tests.scripts.process import ROOT, assert_same_weights, load_main, run
+from tests.scripts.forks import Fork
+from tests.scripts.process import assert_same_weights, fork, fork_ranks, load_main, run
 
-TRAIN = [sys.executable, "train/train_classifier.py"]
+TRAIN = "train/train_classifier.py"
 # Everything random at once: what a kill must not change.
 SMALL = [
     *("--model_overrides", '{"depths": [1, 1], "dropout": 0.1}', "--drop_path", "0.2", "--random_flip", "True"),
@@ -38,7 +37,7 @@ SMALL = [
 def trained(tmp_path_factory):
     """A small undisturbed run on the digits, as `accelerate launch` starts it."""
     output_dir = tmp_path_factory.mktemp("run") / "digits"
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "train/train_classifier.py"]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", TRAIN]
     return output_dir, run(*launch, *SMALL, "--output_dir", output_dir)
 
 
@@ -68,16 +67,16 @@ def test_training_leaves_a_classifier_for_pipelines_a_log_results_and_a_curve(tr
 def test_a_killed_and_resumed_run_ends_with_the_same_weights(trained, tmp_path):
     """SIGKILL in the steps after a checkpoint; the second run loads its images in a process of their own."""
     output_dir = tmp_path / "killed"
-    command = [*TRAIN, *SMALL, "--output_dir", str(output_dir)]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command = [TRAIN, *SMALL, "--output_dir", str(output_dir)]
+    process = Fork(*command)
     while not (output_dir / "checkpoint-6").exists():
         assert process.poll() is None, "the run ended before it could be killed"
         time.sleep(0.0005)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
     assert not (output_dir / "config.json").exists()
 
-    run(*command, "--resume_from_checkpoint", "latest", "--dataloader_num_workers", "1")
+    fork(*command, "--resume_from_checkpoint", "latest", "--dataloader_num_workers", "1")
     for name in ("classifier", "classifier_ema"):
         assert_same_weights(output_dir / "checkpoint-20" / name, trained[0] / "checkpoint-20" / name)
     assert_same_weights(output_dir, trained[0])
@@ -90,15 +89,8 @@ def test_a_killed_and_resumed_run_ends_with_the_same_weights(trained, tmp_path):
 
 
 def test_two_processes_share_a_step_and_the_test_images(tmp_path):
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", TRAIN[1]]
     flags = ("--num_train_epochs", "0.1", "--train_batch_size", "16", "--report_to", "none", "--ema_decay", "0.5")
-    flags = (*flags, "--lr_warmup_steps", "0", "--output_dir", tmp_path)
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    command = [str(word) for word in (*launch, *flags)]
-    result = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert result.returncode == 0, result.stderr
+    result = fork_ranks(TRAIN, *flags, "--lr_warmup_steps", "0", "--output_dir", tmp_path)
     assert result.stdout.count("Saved the classifier") == 1
     results = json.loads((tmp_path / "results.json").read_text())
     assert (results["step"], results["count"]) == (5, 359)  # a tenth of 1,438 in steps of 2 x 16

@@ -1,12 +1,14 @@
 """From images to a cache of latents, a trained pipeline and samples, beside training that encodes as it goes."""
 
 import pytest
+import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from datasets import ClassLabel
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
+from sdt_diffusion.sdt.vae import decode_latents
 from tests.data.test_images import table
 from tests.scripts.process import load_main
 
@@ -55,3 +57,28 @@ def test_training_from_a_cache_is_training_that_encodes_online(tiny_vae, tmp_pat
 
     with pytest.raises(SystemExit, match="label_accuracy_samples needs the images' pixels"):
         train("cache", "other", "--label_accuracy_samples", "10")
+
+
+@pytest.mark.parametrize(
+    ("kind", "resolution", "shape"), [("tiny_rae", (), (64, 4)), ("tiny_dc_vae", ("--resolution", "16"), (4, 8))]
+)
+def test_latents_without_a_posterior_are_cached_trained_on_and_decoded(
+    kind, resolution, shape, tmp_path, train, request
+):
+    request.getfixturevalue(kind).save_pretrained(tmp_path / "vae")
+    table([i % 3 for i in range(10)], label=ClassLabel(names=["ant", "bee", "cat"])).to_parquet(tmp_path / "x.parquet")
+    load_main("train/encode_latents.py")(
+        [
+            *("--pretrained_vae_model_name_or_path", str(tmp_path / "vae"), *resolution),
+            *("--dataset", str(tmp_path / "x.parquet"), "--output_dir", str(tmp_path / "cache")),
+        ]
+    )
+    pipe = DiffusionPipeline.from_pretrained(
+        train("cache", "run", "--model", "SDT-S/1", "--time_shift", "0", "--max_train_steps", "1")
+    )
+    assert (pipe.transformer.config.in_channels, pipe.transformer.config.sample_size) == shape
+    assert pipe.scheduler.config.shift == pytest.approx((shape[0] * shape[1] ** 2 / 4096) ** 0.5)
+    noise = torch.randn(2, shape[0], shape[1], shape[1])
+    latents, images = (pipe([0, 1], latents=noise, output_type=kind).images for kind in ("latent", "pt"))
+    assert_close(images, (decode_latents(pipe.vae, latents) / 2 + 0.5).clamp(0, 1))
+    assert images.shape == (2, 3, 16, 16)

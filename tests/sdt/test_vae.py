@@ -1,11 +1,15 @@
+from typing import ClassVar
+
 import pytest
 import torch
 
 from sdt_diffusion.sdt.vae import (
     LatentNormalization,
+    check_images_fit,
     decode_latents,
     describe_vae,
     encode_pixels,
+    latent_shape,
     posterior_moments,
     sample_posterior,
     vae_spatial_scale,
@@ -79,10 +83,69 @@ def test_deep_compression_autoencoders_are_deterministic_and_scale_as_they_say(t
     latents = encode_pixels(vae, pixels)
     assert 16 // latents.shape[-1] == vae_spatial_scale(vae)
     torch.testing.assert_close(latents, vae.encode(pixels).latent * 0.5)
-    assert posterior_moments(vae, pixels)[:, 1].abs().max() == 0
+    assert posterior_moments(vae, pixels).shape == (1, 1, 4, 8, 8)
     assert decode_latents(vae, latents).shape == pixels.shape
 
 
 def test_spatial_scale(tiny_vae):
     assert vae_spatial_scale(None) == 1
     assert vae_spatial_scale(tiny_vae) == 2
+
+
+class TestRepresentationAutoencoder:
+    def test_pixels_are_scaled_and_latents_normalized_once(self, tiny_rae):
+        pixels = torch.rand(2, 3, 16, 16) * 2 - 1
+        latents = encode_pixels(tiny_rae, pixels)
+        torch.testing.assert_close(latents, tiny_rae.encode((pixels + 1) / 2).latent)
+        assert latents.shape == (2, *latent_shape(tiny_rae, 16)) == (2, 64, 4, 4)
+
+    def test_a_round_trip_is_the_autoencoders_own(self, tiny_rae):
+        pixels = torch.rand(2, 3, 16, 16) * 2 - 1
+        own = 2 * tiny_rae((pixels + 1) / 2).sample - 1
+        torch.testing.assert_close(decode_latents(tiny_rae, encode_pixels(tiny_rae, pixels)), own)
+
+    def test_its_scale_and_statistics_are_part_of_it(self, tiny_rae):
+        described = describe_vae(tiny_rae)
+        assert LatentNormalization.of(tiny_rae) == (1, 0)
+        LatentNormalization(1.0, 0.0).register_with(tiny_rae)
+        assert describe_vae(tiny_rae) == described
+        tiny_rae.register_to_config(latents_std=None, scaling_factor=0.5)
+        assert describe_vae(tiny_rae) != described
+
+    def test_the_scale_of_another_vae_is_refused(self, tiny_rae):
+        with pytest.raises(ValueError, match=r"AutoencoderRAE normalizes .* scaling_factor 0\.18215 and the shift_fa"):
+            LatentNormalization(0.18215).register_with(tiny_rae)
+        tiny_rae.register_to_config(scaling_factor=0.18215)
+        with pytest.raises(ValueError, match=r"divides its latents by latents_std, and scaling_factor 0\.18215 would"):
+            check_images_fit(tiny_rae, 16, "RGB")
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"latents_mean": [0.0] * 64}, r"latents_mean must be of shape \(64, 1, 1\) or \(64, 4, 4\), not \(64,\)"),
+            ({"latents_std": [[[1.0]]]}, r"latents_std must be of shape .* not \(1, 1, 1\)"),
+            ({"latents_std": None, "scaling_factor": float("nan")}, "scaling_factor must be"),
+            ({"reshape_to_2d": False}, "reshape_to_2d must be true"),
+        ],
+    )
+    def test_a_config_that_makes_no_latents_is_refused(self, tiny_rae, change, message):
+        tiny_rae.register_to_config(**change)
+        with pytest.raises(ValueError, match=message):
+            check_images_fit(tiny_rae, 16, "RGB")
+
+    def test_images_of_another_size_are_refused(self, tiny_rae, make_pipe, make_model):
+        with pytest.raises(ValueError, match="resolution 32 is not 16, that of all images of the VAE"):
+            check_images_fit(tiny_rae, 32, "RGB")
+        pipe = make_pipe(transformer=make_model(in_channels=64, sample_size=4), vae=tiny_rae)
+        assert pipe(0, num_inference_steps=1, output_type="pt").images.shape == (1, 3, 16, 16)
+        with pytest.raises(ValueError, match="makes images of 16x16 only, not of 32x16"):
+            pipe(0, height=32)
+
+
+def test_a_vae_of_another_kind_is_refused(make_pipe, make_model):
+    class OtherVAE(torch.nn.Module):
+        config: ClassVar = {"latent_channels": 4}
+        decode = None
+
+    with pytest.raises(ValueError, match=r"must be one of AutoencoderKL, .*, not an OtherVAE"):
+        make_pipe(transformer=make_model(in_channels=4), vae=OtherVAE())

@@ -9,10 +9,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageClassification
 
 import sdt_diffusion.classification  # noqa: F401 (registers the classifiers)
-from sdt_diffusion.metrics.extractors.transformers_models import load_network
 from sdt_diffusion.sdt_h.convert_rmt import load_rmt
 from sdt_diffusion.sdt_h.modeling_sdt_h import SDTHForImageClassification
 from sdt_diffusion.sdt_h.network import SDTHNetwork
+from sdt_diffusion.utils.pretrained import load_network
 from sdt_diffusion.utils.reading import CHECKSUMS_FILE
 
 from .small import SMALL, small_model

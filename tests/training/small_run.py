@@ -87,8 +87,8 @@ def main(output_dir, strategy, *words):
         },
     )
     # With its usual epsilon AdamW makes full steps of gradients that are nothing but rounding errors.
-    optimization = OptimizationArguments(
-        learning_rate=1e-2, adam_epsilon=1e-4, lr_scheduler="cosine", lr_warmup_steps=2
+    optimization = OptimizationArguments(  # Muon for matrices, AdamW for everything else
+        optimizer="muon", learning_rate=1e-2, adam_epsilon=1e-4, lr_scheduler="cosine", lr_warmup_steps=2
     )
     torch.manual_seed(0)
     model = SDTTransformer2DModel(**TINY)

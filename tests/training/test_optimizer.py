@@ -66,3 +66,30 @@ def test_a_step_that_is_not_admitted_leaves_weights_and_moments_as_they_are():
 
     for found, expected in zip(steps([False, True, False, False, True]), steps([True, True]), strict=True):
         assert torch.equal(found, expected)
+
+
+def rates_of(model, *pairs):
+    optimizer = build_optimizer(model, OptimizationArguments(learning_rate=0.01, lr_groups=list(pairs)))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return {names[id(p)]: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+
+
+def test_parts_of_names_have_rates_of_their_own():
+    model = nn.ModuleDict({"gate": nn.Linear(2, 2), "gates": nn.Linear(2, 2), "10": nn.Linear(2, 2)})
+    assert rates_of(model, "gate=10", "bias=0.5", "1*=3") == pytest.approx(
+        {"gate.weight": 0.1, "gate.bias": 0.05, "gates.weight": 0.01, "gates.bias": 0.005}
+        | {"10.weight": 0.03, "10.bias": 0.015}
+    )
+
+
+def test_a_name_that_is_not_there_is_refused_with_those_that_are():
+    with pytest.raises(ValueError, match=r"lr_groups: 'gat' matches no trained parameter. .* parts weight, bias"):
+        rates_of(nn.Linear(2, 2), "gat=2")
+
+
+@pytest.mark.parametrize(
+    "pairs", [["gate"], ["=2"], ["gate=x"], ["gate=0"], ["gate=nan"], ["gate=-1"], ["a=1", "a=2"]]
+)
+def test_pairs_that_are_none_are_refused(pairs):
+    with pytest.raises(ValueError, match="lr_groups"):
+        OptimizationArguments(lr_groups=pairs)

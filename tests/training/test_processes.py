@@ -2,9 +2,6 @@
 
 import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -15,6 +12,7 @@ from torch import distributed, nn
 from torch._dynamo.testing import CompileCounter
 
 from sdt_diffusion.training.monitor import read_log
+from tests.scripts.process import fork_ranks
 from tests.training import small_run
 
 #: Sums in another order: weights, averages and moments of order one, at a learning rate of 0.01.
@@ -28,16 +26,7 @@ def train(output_dir, strategy, *values, processes):
             state._reset_state()
         small_run.main(str(output_dir), strategy, *values)
         return output_dir
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    result = subprocess.run(
-        [sys.executable, *launcher, small_run.__file__, output_dir, strategy, *values],
-        env={**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(Path(__file__).parents[2])},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
+    fork_ranks(small_run.__file__, output_dir, strategy, *values, processes=processes)
     return output_dir
 
 

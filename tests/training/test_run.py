@@ -96,11 +96,19 @@ def test_changes_that_cannot_be_are_refused(make_run, kwargs, message):
         make_run(**kwargs)
 
 
-@pytest.mark.parametrize("ema", [{}, {"use_ema": False}, {"ema_profile": "power", "ema_sigma_rel": [0.1, 0.2]}])
-def test_a_resumed_run_ends_with_the_same_weights_moments_and_averages(make_run, ema):
-    whole = trained(make_run("whole", ema=ema))
-    trained(make_run("part", ema=ema, max_train_steps=3))
-    part = make_run("part", ema=ema, resume_from_checkpoint="latest")
+@pytest.mark.parametrize(
+    ("optimizer", "ema"),
+    [
+        ("adamw", {}),
+        ("muon", {"use_ema": False}),
+        ("adamw", {"ema_profile": "power", "ema_sigma_rel": [0.1, 0.2]}),
+    ],
+)
+def test_a_resumed_run_ends_with_the_same_weights_moments_and_averages(make_run, optimizer, ema):
+    how = {"optimization": {"optimizer": optimizer}, "ema": ema}
+    whole = trained(make_run("whole", **how))
+    trained(make_run("part", **how, max_train_steps=3))
+    part = make_run("part", **how, resume_from_checkpoint="latest")
     assert part.step == 3
     trained(part)
     files = [path.relative_to(whole.output_dir) for path in whole.output_dir.rglob("checkpoint-6/**/*.safetensors")]
@@ -189,12 +197,14 @@ def test_the_config_and_its_arguments_are_not_changed(make_run):
     assert find_checkpoint(run.output_dir, "latest") is None
 
 
-def test_weight_decay_spares_biases_norms_and_alpha():
+def test_weight_decay_spares_biases_norms_tables_and_gates():
     model = SDTTransformer2DModel(**TINY, qk_norm="rms_norm")
     optimizer = build_optimizer(model, OptimizationArguments(adam_weight_decay=0.1))
     decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
     names = {name for name, p in model.named_parameters() if id(p) not in decayed}
-    assert all(name.endswith((".bias", ".log_alpha", ".norm_q.weight", ".norm_k.weight")) for name in names)
+    spared = (".bias", ".norm_q.weight", ".norm_k.weight", ".class_embedder.weight")
+    assert all(name.endswith(spared) or ".gate." in name for name in names)
+    assert "transformer_blocks.0.attn.gate.proj.weight" in names
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters()))
 
 

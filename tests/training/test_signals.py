@@ -11,6 +11,7 @@ import psutil
 import pytest
 
 from tests.fuzz.sigkill import ROOT, run_with_kills, running, same_weights, steps
+from tests.scripts.forks import Fork
 from tests.training import small_run
 
 NUM_STEPS = 60
@@ -22,14 +23,14 @@ FIELDS = [f"max_train_steps={NUM_STEPS}", "checkpointing_steps=20", "seconds=0.0
 @contextlib.contextmanager
 def started(output_dir, *words, launcher=()):
     """A small run in processes of its own; whatever is left of it at the end is killed."""
-    process = subprocess.Popen(
-        [sys.executable, *launcher, small_run.__file__, str(output_dir), "ddp", *FIELDS, *words],
-        env={**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    command = [small_run.__file__, str(output_dir), "ddp", *FIELDS, *words]
+    env = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    if launcher:
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        command = [sys.executable, *launcher, *command]
+        process = subprocess.Popen(command, env=env, start_new_session=True, **pipes)
+    else:
+        process = Fork(*command, env=env, start_new_session=True)
     try:
         yield process
     finally:
@@ -87,7 +88,8 @@ def test_an_unreadable_image_ends_a_run_with_workers_by_one_line(tmp_path, num_w
 
 
 def test_a_killed_worker_ends_the_run_by_one_line_and_resuming_gives_the_same_weights(tmp_path, whole):
-    with started(tmp_path / "out") as process:
+    # The worker is killed at work on an image, not as it hands one over, and the run waits for it.
+    with started(tmp_path / "out", "seconds=0.05") as process:
         wait_for_step(tmp_path / "out", process)
         descendants(process)[0].kill()
         _, err = process.communicate(timeout=30)

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch.multiprocessing import reductions
 from torch.utils.data import DataLoader, Dataset
 
 from sdt_diffusion.utils.arguments import exit_on_error, one_line
@@ -26,7 +27,18 @@ def test_errors_that_the_user_can_correct_end_in_one_line(error, line):
     assert caught.value.code == line  # which Python prints, and exits with 1
 
 
-@pytest.mark.parametrize("bug", [KeyError("a bug"), RuntimeError("a bug")])
+@pytest.mark.parametrize("error", [ConnectionResetError(104, "Connection reset by peer"), EOFError()])
+def test_a_worker_that_is_killed_as_it_hands_over_a_tensor_is_named(error):
+    class Handle:
+        def detach(self):
+            raise error
+
+    with pytest.raises(SystemExit) as caught, exit_on_error():
+        reductions.rebuild_storage_fd(torch.UntypedStorage, Handle(), 4)
+    assert caught.value.code.startswith("Error: a process of the data loader ended, perhaps for lack of memory: ")
+
+
+@pytest.mark.parametrize("bug", [KeyError("a bug"), RuntimeError("a bug"), EOFError()])
 def test_bugs_keep_their_traceback(bug):
     with pytest.raises(type(bug)), exit_on_error():
         raise bug

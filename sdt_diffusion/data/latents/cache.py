@@ -3,9 +3,11 @@
 A cache is a folder of
 
 - `shard-00000.safetensors`, ...: `moments` of shape (images, 2, 2, channels, height, width), which are mean and
-  standard deviation of the VAE's posterior, not normalized, for an image and for its mirror; `labels` of shape
+  standard deviation of the VAE's posterior, not normalized, for an image and for its mirror, or of shape (images, 2,
+  1, channels, height, width), which are the latents of a VAE without a posterior; `labels` of shape
   (images,), int64; and `checksums` of shape (images, 2), int64, which earlier releases did not write, see
-  `moments_checksum`. The header's metadata name the classes.
+  `row_checksum`. The header's metadata name the classes. If the images were encoded for alignment, there are
+  `features` of shape (images, 2, height, width, channels), float16, and `feature_checksums` too.
 - `manifest.json`: how they were made, the VAE's normalization, the classes, and size and checksum of every shard.
 - `records`: the parts of the manifest, one file of settings and one for each shard, which are used to
   resume encoding and to repair a cache. Training does not need them.
@@ -24,17 +26,19 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from ...utils.ranges import Range, check_value
 from ...utils.reading import checksum, read_json, shortened
 from ..decoding import rename_classes
+from ..patch_features import ImagesWithFeatures
 
 MANIFEST_FILE = "manifest.json"
 RECORDS_FOLDER, SETTINGS_FILE = "records", "settings.json"
 FORMAT, VERSION = "sdt_diffusion latents", 1
 DTYPES = {"F16": "float16", "F32": "float32"}
+#: Tensor of a shard -> the tensor of its checksums.
+CHECKSUMS = {"moments": "checksums", "features": "feature_checksums"}
 #: Settings that training needs, besides the type of the latents -> their types and ranges.
 READ_SETTINGS: dict[str, tuple[tuple[Any, ...], Range | None]] = {
     "resolution": ((int,), Range(1, 2**20)),
@@ -66,22 +70,29 @@ class LatentCache:
         folder: The folder.
         mirrors: Read the mirrored image's posterior too.
         class_names: File of names for the classes; see `rename_classes`.
+        features: Read the features of an encoder too.
 
     Raises:
-        ValueError: If it is not a cache, of another version, or incomplete; the message names the shard.
+        ValueError: If it is not a cache, of another version, incomplete, or without features; names the shard.
     """
 
-    def __init__(self, folder: Path, mirrors: bool = False, class_names: str | None = None):
+    def __init__(self, folder: Path, mirrors: bool = False, class_names: str | None = None, features: bool = False):
         self.folder, self.mirrors, self.name = folder, mirrors, str(folder)
         self.manifest = read_manifest(folder)
         self.class_names = rename_classes(self.manifest["class_names"], class_names, self.name)
-        shards = [_open_shard(folder, record, self.manifest) for record in self.manifest["shards"]]
+        if features and self.feature_shape is None:
+            raise ValueError(
+                f"alignment_model needs features, and {folder} holds latents without features: encode the images with "
+                "this alignment_model, or train from the images themselves."
+            )
+        self._tensors = {"moments": (self.manifest["moments_shape"], np.dtype(self.manifest["settings"]["dtype"]))}
+        if features:
+            self._tensors["features"] = (self.manifest["features_shape"], np.dtype("float16"))
+        shards = [_open_shard(folder, record, self.manifest, self._tensors) for record in self.manifest["shards"]]
         self._paths = [folder / record["file"] for record in self.manifest["shards"]]
-        self._offsets = [offset for offset, _, _ in shards]
-        self._checksums = [checksums for _, _, checksums in shards]
-        self.labels = np.concatenate([labels for _, labels, _ in shards])
-        self._starts = np.cumsum([0] + [len(labels) for _, labels, _ in shards])
-        self._dtype = np.dtype(self.manifest["settings"]["dtype"])
+        self._stored = [stored for stored, _ in shards]
+        self.labels = np.concatenate([labels for _, labels in shards])
+        self._starts = np.cumsum([0] + [len(labels) for _, labels in shards])
         self._files = {}
 
     @property
@@ -93,6 +104,12 @@ class LatentCache:
     def latent_shape(self) -> tuple[int, int, int]:
         """Channels, height and width of the latents."""
         return tuple(self.manifest["moments_shape"][2:])
+
+    @property
+    def feature_shape(self) -> tuple[int, int, int] | None:
+        """Height, width and channels of the features that are stored beside the latents, if there are any."""
+        shape = self.manifest.get("features_shape")
+        return tuple(shape[1:]) if shape else None
 
     @property
     def fingerprint(self) -> str:
@@ -107,31 +124,35 @@ class LatentCache:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitems__(self, indices: Sequence[int]) -> list[tuple[torch.Tensor, int]]:
+    def __getitems__(self, indices: Sequence[int]) -> list[tuple[Any, int]]:
         """Return moments and labels of some images.
 
-        Moments have the shape (2, channels, height, width), or with `mirrors` (2, 2, channels, height, width): of the
-        image and its mirror.
+        Moments have the shape (moments, channels, height, width), or with `mirrors` (2, moments, channels, height,
+        width): of the image and its mirror. With features, they are `ImagesWithFeatures`, in the same form.
 
         Raises:
             ValueError: If they are not those that were written, or not finite; names the shard.
             OSError: If the shard cannot be read.
         """
-        stored = self.manifest["moments_shape"]
         if not len(indices):
             return []
-        moments = np.empty((len(indices), *(stored if self.mirrors else stored[1:])), self._dtype)
         shards = np.searchsorted(self._starts, indices, side="right") - 1
-        for target, index, shard in zip(moments, indices, shards.tolist(), strict=True):
-            self._read(target, shard, int(index - self._starts[shard]), int(self.labels[index]))
-        largest = torch.from_numpy(moments).abs().flatten(1).amax(1)  # NaN where there is one
-        if not largest.isfinite().all():
-            worst = int(largest.isfinite().logical_not().nonzero()[0])
-            path, place = self._paths[shards[worst]], int(indices[worst] - self._starts[shards[worst]])
-            raise ValueError(f"{path} cannot be used: the latents of image {place} are NaN or infinite. {REPAIR}")
-        return list(zip(torch.from_numpy(moments), self.labels[indices].tolist(), strict=True))
+        found = []
+        for name, (shape, dtype) in self._tensors.items():
+            rows = np.empty((len(indices), *(shape if self.mirrors else shape[1:])), dtype)
+            for target, index, shard in zip(rows, indices, shards.tolist(), strict=True):
+                self._read(name, target, shard, int(index - self._starts[shard]), int(self.labels[index]))
+            largest = torch.from_numpy(rows).abs().flatten(1).amax(1)  # NaN where there is one
+            if not largest.isfinite().all():
+                worst = int(largest.isfinite().logical_not().nonzero()[0])
+                path, place = self._paths[shards[worst]], int(indices[worst] - self._starts[shards[worst]])
+                what = "latents" if name == "moments" else name
+                raise ValueError(f"{path} cannot be used: the {what} of image {place} are NaN or infinite. {REPAIR}")
+            found.append(torch.from_numpy(rows))
+        images = found[0] if len(found) == 1 else map(ImagesWithFeatures, *found)
+        return list(zip(images, self.labels[indices].tolist(), strict=True))
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+    def __getitem__(self, index: int) -> tuple[Any, int]:
         return self.__getitems__([index])[0]
 
     def __getstate__(self):
@@ -146,19 +167,20 @@ class LatentCache:
         while files:
             files.popitem()[1].close()
 
-    def _read(self, target, shard, place, label):
-        """Read the moments of an image of a shard into an array, and check them."""
-        path, checksums = self._paths[shard], self._checksums[shard]
-        size = math.prod(self.manifest["moments_shape"]) * self._dtype.itemsize
+    def _read(self, name, target, shard, place, label):
+        """Read the moments or features of an image of a shard into an array, and check them."""
+        path, (shape, dtype) = self._paths[shard], self._tensors[name]
+        offset, checksums = self._stored[shard][name]
+        offset += place * math.prod(shape) * dtype.itemsize
         try:
-            found = os.preadv(self._descriptor(shard), [target.view(np.uint8)], self._offsets[shard] + place * size)
+            found = os.preadv(self._descriptor(shard), [target.view(np.uint8)], offset)
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(path)) from error
         if found != target.nbytes:
             raise ValueError(f"{path} has become shorter: encode its images again.")
         sides = target if self.mirrors else target[None]
         if checksums is not None and any(
-            moments_checksum(side, label) != expected for side, expected in zip(sides, checksums[place], strict=False)
+            row_checksum(side, label) != expected for side, expected in zip(sides, checksums[place], strict=False)
         ):
             raise ValueError(f"{path} is damaged: image {place} is not as it was written. {REPAIR}")
 
@@ -216,8 +238,7 @@ def _check_manifest(manifest):
     _require(settings, "settings.", dtype=str, **dict.fromkeys(READ_SETTINGS, object))
     if settings["dtype"] not in DTYPES.values():
         raise ValueError(f"settings.dtype is {settings['dtype']!r}, not one of {', '.join(DTYPES.values())}")
-    if len(shape) != 5 or shape[:2] != [2, 2] or not all(type(size) is int and 0 < size < 2**20 for size in shape):
-        raise ValueError(f"moments_shape is {shape!r:.60}, and not [2, 2, channels, height, width]")
+    _check_shape("moments_shape", shape, ["2", "1 or 2", "channels", "height", "width"])
     for key, (kinds, allowed) in READ_SETTINGS.items():
         value = settings[key]
         each_channel = key in PER_CHANNEL and isinstance(value, list) and len(value) == shape[2]
@@ -225,6 +246,10 @@ def _check_manifest(manifest):
             check_value(f"settings.{key}", item, kinds, allowed)
     if len({isinstance(settings[key], list) for key in PER_CHANNEL}) > 1:
         raise ValueError(f"of settings.{' and settings.'.join(PER_CHANNEL)} one is a list")
+    if "features_shape" in manifest:
+        _require(manifest, "", features_shape=list, alignment_model=str)
+        _require(settings, "settings.", alignment_resolution=int, alignment_layer=int | None)
+        _check_shape("features_shape", manifest["features_shape"], ["2", "height", "width", "channels"])
     if not all(isinstance(name, str) for name in manifest["class_names"]):
         raise ValueError("class_names holds something other than names")
     for number, record in enumerate(records):
@@ -233,6 +258,13 @@ def _check_manifest(manifest):
     held = sum(record["num_images"] for record in records)
     if held != manifest["num_images"] or not held:
         raise ValueError(f"shards hold {held} images, and num_images is {manifest['num_images']}")
+
+
+def _check_shape(key, shape, axes):
+    sizes = len(shape) == len(axes) and all(type(size) is int and 0 < size < 2**20 for size in shape)
+    counts = {"2": [2], "1 or 2": [1, 2]}
+    if not sizes or any(size not in counts.get(axis, [size]) for axis, size in zip(axes, shape, strict=True)):
+        raise ValueError(f"{key} is {shape!r:.60}, and not [{', '.join(axes)}]")
 
 
 def check_record(record: dict[str, Any], prefix: str = "") -> None:
@@ -257,34 +289,12 @@ def _require(values, prefix, **types):
             raise ValueError(f"{prefix}{key} is {values[key]!r:.40}")
 
 
-def moments_checksum(moments: np.ndarray, label: int) -> int:
-    """Return the checksum of the moments and the label of an image or its mirror, shape (2, channels, height, width).
+def row_checksum(values: np.ndarray, label: int) -> int:
+    """Return the checksum of the moments or features, and of the label, of an image or its mirror.
 
     It is a CRC-32, which notices every flipped bit and costs little beside reading.
     """
-    return zlib.crc32(moments.data, label & 0xFFFFFFFF)
-
-
-def write_shard(path: Path, moments: torch.Tensor, labels: torch.Tensor, class_names: Sequence[str] | None) -> None:
-    """Write a shard; see the docstring of this module.
-
-    Args:
-        path: The file.
-        moments: Shape (images, 2, 2, channels, height, width).
-        labels: Shape (images,).
-        class_names: Names of the classes; `None` if they are not known yet.
-    """
-    moments, labels = moments.contiguous(), labels.to(torch.int64)
-    checksums = [
-        [moments_checksum(side, label) for side in sides]
-        for sides, label in zip(moments.numpy(), labels.tolist(), strict=True)
-    ]
-    tensors = {
-        "moments": moments,
-        "labels": labels,
-        "checksums": torch.tensor(checksums, dtype=torch.int64).reshape(-1, 2),
-    }
-    save_file(tensors, path, metadata={"class_names": json.dumps(class_names and list(class_names))})
+    return zlib.crc32(values.data, label & 0xFFFFFFFF)
 
 
 def shard_labels(path: Path) -> np.ndarray:
@@ -333,8 +343,8 @@ def verify(folder: Path, progress: bool = True) -> int:
     return len(records)
 
 
-def _open_shard(folder, record, manifest) -> tuple[int, np.ndarray, np.ndarray | None]:
-    """Return the position of the moments in the file, in bytes, the labels, and the checksums if there are any."""
+def _open_shard(folder, record, manifest, wanted) -> tuple[dict[str, tuple[int, np.ndarray | None]], np.ndarray]:
+    """Return, for each wanted tensor, its position in the file, in bytes, and its checksums if any; and the labels."""
     path = folder / record["file"]
     if not has_size(folder, record):
         state = f"{path.stat().st_size} bytes long" if path.is_file() else "missing"
@@ -343,21 +353,27 @@ def _open_shard(folder, record, manifest) -> tuple[int, np.ndarray, np.ndarray |
             "which encodes what is missing."
         )
     count = record["num_images"]
-    expected = [count, *manifest["moments_shape"]], manifest["settings"]["dtype"]
+    found, checksums = {}, {}
     try:
         with safe_open(path, framework="numpy") as shard:
-            moments, labels = shard.get_slice("moments"), shard.get_tensor("labels")
-            checksums = shard.get_tensor("checksums") if "checksums" in shard.keys() else None  # noqa: SIM118
-            found = moments.get_shape(), DTYPES.get(moments.get_dtype())
+            labels = shard.get_tensor("labels")
+            for name in wanted:
+                stored, of_rows = shard.get_slice(name), CHECKSUMS[name]
+                found[name] = stored.get_shape(), DTYPES.get(stored.get_dtype())
+                checksums[name] = shard.get_tensor(of_rows) if of_rows in shard.keys() else None  # noqa: SIM118
             class_names = json.loads(shard.metadata()["class_names"])
         with path.open("rb") as file:
             header_size = int.from_bytes(file.read(8), "little")
-            offset = 8 + header_size + json.loads(file.read(header_size))["moments"]["data_offsets"][0]
+            header = json.loads(file.read(header_size))
+            offsets = {name: 8 + header_size + header[name]["data_offsets"][0] for name in wanted}
     except Exception as error:  # safetensors raises errors of many kinds for damaged files
         raise ValueError(f"{path} is damaged, delete it and encode its images again: {error}") from error
-    if found != expected:
-        raise ValueError(f"{path} holds {found[1]} of shape {found[0]}, not {expected[1]} of shape {expected[0]}.")
-    for name, values, shape in (("labels", labels, (count,)), ("checksums", checksums, (count, 2))):
+    for name, (shape, dtype) in wanted.items():
+        there, expected = found[name], ([count, *shape], str(dtype))
+        if there != expected:
+            raise ValueError(f"{path} holds {there[1]} of shape {there[0]}, not {expected[1]} of shape {expected[0]}.")
+    rows = [("labels", labels, (count,)), *((CHECKSUMS[name], checksums[name], (count, 2)) for name in wanted)]
+    for name, values, shape in rows:
         if values is not None and (values.dtype != np.int64 or values.shape != shape):
             raise ValueError(
                 f"{path} holds {name} of type {values.dtype} and shape {values.shape}, not int64 {shape}."
@@ -371,4 +387,4 @@ def _open_shard(folder, record, manifest) -> tuple[int, np.ndarray, np.ndarray |
         )
     if len(labels) and not (labels.min() >= 0 and labels.max() < len(manifest["class_names"])):
         raise ValueError(f"{path} has labels outside 0..{len(manifest['class_names']) - 1}.")
-    return offset, labels, checksums
+    return {name: (offsets[name], checksums[name]) for name in wanted}, labels

@@ -2,6 +2,7 @@
 
     accelerate launch train/encode_latents.py --dataset DATA --output_dir CACHE --pretrained_vae_model_name_or_path VAE
     accelerate launch train/encode_latents.py ... --dataset "tars/train-*.tar" --streaming True
+    accelerate launch train/encode_latents.py ... --alignment_model facebook/dinov2-base  # and its features
     python train/encode_latents.py --output_dir CACHE --verify True
 
 Run the same command again to continue an interrupted run. preview.png, written with the first shard, shows images
@@ -27,6 +28,7 @@ from tqdm.auto import tqdm
 from ...plots import image_grid
 from ...sdt.vae import (
     LatentNormalization,
+    VAELayout,
     check_images_fit,
     decode_raw_latents,
     describe_vae,
@@ -39,6 +41,7 @@ from ...utils.fingerprint import fingerprint_files
 from ...utils.ranges import CheckedArguments, at_least, between
 from ..decoding import CorruptImageError, ImageDecoder
 from ..images import ImageArguments
+from ..patch_features import EncoderArguments, PatchEncoder
 from .cache import read_manifest, verify
 from .rows import ShardBatch, StoredRows, StreamedRows, open_rows, shard_batches
 from .training_data import load_vae
@@ -47,7 +50,7 @@ from .writer import CacheWriter, check_num_shards
 PREVIEW_FILE = "preview.png"
 #: Images in the preview.
 NUM_SHOWN = 8
-#: Side of the images in pixels if the arguments do not set it.
+#: Side of the images in pixels if neither the arguments nor the VAE set it.
 DEFAULT_RESOLUTION = 256
 
 
@@ -57,7 +60,8 @@ class EncodingArguments(CheckedArguments):
 
     output_dir: Path = field(metadata={"help": "Folder of the cache."})
     pretrained_vae_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "AutoencoderKL or AutoencoderDC, a folder or a name on the Hub."}
+        default=None,
+        metadata={"help": "AutoencoderKL, AutoencoderDC or AutoencoderRAE, a folder or a name on the Hub."},
     )
     streaming: bool = field(
         default=False,
@@ -101,25 +105,30 @@ class ShardEncoder:
 
     Args:
         vae: The VAE.
-        latent_shape: Channels, height and width of its latents.
+        resolution: Side of the images in pixels.
         dtype: Type of the moments.
+        encoder: Gives features of the same images, in float16.
     """
 
-    def __init__(self, vae: nn.Module, latent_shape: tuple[int, int, int], dtype: torch.dtype):
-        self.vae, self.latent_shape, self.dtype = vae, latent_shape, dtype
+    def __init__(self, vae: nn.Module, resolution: int, dtype: torch.dtype, encoder: PatchEncoder | None = None):
+        self.vae, self.dtype, self.encoder = vae, dtype, encoder
+        self.moments_shape = (VAELayout.of(vae).num_moments, *latent_shape(vae, resolution))
         self._shown: list[torch.Tensor] = []
 
-    def __call__(self, batches: Iterator[ShardBatch]) -> tuple[torch.Tensor, torch.Tensor]:
+    def __call__(self, batches: Iterator[ShardBatch]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Encode the batches of a shard.
 
         Returns:
-            Moments, shape (images, 2, 2, channels, height, width), and labels, shape (images,), of the images that
-            could be decoded.
+            Moments, shape (images, 2, moments, channels, height, width), labels, shape (images,), and, with an
+            encoder, features, shape (images, 2, height, width, channels), of the images that could be decoded.
 
         Raises:
-            ValueError: If moments are not finite.
+            ValueError: If moments or features are not finite.
         """
-        moments, labels = [torch.empty(0, 2, 2, *self.latent_shape, dtype=self.dtype)], []
+        moments, labels = [torch.empty(0, 2, *self.moments_shape, dtype=self.dtype)], []
+        features = []
+        if self.encoder is not None:
+            features.append(torch.empty(0, 2, *self.encoder.feature_shape, dtype=torch.float16))
         self._shown = []
         for batch in batches:
             pairs = zip(batch.images, batch.labels, strict=True)
@@ -130,19 +139,30 @@ class ShardEncoder:
             self._shown += pixels[: NUM_SHOWN - len(self._shown)]
             labels += [label for _, label in readable]
             moments.append(self.moments(pixels))
-        return torch.cat(moments), torch.tensor(labels, dtype=torch.int64)
+            if self.encoder is not None:
+                features.append(self.features(pixels))
+        return torch.cat(moments), torch.tensor(labels, dtype=torch.int64), torch.cat(features) if features else None
 
     def moments(self, pixels: torch.Tensor) -> torch.Tensor:
         """Return the moments of images and of their mirror images, on the CPU."""
         pixels = pixels.to(self.vae.device)
         both = [posterior_moments(self.vae, side) for side in (pixels, pixels.flip(-1))]
-        moments = torch.stack(both, dim=1).to(self.dtype)  # (B, 2, 2, C, H, W)
+        moments = torch.stack(both, dim=1).to(self.dtype)  # (B, 2, 1 or 2, C, H, W)
         if not moments.isfinite().all():
             name = str(self.dtype).removeprefix("torch.")
             raise ValueError(
                 f"The VAE's latents are not finite in {name}: give dtype float32, or a more precise vae_dtype."
             )
         return moments.cpu()
+
+    def features(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Return the features of images and of their mirror images, on the CPU."""
+        assert self.encoder is not None
+        pixels = pixels.to(self.encoder.mean.device)
+        features = torch.stack([self.encoder(side) for side in (pixels, pixels.flip(-1))], dim=1).half()
+        if not features.isfinite().all():
+            raise ValueError(f"The features of alignment_model {self.encoder.name} are not finite in float16.")
+        return features.cpu()  # (B, 2, h, w, D)
 
     @torch.no_grad()
     def preview(self, moments: torch.Tensor, labels: torch.Tensor, class_names: list[str] | None) -> Image.Image:
@@ -168,6 +188,7 @@ def encode_into(
     vae: nn.Module,
     args: EncodingArguments,
     progress: bool = True,
+    encoder: PatchEncoder | None = None,
 ) -> dict[str, Any]:
     """Fill a folder with the latents of a data set, starting from the shards that it holds already.
 
@@ -181,53 +202,62 @@ def encode_into(
             `args.vae_dtype`.
         args: How to encode.
         progress: Whether the main process shows a progress bar.
+        encoder: Gives features to store beside the latents; it is moved to the process's device.
 
     Returns:
         The manifest.
 
     Raises:
-        ValueError: If the folder holds something else, another process writes to it, the images do not fit the VAE,
-            latents are not finite, or too many images cannot be decoded.
+        ValueError: If the folder holds something else, another process writes to it, the images do not fit the VAE or
+            the encoder, latents or features are not finite, or too many images cannot be decoded.
         OSError: If the folder cannot be written to, or has no space for the latents.
     """
     state, (resolution, image_mode) = PartialState(), rows.arguments.size_and_mode
     check_images_fit(vae, resolution, image_mode)
+    if encoder is not None:
+        encoder.check_channels(len(image_mode))
     if rows.num_rows is not None:
         check_num_shards(math.ceil(rows.num_rows / args.shard_size))
-    writer = CacheWriter(folder, _settings(rows, vae, args))
+    writer = CacheWriter(folder, _settings(rows, vae, args) | ({} if encoder is None else encoder.settings()))
     with FolderLock(folder) if state.is_main_process else nullcontext():
         if state.is_main_process:
             writer.claim()
             num_rows = writer.num_rows()
             missing = args.shard_size if num_rows is None else num_rows - writer.num_done()
-            require_space(folder, missing * _bytes_per_image(vae, resolution, args.dtype), "The latents")
+            num_bytes = _bytes_per_image(vae, resolution, args.dtype, encoder)
+            require_space(folder, missing * num_bytes, "The latents")
         state.wait_for_everyone()
         finished, complete = writer.finished(), writer.is_complete()
         state.wait_for_everyone()  # all processes have to see the same shards
         if not complete:
-            _encode_missing(writer, finished, rows, vae, args, progress)
+            _encode_missing(writer, finished, rows, vae, args, progress, encoder)
         state.wait_for_everyone()
         if state.is_main_process:
             _check_unreadable(_unreadable(writer.finished()), args.max_unreadable)
             num_rows = writer.num_rows() if rows.num_rows is None else rows.num_rows
             assert num_rows is not None  # the rows were read to the end, or the manifest counts them
-            writer.finish(args.pretrained_vae_model_name_or_path, latent_shape(vae, resolution), num_rows)
+            shape, num_moments = latent_shape(vae, resolution), VAELayout.of(vae).num_moments
+            writer.finish(args.pretrained_vae_model_name_or_path, shape, num_rows, num_moments, encoder)
         state.wait_for_everyone()
     return read_manifest(folder)
 
 
-def _bytes_per_image(vae, resolution, dtype):
-    """Return the size of an image in a shard: the moments of two sides, a label and two checksums."""
-    return 4 * math.prod(latent_shape(vae, resolution)) * getattr(torch, dtype).itemsize + 24
+def _bytes_per_image(vae, resolution, dtype, encoder):
+    """Return the size of an image in a shard: moments and features of two sides, a label and their checksums."""
+    numbers = 2 * VAELayout.of(vae).num_moments * math.prod(latent_shape(vae, resolution))
+    latents = numbers * getattr(torch, dtype).itemsize + 24
+    return latents + (0 if encoder is None else 2 * math.prod(encoder.feature_shape) * 2 + 16)
 
 
-def _encode_missing(writer, finished, rows, vae, args, progress):
+def _encode_missing(writer, finished, rows, vae, args, progress, encoder):
     """Encode this process's share of the missing shards."""
     state, (resolution, image_mode) = PartialState(), rows.arguments.size_and_mode
     vae.to(state.device)
     if args.vae_dtype != "float32":
         vae.to(getattr(torch, args.vae_dtype))
-    encode = ShardEncoder(vae, latent_shape(vae, resolution), getattr(torch, args.dtype))
+    if encoder is not None:
+        encoder.to(state.device)
+    encode = ShardEncoder(vae, resolution, getattr(torch, args.dtype), encoder)
 
     def is_mine(shard):
         return shard % state.num_processes == state.process_index and shard not in finished
@@ -239,15 +269,15 @@ def _encode_missing(writer, finished, rows, vae, args, progress):
     with tqdm(total=total, desc="Encoding", unit="image", disable=not (progress and state.is_main_process)) as bar:
         for shard, of_shard in groupby(batches, key=lambda batch: batch.shard):
             before = len(unreadable)
-            moments, labels = encode(_counted(of_shard, unreadable, args.max_unreadable, bar))
+            moments, labels, features = encode(_counted(of_shard, unreadable, args.max_unreadable, bar))
             if shard == 0:  # written early, so that mistakes show before everything is encoded
                 preview = encode.preview(moments, labels, rows.class_names)
                 write_atomically(writer.folder / PREVIEW_FILE, preview.save)
-            writer.save(shard, moments, labels, unreadable[before:])
+            writer.save(shard, moments, labels, unreadable[before:], features)
 
 
 def _settings(rows, vae, args):
-    images = rows.arguments
+    images, num_moments = rows.arguments, VAELayout.of(vae).num_moments
     return {
         "dataset": images.dataset,
         "dataset_split": images.dataset_split,
@@ -259,6 +289,7 @@ def _settings(rows, vae, args):
         "crop": "centre, by ADM's rule",  # existing caches have this spelling, and settings are compared
         **describe_vae(vae),
         **LatentNormalization.of(vae)._asdict(),
+        **({} if num_moments == 2 else {"num_moments": num_moments}),  # existing caches hold 2
         "vae_dtype": args.vae_dtype,
         "dtype": args.dtype,
         "shard_size": args.shard_size,
@@ -292,17 +323,18 @@ def _check_unreadable(unreadable, limit):
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the script; `argv` is the command line's by default."""
     argv = sys.argv[1:] if argv is None else argv
-    args, image_args = parse_arguments((EncodingArguments, ImageArguments), argv, description=__doc__)
+    types = (EncodingArguments, ImageArguments, EncoderArguments)
+    args, image_args, encoder_args = parse_arguments(types, argv, description=__doc__)
     if args.verify:
         print(f"All {verify(args.output_dir)} shards of {args.output_dir} are as they were written.")
         return
     # At the end processes wait for the slowest, which may have a whole shard left.
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))
     assert args.pretrained_vae_model_name_or_path is not None  # checked by the arguments
-    vae = load_vae(args.pretrained_vae_model_name_or_path)
+    vae, encoder = load_vae(args.pretrained_vae_model_name_or_path), encoder_args.load()
     with state.local_main_process_first():  # `datasets` may have to copy the data set
-        rows = open_rows(image_args, args.streaming, DEFAULT_RESOLUTION)
-    manifest = encode_into(args.output_dir, rows, vae, args)
+        rows = open_rows(image_args, args.streaming, VAELayout.of(vae).resolution or DEFAULT_RESOLUTION)
+    manifest = encode_into(args.output_dir, rows, vae, args, encoder=encoder)
     if state.is_main_process:
         left_out = manifest["num_unreadable"]
         print(

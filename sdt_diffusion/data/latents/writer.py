@@ -7,12 +7,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 
 from ...utils.files import LOCK_FILE, check_writable, write_atomically, write_json
 from ...utils.fingerprint import differences
 from ...utils.reading import checksum, read_json
 from ..images import check_num_classes
+from ..patch_features import PatchEncoder
 from .cache import (
+    CHECKSUMS,
     FORMAT,
     MANIFEST_FILE,
     MAX_SHARDS,
@@ -24,8 +27,8 @@ from .cache import (
     has_size,
     is_latent_cache,
     read_manifest,
+    row_checksum,
     shard_labels,
-    write_shard,
 )
 
 AGAIN = "delete it and run the same command again."
@@ -97,19 +100,28 @@ class CacheWriter:
         """Return whether all shards are written."""
         return self.num_done() == self.num_rows()
 
-    def save(self, shard: int, moments: torch.Tensor, labels: torch.Tensor, unreadable: Sequence[str] = ()) -> None:
+    def save(
+        self,
+        shard: int,
+        moments: torch.Tensor,
+        labels: torch.Tensor,
+        unreadable: Sequence[str] = (),
+        features: torch.Tensor | None = None,
+    ) -> None:
         """Write a shard.
 
         Args:
             shard: Its number.
-            moments: Shape (images, 2, 2, channels, height, width).
+            moments: Shape (images, 2, moments, channels, height, width).
             labels: Shape (images,).
             unreadable: Messages about the images that were left out.
+            features: Shape (images, 2, height, width, channels), float16.
         """
         check_num_shards(shard + 1)
         path = self.folder / f"shard-{shard:05d}.safetensors"
         self._record_file(path.name).unlink(missing_ok=True)  # it describes the file being replaced
-        write_atomically(path, lambda partial: write_shard(partial, moments, labels, self.settings["class_names"]))
+        class_names = self.settings["class_names"]
+        write_atomically(path, lambda partial: write_shard(partial, moments, labels, class_names, features))
         record = {
             "file": path.name,
             "num_images": len(labels),
@@ -119,13 +131,22 @@ class CacheWriter:
         }
         write_json(self._record_file(path.name), record, indent=1)
 
-    def finish(self, vae_name: str | None, latent_shape: Sequence[int], num_rows: int) -> None:
+    def finish(
+        self,
+        vae_name: str | None,
+        latent_shape: Sequence[int],
+        num_rows: int,
+        num_moments: int = 2,
+        encoder: PatchEncoder | None = None,
+    ) -> None:
         """Write the manifest, which makes the shards a cache.
 
         Args:
             vae_name: Where the VAE came from.
             latent_shape: Channels, height and width.
             num_rows: Rows of the data set, which show whether shards are missing at the end.
+            num_moments: 2 for the mean and the standard deviation, 1 for the mean alone.
+            encoder: Whose features the shards hold.
 
         Raises:
             ValueError: If shards are missing or hold no images.
@@ -154,9 +175,11 @@ class CacheWriter:
             "images_per_class": np.bincount(labels, minlength=len(class_names)).tolist(),
             "num_images": num_images,
             "num_unreadable": sum(len(record["unreadable"]) for record in records),
-            "moments_shape": [2, 2, *latent_shape],
+            "moments_shape": [2, num_moments, *latent_shape],
             "shards": records,
         }
+        if encoder is not None:
+            manifest |= {"alignment_model": encoder.name, "features_shape": [2, *encoder.feature_shape]}
         write_json(self.folder / MANIFEST_FILE, manifest, indent=1)
 
     def _manifest(self):
@@ -203,3 +226,29 @@ def check_num_shards(num_shards: int) -> None:
     """
     if num_shards > MAX_SHARDS:
         raise ValueError(f"shard_size is too small: a cache has at most {MAX_SHARDS:,} shards.")
+
+
+def write_shard(
+    path: Path,
+    moments: torch.Tensor,
+    labels: torch.Tensor,
+    class_names: Sequence[str] | None,
+    features: torch.Tensor | None = None,
+) -> None:
+    """Write a shard; see the docstring of `cache`.
+
+    Args:
+        path: The file.
+        moments: Shape (images, 2, moments, channels, height, width).
+        labels: Shape (images,).
+        class_names: Names of the classes; `None` if they are not known yet.
+        features: Shape (images, 2, height, width, channels), float16.
+    """
+    tensors = {"labels": labels.to(torch.int64)}
+    for name, rows in (("moments", moments), ("features", features)):
+        if rows is not None:
+            tensors[name] = rows.contiguous()
+            pairs = zip(tensors[name].numpy(), labels.tolist(), strict=True)
+            checksums = [[row_checksum(side, label) for side in sides] for sides, label in pairs]
+            tensors[CHECKSUMS[name]] = torch.tensor(checksums, dtype=torch.int64).reshape(-1, 2)
+    save_file(tensors, path, metadata={"class_names": json.dumps(class_names and list(class_names))})

@@ -3,7 +3,6 @@
 import hashlib
 import io
 import os
-import textwrap
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +12,8 @@ from typing import NamedTuple
 import numpy as np
 import safetensors.torch
 import torch
+
+from ...utils.pretrained import brief
 
 #: Inception's weights have 91 MiB; a far larger file is another one.
 MAX_WEIGHTS_BYTES = 1 << 30
@@ -123,11 +124,6 @@ def state_dict_of(weights: Weights) -> dict[str, torch.Tensor]:
     if not isinstance(state_dict, dict) or not all(isinstance(value, torch.Tensor) for value in state_dict.values()):
         raise ValueError(f"{path} is not a state dict: it holds something else than named tensors.")
     return state_dict
-
-
-def brief(error: Exception) -> str:
-    """Return the beginning of an error's text; errors of networks list every key."""
-    return textwrap.shorten(str(error), 160) or type(error).__name__
 
 
 @contextmanager

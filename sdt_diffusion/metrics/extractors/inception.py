@@ -10,8 +10,9 @@ import numpy as np
 import torch
 
 from ...utils.fingerprint import fingerprint
+from ...utils.pretrained import brief
 from ...utils.reading import check_finite
-from .base import FeatureExtractor, Weights, as_rgb, brief, read_weights, state_dict_of
+from .base import FeatureExtractor, Weights, as_rgb, read_weights, state_dict_of
 
 #: SHA-256 of the published files. torch-fidelity's and pytorch-fid's are one file under two names.
 STATE_DICT_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"

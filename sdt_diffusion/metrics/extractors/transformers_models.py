@@ -1,7 +1,6 @@
 """Extractors saved by transformers: DINOv2 and image classifiers, with helpers to load and call classifiers."""
 
 import hashlib
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,8 +10,8 @@ from torch import nn
 
 from ...data.decoding import IMAGE_MODES, ImageMode
 from ...utils.fingerprint import fingerprint
-from ...utils.reading import check_finite, shortened, verify_checksums
-from .base import FeatureExtractor, as_rgb, brief
+from ...utils.pretrained import brief, load_network, load_pretrained
+from .base import FeatureExtractor, as_rgb
 
 IMAGENET_MEAN = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
 IMAGENET_STD = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
@@ -134,59 +133,9 @@ def load_classifier(name: str, dtype: str, device: torch.device | str) -> tuple[
     return model.to(device), processor
 
 
-def load_network(auto_class: Any, name: str, what: str, may_lack: tuple[str, ...] = (), **kwargs: Any) -> nn.Module:
-    """Load a network of transformers or this project from safetensors, in evaluation mode.
-
-    Args:
-        auto_class: Its class, or one of transformers' Auto classes.
-        name: Folder or Hub name.
-        what: What it must be, for the message.
-        may_lack: Beginnings of the names of weights that may be missing or of another shape, such as those of a head
-            that is initialized anew.
-        **kwargs: Arguments of `from_pretrained`.
-
-    Raises:
-        FileNotFoundError: If it cannot be loaded.
-        ValueError: If weights are damaged, not finite or missing, which transformers would initialize at random.
-    """
-    if Path(name).is_dir():
-        verify_checksums(Path(name))
-    network, info = load_pretrained(auto_class, name, what, output_loading_info=True, use_safetensors=True, **kwargs)
-    wrong = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
-    wrong = {key for key in wrong if not key.startswith(may_lack)} if may_lack else wrong
-    if wrong:
-        raise ValueError(f"{name} has no weights that fit for {shortened(sorted(wrong))}: is it trained, and whole?")
-    check_finite(network.state_dict(), name)
-    return network.eval()
-
-
 def channels_of(classifier: nn.Module) -> int:
     """Return the number of channels of a classifier's images."""
     return getattr(classifier.config, "num_channels", 3)
-
-
-def load_pretrained(auto_class: Any, name: str, what: str, **kwargs: Any) -> Any:
-    """Call `auto_class.from_pretrained(name, **kwargs)`.
-
-    Raises:
-        FileNotFoundError: If it cannot be loaded as `what`; says what to name instead.
-        ValueError: If a file of it is damaged.
-    """
-    import transformers
-
-    verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()  # its reports of many lines
-    try:
-        # Without trust_remote_code, transformers asks on the terminal whether to run a model's own code.
-        return auto_class.from_pretrained(name, trust_remote_code=False, **kwargs)
-    except Exception as error:  # it may raise anything for files that are damaged
-        kind = FileNotFoundError if isinstance(error, (OSError, ValueError)) else ValueError
-        raise kind(
-            f"{name} cannot be loaded as {what} ({brief(error)}): name a folder written by save_pretrained, with "
-            "config.json, model.safetensors and, for a classifier, preprocessor_config.json."
-        ) from error
-    finally:
-        transformers.logging.set_verbosity(verbosity)
 
 
 def image_mode_for(num_channels: int) -> ImageMode:

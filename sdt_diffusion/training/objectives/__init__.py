@@ -5,6 +5,7 @@ loss is a class like those in `auxiliary.py`.
 """
 
 from .auxiliary import (
+    AlignmentLoss,
     AuxiliaryLoss,
     ContrastiveLoss,
     DirectionLoss,
@@ -20,6 +21,7 @@ from .objective import OBJECTIVES, Noised, Objective, ObjectiveArguments
 
 __all__ = [
     "OBJECTIVES",
+    "AlignmentLoss",
     "AuxiliaryLoss",
     "ContrastiveLoss",
     "DDPMObjective",

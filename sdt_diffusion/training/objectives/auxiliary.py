@@ -4,8 +4,10 @@ Those that compare images with each other do so within fixed groups of consecuti
 ones, so that any number of processes computes the same.
 """
 
+import itertools
 from collections.abc import Callable, Mapping
-from typing import NamedTuple, Protocol
+from dataclasses import fields
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +21,7 @@ class Predicted(NamedTuple):
     """A batch, and what the model made of it.
 
     Attributes:
-        batch: The images as they were loaded, shape (batch, ...).
+        batch: The images as they were loaded, shape (batch, ...), or `ImagesWithFeatures`.
         noised: What the model was given.
         prediction: What it predicts of the target, shape (batch, channels, height, width), fp32.
         class_labels: The labels, shape (batch,).
@@ -29,7 +31,7 @@ class Predicted(NamedTuple):
         teacher: Predicts as the average of the weights does, without gradients; takes what the model takes.
     """
 
-    batch: torch.Tensor
+    batch: Any
     noised: Noised
     prediction: torch.Tensor
     class_labels: torch.Tensor
@@ -58,8 +60,19 @@ class AuxiliaryLoss(Protocol):
     def head(self) -> nn.Module | None:
         """Layers that are trained with the model for this term alone, and are not saved with it."""
 
-    def __call__(self, predicted: Predicted) -> torch.Tensor:
-        """Return the mean of the term over a batch, of shape (), without the weight."""
+    def __call__(self, predicted: Predicted) -> torch.Tensor | None:
+        """Return the mean of the term over a batch, of shape (), without the weight; `None` in a step without it."""
+
+
+class FeatureSource(Protocol):
+    """What gives features to align with, such as `TrainingData`."""
+
+    @property
+    def feature_shape(self) -> tuple[int, int, int] | None:
+        """Height, width and channels of the features of an image; `None` if there are none."""
+
+    def features(self, batch: Any) -> torch.Tensor:
+        """Return the features of a batch as it was loaded, shape (batch, *feature_shape)."""
 
 
 class DirectionLoss:
@@ -187,6 +200,67 @@ class SelfAlignmentLoss:
         return F.smooth_l1_loss(aligned.float(), tokens.float(), beta=self.beta)
 
 
+class AlignmentLoss:
+    """Minus the cosine of a block's tokens, through a head, and an encoder's patch features (REPA, arXiv 2410.06940).
+
+    Args:
+        weight: See `AuxiliaryLoss`.
+        width: Width of the tokens.
+        block: Index of the block.
+        grid_size: Rows and columns of the tokens.
+        source: Gives the features.
+        hidden_width: Width of the head's hidden layers.
+        stop_step: Step from which on the term is left out, as HASTE does (arXiv 2505.16792); `None` for never.
+
+    Raises:
+        ValueError: If the source has no features.
+    """
+
+    name = "alignment_loss"
+
+    def __init__(
+        self,
+        weight: float,
+        width: int,
+        block: int,
+        grid_size: tuple[int, int],
+        source: FeatureSource,
+        hidden_width: int = 2048,
+        stop_step: int | None = None,
+    ):
+        if source.feature_shape is None:
+            raise ValueError("source has no features to align with.")
+        self.weight, self.blocks, self.grid_size = weight, (block,), grid_size
+        self.source, self.stop_step = source, stop_step
+        widths = (width, hidden_width, hidden_width, source.feature_shape[-1])
+        first, second, third = (nn.Linear(*pair) for pair in itertools.pairwise(widths))
+        self.head = nn.Sequential(first, nn.SiLU(), second, nn.SiLU(), third)
+
+    def __call__(self, predicted: Predicted) -> torch.Tensor | None:
+        """Return the mean over images and tokens, -1 to 1."""
+        if self.stop_step is not None and predicted.draws.step >= self.stop_step:
+            return None
+        features = on_grid(self.source.features(predicted.batch).float(), self.grid_size)  # (B, N, D)
+        aligned = self.head(predicted.tokens[self.blocks[0]])  # (B, N, D)
+        return -F.cosine_similarity(aligned.float(), features, dim=-1).mean()
+
+
+def on_grid(features: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
+    """Return features at the places of a grid's tokens, interpolated, or averaged where the grid is coarser.
+
+    Args:
+        features: Shape (batch, height, width, channels).
+        grid_size: Rows and columns of the grid.
+
+    Returns:
+        Shape (batch, rows * columns, channels).
+    """
+    if features.shape[1:3] != grid_size:
+        channels_first = features.permute(0, 3, 1, 2)
+        features = F.interpolate(channels_first, grid_size, mode="bilinear", antialias=True).permute(0, 2, 3, 1)
+    return features.flatten(1, 2)
+
+
 def groups(rows: torch.Tensor, size: int) -> torch.Tensor:
     """Return a batch in groups of consecutive images, shape (groups, size, ...).
 
@@ -199,7 +273,11 @@ def groups(rows: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def build_auxiliary_losses(
-    args: ObjectiveArguments, model: nn.Module, train_batch_size: int, use_ema: bool = True
+    args: ObjectiveArguments,
+    model: nn.Module,
+    train_batch_size: int,
+    use_ema: bool = True,
+    source: FeatureSource | None = None,
 ) -> list[AuxiliaryLoss]:
     """Build the terms whose weights are not 0.
 
@@ -208,11 +286,13 @@ def build_auxiliary_losses(
         model: The diffusion transformer.
         train_batch_size: Images of a batch on each process.
         use_ema: Whether the run averages the weights.
+        source: What gives features to align with, if there are any.
 
     Raises:
         ValueError: If an option does not fit the model, the batch, or a run without an average; names both.
     """
     config = model.config
+    width = config.num_attention_heads * config.attention_head_dim
     losses: list[AuxiliaryLoss] = []
     if args.direction_loss_weight:
         if config.in_channels == 1:
@@ -233,9 +313,18 @@ def build_auxiliary_losses(
         later = _block(args, "self_alignment_teacher_block", 0.7, config.num_layers)
         if block > later:
             raise ValueError(f"self_alignment_block {block + 1} is beyond self_alignment_teacher_block {later + 1}.")
-        width = config.num_attention_heads * config.attention_head_dim
         weight, most_time = args.self_alignment_weight, args.self_alignment_time
         losses.append(SelfAlignmentLoss(weight, width, block, later, most_time=most_time))
+    if source is not None and source.feature_shape is not None:
+        block = _block(args, "alignment_block", 8 / 28, config.num_layers)
+        sides = [config.sample_size] * 2 if isinstance(config.sample_size, int) else config.sample_size
+        rows, columns = (side // config.patch_size for side in sides)
+        weight, hidden, stop = args.alignment_weight, args.alignment_width, args.alignment_stop_step
+        losses.append(AlignmentLoss(weight, width, block, (rows, columns), source, hidden, stop))
+    else:
+        for f in fields(args):
+            if f.name.startswith("alignment_") and getattr(args, f.name) != f.default:
+                raise ValueError(f"{f.name} needs alignment_model.")
     return losses
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from accelerate.utils import reduce
@@ -33,7 +34,7 @@ class DiffusionLoss:
         self,
         objective: Objective,
         class_dropout_prob: float = 0.0,
-        clean_of: Callable[[torch.Tensor, Draws], torch.Tensor] | None = None,
+        clean_of: Callable[[Any, Draws], torch.Tensor] | None = None,
         num_buckets: int = 10,
         auxiliary: Sequence[AuxiliaryLoss] = (),
     ):
@@ -47,9 +48,7 @@ class DiffusionLoss:
         self._blocks = sorted({block for term in auxiliary for block in term.blocks})
         self._sums = torch.zeros(2, num_buckets + len(auxiliary))  # of errors and further terms, and their numbers
 
-    def __call__(
-        self, model: torch.nn.Module, batch: torch.Tensor, class_labels: torch.Tensor, draws: Draws
-    ) -> torch.Tensor:
+    def __call__(self, model: torch.nn.Module, batch: Any, class_labels: torch.Tensor, draws: Draws) -> torch.Tensor:
         """Return the loss of a batch: the weighted error of `errors`, further terms, and that of further channels."""
         noised, error, prediction, dropped, tokens = self._predict(
             model, batch, class_labels, draws, self.class_dropout_prob, self._blocks
@@ -58,7 +57,8 @@ class DiffusionLoss:
         target_prediction = prediction[:, : noised.target.shape[1]]
         predicted = Predicted(batch, noised, target_prediction, class_labels, dropped, tokens, draws, self.teacher)
         terms = [term(predicted) for term in self.auxiliary]
-        loss = loss + sum(term.weight * value for term, value in zip(self.auxiliary, terms, strict=True))
+        for term, value in zip(self.auxiliary, terms, strict=True):
+            loss = loss if value is None else loss + term.weight * value
         self._count(noised.timestep, error.detach(), terms)
         if noised.further_loss is not None:
             channels = noised.target.shape[1]
@@ -69,7 +69,7 @@ class DiffusionLoss:
     def errors(
         self,
         model: torch.nn.Module,
-        batch: torch.Tensor,
+        batch: Any,
         class_labels: torch.Tensor,
         draws: Draws,
         class_dropout_prob: float = 0.0,
@@ -122,7 +122,8 @@ class DiffusionLoss:
         bucket = (timestep * self.num_buckets / self.objective.num_train_timesteps).long()
         bucket = bucket.clamp(max=self.num_buckets - 1)  # sigma may round up to 1
         rows = torch.arange(self.num_buckets, self._sums.shape[1], device=error.device)
-        bucket, error = torch.cat([bucket, rows]), torch.cat([error, *(term.detach().float()[None] for term in terms)])
+        values = [torch.full_like(error[:1], torch.nan) if term is None else term.detach()[None] for term in terms]
+        bucket, error = torch.cat([bucket, rows]), torch.cat([error, *(value.float() for value in values)])
         self._sums = self._sums.to(error.device)
         finite = error.isfinite()
         self._sums[0].index_add_(0, bucket, error.where(finite, 0))

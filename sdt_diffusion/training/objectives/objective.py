@@ -93,6 +93,21 @@ class ObjectiveArguments(CheckedArguments):
         metadata={"help": "By how much of the flow's time, at most, the average sees less noise."} | between(0, 1),
     )
 
+    alignment_weight: float = field(
+        default=0.5, metadata={"help": "Weight of the alignment with alignment_model, if there is one."} | more_than(0)
+    )
+    alignment_block: int | None = field(
+        default=None,
+        metadata={"help": "Blocks before the tokens aligned with it. Default: 0.29 of them, 8 of 28."} | at_least(1),
+    )
+    alignment_width: int = field(
+        default=2048, metadata={"help": "Width of the hidden layers of the alignment's projector."} | at_least(1)
+    )
+    alignment_stop_step: int | None = field(
+        default=None,
+        metadata={"help": "Step from which on there is no alignment, which hurts late. Default: none."} | at_least(1),
+    )
+
     def __post_init__(self):
         super().__post_init__()
         if self.objective not in OBJECTIVES:

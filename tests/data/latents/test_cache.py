@@ -7,7 +7,8 @@ from torch.utils.data import DataLoader
 
 from sdt_diffusion.data import LatentCache, RandomFlip, RandomMirror, ShuffledStream
 from sdt_diffusion.data.latents import cache as latent_cache
-from sdt_diffusion.data.latents.cache import is_latent_cache, verify, write_shard
+from sdt_diffusion.data.latents.cache import is_latent_cache, verify
+from sdt_diffusion.data.latents.writer import write_shard
 from tests.data.latents.small_cache import SHAPE, write_cache
 
 

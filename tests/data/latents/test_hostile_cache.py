@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 from sdt_diffusion.data import DataArguments, LatentCache
 from sdt_diffusion.data.latents import encode as encoding
 from sdt_diffusion.data.latents import writer
-from sdt_diffusion.data.latents.cache import is_latent_cache, moments_checksum, verify, write_shard
+from sdt_diffusion.data.latents.cache import is_latent_cache, row_checksum, verify
 from sdt_diffusion.data.latents.encode import EncodingArguments, encode_into
 from sdt_diffusion.data.latents.rows import open_rows
 from sdt_diffusion.data.latents.training_data import load_vae, open_training_data
-from sdt_diffusion.data.latents.writer import CacheWriter
+from sdt_diffusion.data.latents.writer import CacheWriter, write_shard
 from sdt_diffusion.utils.reading import WEIGHTS_ENDING, write_checksums
 from tests.data.latents.small_cache import SHAPE, write_cache
 from tests.data.test_images import table
@@ -86,9 +86,9 @@ class TestBits:
 
     def test_a_checksum_is_of_moments_and_label(self):
         moments = np.arange(8, dtype=np.float16).reshape(2, 1, 2, 2)
-        others = [moments_checksum(moments, 4), moments_checksum(moments[::-1].copy(), 3)]
-        assert moments_checksum(moments, 3) == moments_checksum(moments.copy(), 3)
-        assert moments_checksum(moments, 3) not in others
+        others = [row_checksum(moments, 4), row_checksum(moments[::-1].copy(), 3)]
+        assert row_checksum(moments, 3) == row_checksum(moments.copy(), 3)
+        assert row_checksum(moments, 3) not in others
 
     def test_an_error_of_the_disk_names_the_shard(self, tmp_path, monkeypatch):
         write_cache(tmp_path)
@@ -329,6 +329,11 @@ class TestVae:
     def test_one_with_a_damaged_config(self, folder, content):
         (folder / "config.json").write_bytes(content)
         with pytest.raises(ValueError, match=r"Cannot load the VAE .*vae: "):
+            load_vae(str(folder))
+
+    def test_one_of_another_kind(self, folder):
+        (folder / "config.json").write_text('{"_class_name": "AutoencoderTiny"}')
+        with pytest.raises(ValueError, match=r"the class 'AutoencoderTiny', not one of AutoencoderKL, "):
             load_vae(str(folder))
 
     @pytest.mark.parametrize("size", [0, 5, 400])

@@ -11,15 +11,20 @@ from sdt_diffusion.utils.seeding import Draws
 from tests.data.test_images import table
 
 
+def write_folder(folder, vae):
+    """Write a VAE, ten pictures, and a cache of their latents."""
+    vae.save_pretrained(folder / "vae")
+    table([i % 3 for i in range(10)], label=ClassLabel(names=["ant", "bee", "cat"])).to_parquet(folder / "x.parquet")
+    args = EncodingArguments(folder / "cache", str(folder / "vae"), dtype="float32", shard_size=4)
+    images = DataArguments(dataset=str(folder / "x.parquet"), resolution=16)
+    encode_into(args.output_dir, open_rows(images, False, 16), vae, args, progress=False)
+    return folder
+
+
 @pytest.fixture
 def folder(tiny_vae, tmp_path):
     """A VAE, ten pictures, and a cache of their latents."""
-    tiny_vae.save_pretrained(tmp_path / "vae")
-    table([i % 3 for i in range(10)], label=ClassLabel(names=["ant", "bee", "cat"])).to_parquet(tmp_path / "x.parquet")
-    args = EncodingArguments(tmp_path / "cache", str(tmp_path / "vae"), dtype="float32", shard_size=4)
-    images = DataArguments(dataset=str(tmp_path / "x.parquet"), resolution=16)
-    encode_into(args.output_dir, open_rows(images, False, 16), tiny_vae, args, progress=False)
-    return tmp_path
+    return write_folder(tmp_path, tiny_vae)
 
 
 def open_data(folder, name, vae=None, **changes):
@@ -28,10 +33,14 @@ def open_data(folder, name, vae=None, **changes):
 
 
 @pytest.mark.parametrize("random_flip", [False, True])
-def test_a_cache_gives_what_encoding_online_gives(folder, random_flip):
+@pytest.mark.parametrize(
+    ("kind", "shape"), [("tiny_vae", (4, 8, 8)), ("tiny_dc_vae", (4, 8, 8)), ("tiny_rae", (64, 4, 4))]
+)
+def test_a_cache_gives_what_encoding_online_gives(kind, shape, random_flip, tmp_path, request):
+    folder = write_folder(tmp_path, request.getfixturevalue(kind))
     online = open_data(folder, "x.parquet", "vae", resolution=16, random_flip=random_flip)
     cached = open_data(folder, "cache", random_flip=random_flip)
-    assert online.sample_shape == cached.sample_shape == (4, 8, 8)
+    assert online.sample_shape == cached.sample_shape == shape
     assert cached.images.class_names == online.images.class_names
     batches = []
     for data in (online, cached):
@@ -111,7 +120,28 @@ def test_classes_of_a_cache_get_the_names_of_a_file(folder):
     assert data.identity == open_data(folder, "cache").identity
 
 
+def test_images_are_of_the_only_size_that_a_vae_takes(tiny_rae, tmp_path):
+    write_folder(tmp_path, tiny_rae)
+    data = open_data(tmp_path, "x.parquet", "vae")
+    assert data.arguments.resolution == 16
+    assert data.identity["scaling_factor"] == 1
+
+
 class TestBadInput:
+    def test_a_cache_whose_vae_normalizes_by_itself_with_the_scale_of_another(self, tiny_rae, tmp_path):
+        manifest = write_folder(tmp_path, tiny_rae) / "cache" / "manifest.json"
+        manifest.write_text(manifest.read_text().replace('"scaling_factor": 1.0', '"scaling_factor": 0.18215'))
+        with pytest.raises(ValueError, match=r"An AutoencoderRAE normalizes its .* the scaling_factor 0\.18215 and"):
+            open_data(tmp_path, "cache")
+
+    @pytest.mark.parametrize("dataset", ["x.parquet", "cache"])
+    def test_a_vae_that_would_scale_normalized_latents_again(self, tiny_rae, tmp_path, dataset):
+        write_folder(tmp_path, tiny_rae)
+        tiny_rae.register_to_config(scaling_factor=0.18215)
+        tiny_rae.save_config(tmp_path / "vae")
+        with pytest.raises(ValueError, match=r"latents_std, and scaling_factor 0\.18215|vae_config_hash"):
+            open_data(tmp_path, dataset, "vae")
+
     def test_a_vae_that_is_not_the_caches(self, folder):
         vae = AutoencoderKL.from_pretrained(folder / "vae")
         with torch.no_grad():

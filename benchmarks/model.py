@@ -7,9 +7,11 @@ compiled, includes the compiler). A graph break in our models or a recompilation
     python benchmarks/model.py                            # SDT-S/2, batch 8, 256 tokens
     python benchmarks/model.py --preset SDT-B/2 --rounds 5
     python benchmarks/model.py --tokens 1024 --batch_size 2
+    python benchmarks/model.py --models none none+ 'none {"rotary": true}'    # the `+` preset, and one of its options
 """
 
 import argparse
+import json
 import math
 import multiprocessing
 from pathlib import Path
@@ -24,12 +26,16 @@ BASELINE = "none"
 
 
 def build_model(name, args):
-    """Build our model with the spatial decay `name`, or diffusers' DiT of the same size."""
+    """Build diffusers' DiT, or our model by a spatial decay, a + for the `+` preset, and JSON of config values."""
     torch.manual_seed(0)
-    config = SDTTransformer2DModel.preset_config(args.preset)
+    decay, _, overrides = name.partition(" ")
+    if name == "diffusers DiT":
+        decay, overrides = BASELINE, ""
+    plus = "+" if decay.endswith("+") else ""
+    config = SDTTransformer2DModel.preset_config(args.preset + plus, **json.loads(overrides or "{}"))
     config["sample_size"] = math.isqrt(args.tokens) * config["patch_size"]
     if name != "diffusers DiT":
-        model = SDTTransformer2DModel(**{**config, "spatial_decay": name})
+        model = SDTTransformer2DModel(**{**config, "spatial_decay": decay.removesuffix("+")})
     else:
         keys = ("num_layers", "num_attention_heads", "attention_head_dim", "in_channels", "sample_size", "patch_size")
         model = DiTTransformer2DModel(**{key: config[key] for key in keys})
@@ -103,7 +109,9 @@ def main():
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="bf16 is by autocast")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--models", nargs="+", default=["none", "context", "diffusers DiT"], help="`none` among them")
+    parser.add_argument(
+        "--models", nargs="+", default=["none", "context", "diffusers DiT"], help="`none` among them; see above"
+    )
     parser.add_argument("--tokens", type=int, default=256, help="patches of an image, a square number")
     parser.add_argument("--modes", nargs="+", choices=["forward", "training"], default=["forward", "training"])
     parser.add_argument("--no_compile", action="store_true")

@@ -88,10 +88,11 @@ class SDTAttnProcessor:
             position = F.pad(position, (0, 0, registers, 0)) if registers else position
         query, key, value = (x.unflatten(-1, (-1, attn.head_dim)) for x in (query, key, value))  # (B, N, h, d)
         if attn.norm_q is not None and attn.norm_k is not None:
-            query, key = attn.norm_q(query), attn.norm_k(key)
+            dtype = attn.norm_q.weight.dtype  # under autocast fp32, which is rounded once, after the rotation
+            query, key = attn.norm_q(query.to(dtype)), attn.norm_k(key.to(dtype))
         if image_rotary_emb is not None:
-            query, key = (apply_rotary_emb(x, image_rotary_emb, sequence_dim=1) for x in (query, key))
-        query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # (B, h, N, d)
+            query, key = (_rotate(x, *image_rotary_emb) for x in (query, key))
+        query, key, value = (x.to(value.dtype).transpose(1, 2) for x in (query, key, value))  # (B, h, N, d)
         gate, alpha = (None, None) if attn.gate is None else attn.gate(hidden_states, conditioning)  # (B, h, N), (h,)
         if decay_scale is not None and gate is not None:
             gate = gate * decay_scale[..., None]  # the decay is linear in the gate
@@ -124,6 +125,14 @@ class SDTAttnProcessor:
     def _resolve_backend(self):
         name = self.diffusers_backend()
         return self.backend if name is None else partial(_diffusers_attention, name, self._parallel_config)
+
+
+def _rotate(x, cosines, sines):
+    """Turn pairs of channels of queries or keys (B, N, h, d) by the angles of a rotary embedding."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling():  # compilers and ONNX know no complex numbers
+        return apply_rotary_emb(x, (cosines, sines), sequence_dim=1)
+    turns = torch.complex(cosines[None, :, ::2], sines[None, :, ::2])  # (1, N, d/2), on CPUs in a third of the time
+    return apply_rotary_emb(x, turns, use_real=False)
 
 
 def _diffusers_attention(name, parallel_config, query, key, value, decay, scale):

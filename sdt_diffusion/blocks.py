@@ -11,7 +11,7 @@ from torch import nn
 
 from .attention import build_gate, check_variant
 from .attention_processor import AttentionBackendMixin, SDTAttnProcessor
-from .norms import build_norm
+from .norms import RMSNorm, build_norm
 from .utils.ranges import Range, check_number
 
 #: Activations that diffusers' `FeedForward` supports.
@@ -108,8 +108,8 @@ class SDTAttention(nn.Module, AttentionBackendMixin, AttentionModuleMixin):
         self.to_k = nn.Linear(dim, inner_dim, bias=bias)
         self.to_v = nn.Linear(dim, inner_dim, bias=bias)
         self.to_out = nn.ModuleList([nn.Linear(inner_dim, dim), nn.Dropout(dropout)])
-        self.norm_q = nn.RMSNorm(head_dim, eps=eps) if qk_norm else None
-        self.norm_k = nn.RMSNorm(head_dim, eps=eps) if qk_norm else None
+        self.norm_q = RMSNorm(head_dim, eps=eps) if qk_norm else None
+        self.norm_k = RMSNorm(head_dim, eps=eps) if qk_norm else None
         decay = (decay_initial_value, decay_heads_range, decay_start)
         self.gate = build_gate(spatial_decay, dim, heads, conditioning_dim, *decay)
         self.local_position = _depthwise_conv(inner_dim, local_position_kernel_size=local_position_kernel_size)

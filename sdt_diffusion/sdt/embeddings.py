@@ -76,7 +76,8 @@ class SDTPatchEmbed(nn.Module):
         On a grid other than the trained one, positions are scaled as `grid_scaling.POSITION_SCALINGS` says.
         """
         patches = self.proj(sample)  # (B, D, H/p, W/p)
-        tokens = patches.flatten(2).transpose(1, 2)  # (B, N, D)
+        # Contiguous, as all blocks would inherit the strides of images, on which norms and linears are slow.
+        tokens = patches.flatten(2).transpose(1, 2).contiguous()  # (B, N, D)
         if self.position:
             tokens = tokens + self._positions(tuple(patches.shape[-2:]), patches.device, scaling)
         tokens = tokens.to(self.proj.weight.dtype)  # not autocast's: the residual stream of fp32 models stays fp32

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers.models.embeddings import apply_rotary_emb
 from torch import nn
 
 from sdt_diffusion import SDTTransformer2DModel
 from sdt_diffusion.attention import SPATIAL_DECAY_VARIANTS
+from sdt_diffusion.attention_processor import _rotate
 from sdt_diffusion.convert.facebook_dit import write_dit
 from sdt_diffusion.sdt import PRESETS
 from sdt_diffusion.sdt.model_output import flow_of_clean
@@ -120,6 +122,26 @@ class TestEveryOption:
         key = "mlp_ratio" if "mlp_ratio" in options else next(iter(options))
         with pytest.raises(ValueError, match=f"DiT has no .*{'activation_fn' if key == 'mlp_ratio' else key}"):
             write_dit(model, model.state_dict())
+
+
+def test_tokens_stay_contiguous_from_block_to_block(make_model):
+    """Norms and linears are slow on the strides of images, which sums and RMSNorm hand on."""
+    outputs = make_model(**PLUS)(*batch(), block_outputs=(0, 1)).block_outputs
+    assert all(tokens.is_contiguous() for tokens in outputs)
+
+
+class TestRotary:
+    def test_complex_numbers_turn_as_pairs_of_real_ones(self, make_model):
+        turns = make_model(rotary=True)._rotary_embedding((4, 4), "cpu")
+        results = []
+        for rotate in (_rotate, lambda x, *turns: apply_rotary_emb(x, turns, sequence_dim=1)):
+            x = torch.randn(2, 16, 3, 3 * 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
+            query = x.chunk(3, dim=-1)[1]  # with strides of fused projections
+            output = rotate(query, *turns)
+            output.pow(3).sum().backward()
+            results.append((output, x.grad))
+        for ours, theirs in zip(*results, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
 class TestStarts:

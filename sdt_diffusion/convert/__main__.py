@@ -23,6 +23,7 @@ from ..utils.files import check_new
 from ..utils.ranges import CheckedArguments, between
 from .assemble import (
     build_pipeline,
+    check_new_folder,
     describe,
     export,
     read_class_names,
@@ -81,6 +82,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         save_state_dict(export(open_pipeline(args.source), args.to), destination)
         print(f"Saved the weights in the layout of {args.to} to {destination}")
         return
+    check_new_folder(destination)
     read = read_source(source, args.kind, args.num_attention_heads, args.numerics)
     vae = load_vae(args.vae) if args.vae is not None else None
     id2label = read_class_names(Path(args.class_names).expanduser()) if args.class_names is not None else None

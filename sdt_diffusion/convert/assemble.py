@@ -196,6 +196,16 @@ def export(pipe: SDTPipeline, kind: Literal["dit", "sit"]) -> dict[str, torch.Te
     return state_dict
 
 
+def check_new_folder(folder: Path) -> None:
+    """Refuse a destination that holds something, before a large checkpoint is read.
+
+    Raises:
+        ValueError: Names the folder, and what to do.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} exists already; give another name, or delete it.")
+
+
 def save_pipeline(pipe: SDTPipeline, folder: Path) -> None:
     """Save a pipeline into a folder that must not exist, or be empty.
 
@@ -203,8 +213,7 @@ def save_pipeline(pipe: SDTPipeline, folder: Path) -> None:
         ValueError: If the folder holds something.
         OSError: If it cannot be written, or the disk is too full.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} exists already; give another name, or delete it.")
+    check_new_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     num_bytes = sum(p.numel() * p.element_size() for p in pipe.transformer.parameters())
     require_space(folder, num_bytes, "the pipeline")

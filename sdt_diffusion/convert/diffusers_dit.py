@@ -64,6 +64,8 @@ def read_diffusers_dit(folder: Path, numerics: str = "facebook") -> Source:
 
 
 def _load_transformer(folder: Path) -> torch.nn.Module:
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} holds no model of diffusers (no config.json).")
     kind = read_json(folder / "config.json").get("_class_name")
     if kind != TRANSFORMER:
         raise ValueError(f"{folder} holds a {kind}, not a {TRANSFORMER}.")

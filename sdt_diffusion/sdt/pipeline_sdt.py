@@ -392,6 +392,11 @@ class SDTPipeline(SDTLoaderMixin, DiffusionPipeline):
         check_value("num_images_per_prompt", num_images_per_prompt, (int,), IMAGES_RANGE)
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"Unknown output_type {output_type!r}: choose 'pil', 'np', 'pt' or 'latent'.")
+        if output_type != "latent" and self.vae is None and channels not in (1, 3):
+            raise ValueError(
+                f"The model makes latents of {channels} channels, and the pipeline has no VAE that decodes them: give "
+                "it one, by SDTPipeline.from_pretrained(folder, vae=vae), or take output_type 'latent'."
+            )
         unknown = [name for name in tensor_inputs if name not in self._callback_tensor_inputs]
         if unknown:
             raise ValueError(

@@ -1,7 +1,7 @@
 """Start a diffusion transformer from trained weights, also for other classes, resolutions, and with a decay added."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +141,27 @@ def describe_classes(init_from: str, class_names: Sequence[str]) -> str:
     new = [name for label, name in enumerate(class_names) if label not in kept]
     listed = f": {shortened(new)}." if new else "."
     return f"{len(kept)} of {len(class_names)} classes keep their rows of {init_from}, {len(new)} are new{listed}"
+
+
+def describe_objective(init_from: str, objective: Mapping[str, Any]) -> str:
+    """Return, in one line, that a stored model has learned to predict something else than it will; else nothing.
+
+    A folder of a transformer alone does not tell.
+
+    Args:
+        init_from: The folder.
+        objective: What the model is trained on now; see `SDTPipeline.objective`.
+    """
+    index = Path(init_from).expanduser() / "model_index.json"
+    stored = read_json(index).get("objective") if index.is_file() else None
+    learned, now = stored.get("prediction_type") if isinstance(stored, dict) else None, objective["prediction_type"]
+    if learned in (None, now):
+        return ""
+    options = "objective flow" if learned == "flow_prediction" else f"objective ddpm and prediction_type {learned}"
+    return (
+        f"{init_from} has learned {learned}, and is trained on {now} from here, which its outputs do not fit at "
+        f"first; {options} goes on with what it has learned."
+    )
 
 
 @torch.no_grad()

@@ -37,7 +37,7 @@ from .config import RunArguments, TrainingConfig, TrainingSet
 from .distributed import autocast_forward, resolve_precision
 from .ema import EMAArguments
 from .heads import AverageTeacher
-from .init_from import describe_classes
+from .init_from import describe_classes, describe_objective
 from .loop import train
 from .model_arguments import ModelArguments
 from .objectives import (
@@ -151,6 +151,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         sampling = {"seed": run_args.seed, **sampler_args.settings(pipe)}
         check_sampler(pipe, sampling)
         if run.accelerator.is_main_process:
+            if model_args.init_from and (line := describe_objective(model_args.init_from, pipe.objective)):
+                print(line)
             if model_args.new_classes:
                 print(describe_classes(str(model_args.init_from), data.images.class_names))
             create_hub_repo(hub_args, run.output_dir)  # so that errors show now rather than after training

@@ -230,11 +230,11 @@ class TestBadInput:
 
     def test_places(self, refused, checkpoint, tmp_path):
         assert "There is no file" in refused(tmp_path / "none.pt", tmp_path / "out")
-        assert "config.json" in refused(tmp_path, tmp_path / "out")
+        assert "holds no model of diffusers (no config.json)" in refused(tmp_path, tmp_path / "out")
         (tmp_path / "full").mkdir()
         (tmp_path / "full" / "file").touch()
         for place in (tmp_path / "full", tmp_path / "full" / "file"):
-            assert "exists already" in refused(checkpoint, place, "--kind", "dit", *HEADS)
+            assert "exists already" in refused(tmp_path / "none.pt", place, "--kind", "dit")  # before it is read
         assert "required: --destination" in refused(checkpoint)
         assert "must end in .pt or .safetensors" in refused(tmp_path, tmp_path / "out", "--to", "dit")
 

@@ -14,7 +14,7 @@ from diffusers import (
     PyramidAttentionBroadcastConfig,
     TaylorSeerCacheConfig,
 )
-from diffusers.guiders import AdaptiveProjectedGuidance, SkipLayerGuidance
+from diffusers.guiders import AdaptiveProjectedGuidance, SkipLayerGuidance, TangentialClassifierFreeGuidance
 
 from sdt_diffusion import SDTGuidance, SDTPipeline
 from sdt_diffusion.sampling.generate import describe_sampling, generate
@@ -159,12 +159,16 @@ def test_guidance_that_was_set_later_is_saved_too(make_pipe, make_model, tmp_pat
     assert SDTPipeline.from_pretrained(tmp_path / "without").guider is None
 
 
-def test_guiders_of_diffusers_fit_if_they_change_no_model(make_pipe, tmp_path):
-    pipe = make_pipe(guider=AdaptiveProjectedGuidance(2.0))
+@pytest.mark.parametrize("guidance", [AdaptiveProjectedGuidance, TangentialClassifierFreeGuidance])
+def test_guiders_of_diffusers_fit_if_they_change_no_model(make_pipe, tmp_path, guidance):
+    pipe = make_pipe(guider=guidance(2.0))
     pipe.save_pretrained(tmp_path)
     loaded = DiffusionPipeline.from_pretrained(tmp_path)
     assert torch.equal(images(loaded), images(pipe))
-    assert "guidance 2 (AdaptiveProjectedGuidance)" in describe_sampling(pipe, {"num_inference_steps": 3})
+    assert f"guidance 2 ({guidance.__name__})" in describe_sampling(pipe, {"num_inference_steps": 3})
+
+
+def test_other_guiders_are_refused(make_pipe):
     with pytest.raises(ValueError, match="SkipLayerGuidance changes the model between two forward passes"):
         make_pipe(guider=SkipLayerGuidance(2.0, skip_layer_guidance_layers=[1]))
     with pytest.raises(ValueError, match="guider must be an SDTGuidance or a guider of diffusers, not a str"):

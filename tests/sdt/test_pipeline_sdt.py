@@ -208,6 +208,16 @@ class TestWithVAE:
         expected = pipe([0], generator=seeded(), output_type="pt", **STEPS).images
         assert torch.equal(loaded([0], generator=seeded(), output_type="pt", **STEPS).images, expected)
 
+    @pytest.mark.parametrize("output_type", ["pil", "np", "pt"])
+    def test_without_it_latents_are_not_taken_for_pictures(self, pipe, tiny_vae, tmp_path, output_type):
+        plain = SDTPipeline(pipe.transformer, pipe.scheduler)
+        with pytest.raises(ValueError, match="latents of 4 channels, and the pipeline has no VAE"):
+            plain([0], output_type=output_type)
+        plain.save_pretrained(tmp_path)
+        decoded = SDTPipeline.from_pretrained(tmp_path, vae=tiny_vae)
+        expected = pipe([0], generator=seeded(), output_type="pt", **STEPS).images
+        assert torch.equal(decoded([0], generator=seeded(), output_type="pt", **STEPS).images, expected)
+
     def test_sizes_must_be_whole_patches_of_latents(self, pipe):
         with pytest.raises(ValueError, match=r"multiples of 4 \(patch_size 2, VAE factor 2\)"):
             pipe([0], height=18)

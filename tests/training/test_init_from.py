@@ -3,7 +3,13 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from sdt_diffusion import SDTPipeline, SDTTransformer2DModel
-from sdt_diffusion.training.init_from import CLASS_TABLE, describe_classes, kept_classes, new_class_table
+from sdt_diffusion.training.init_from import (
+    CLASS_TABLE,
+    describe_classes,
+    describe_objective,
+    kept_classes,
+    new_class_table,
+)
 from sdt_diffusion.training.model_arguments import ModelArguments
 from tests.conftest import TINY, randomize
 
@@ -97,6 +103,15 @@ def test_outputs_for_a_variance_come_and_go(save, there, now):
     started = build(folder, model_overrides=f'{{"out_channels": {now or "null"}}}')
     assert torch.equal(output(started)[:, :3], output(model)[:, :3])
     assert output(started).shape[1] == (now or 3)
+
+
+def test_another_objective_than_the_stored_one_is_said(save):
+    folder = save()[1]
+    flow, epsilon = {"prediction_type": "flow_prediction"}, {"prediction_type": "epsilon"}
+    assert describe_objective(folder, flow) == ""
+    line = f"{folder} has learned flow_prediction, and is trained on epsilon from here"
+    assert describe_objective(folder, epsilon).startswith(line)
+    assert describe_objective(f"{folder}/transformer", epsilon) == ""
 
 
 class TestNewClasses:

@@ -42,7 +42,7 @@ from ..utils.arguments import exit_on_error, parse_arguments
 from ..utils.files import FolderLock, check_writable, move_into, valid_json, write_json
 from ..utils.fingerprint import differences
 from ..utils.ranges import between
-from ..utils.reading import read_json
+from ..utils.reading import read_json, walk_files
 from .fid import FidArguments, FidSamplingArguments, MetricArguments, check_dimensions, compare
 from .label_accuracy import shape_of_samples
 from .make_reference import save_reference
@@ -189,7 +189,9 @@ class Sweep:
         """Open a pipeline; the last one is kept."""
         if (model, dtype) not in self._pipelines:
             self._pipelines.clear()
-            self._pipelines[model, dtype] = load_pipeline(PipelineArguments(model=model, dtype=dtype), "cpu")
+            # Without guidance, since its own may be what the cells change because the model cannot give it.
+            args = PipelineArguments(model=model, dtype=dtype, guidance_scale=1.0)
+            self._pipelines[model, dtype] = load_pipeline(args, "cpu")
         return self._pipelines[model, dtype]
 
     def run(self) -> Cell | None:
@@ -297,7 +299,10 @@ class Sweep:
         return record
 
     def _claim(self, folder: Path) -> None:
-        """Refuse a folder that another sweep has begun; values of the axes may have changed."""
+        """Refuse a folder that holds other files or another sweep; values of the axes may have changed."""
+        path = folder / SETTINGS_FILE
+        if not path.is_file() and any(walk_files(folder)):
+            raise ValueError(f"{folder} holds something other than a sweep: give another output_dir.")
         for name in ("", CELLS_FOLDER, SAMPLES_FOLDER):
             check_writable(folder / name)
         changing = {*self.axes, *(self.search or ())[:1]}
@@ -308,11 +313,8 @@ class Sweep:
             **{f"extractor_{key}": value for key, value in self.extractor.identity.items()},
         }
         now = valid_json(json.loads(json.dumps(now, default=str)))
-        path = folder / SETTINGS_FILE
         if not any(any((folder / name).iterdir()) for name in (CELLS_FOLDER, SAMPLES_FOLDER)):
             (folder / REFERENCE_FILE).unlink(missing_ok=True)  # of a sweep that ended before its first cell
-        elif not path.is_file():
-            raise ValueError(f"{folder} holds something other than a sweep: give another output_dir.")
         else:
             there = read_json(path)
             both = set(there) & set(now)  # what was an axis then or is one now may change

@@ -165,10 +165,24 @@ def test_a_folder_of_other_settings_is_refused(run, model, calls, make_pipe, mak
     make_pipe(transformer=make_model(in_channels=1, num_layers=1)).save_pretrained(model)
     with pytest.raises(ValueError, match=r"json is of another model, or of other defaults .*weights: "):
         run(SCALES)
-    (model.parent / "photos" / "cells").mkdir(parents=True)
-    (model.parent / "photos" / "cells" / "a.jpg").touch()
+
+
+@pytest.mark.parametrize("file", ["cells/a.jpg", "reference.safetensors", "model_index.json"])
+def test_a_folder_of_other_files_is_left_alone(run, calls, tmp_path, file):
+    (tmp_path / "photos" / "cells").mkdir(parents=True)
+    (tmp_path / "photos" / file).touch()
     with pytest.raises(ValueError, match="photos holds something other than a sweep"):
-        run(SCALES, output_dir=model.parent / "photos")
+        run(SCALES, output_dir=tmp_path / "photos")
+    assert [path for path in (tmp_path / "photos").rglob("*") if path.is_file()] == [tmp_path / "photos" / file]
+    assert calls == []
+
+
+def test_a_model_without_a_null_class_is_swept_without_guidance(run, make_pipe, make_model, tmp_path):
+    make_pipe(transformer=make_model(in_channels=1, class_dropout_prob=0.0)).save_pretrained(tmp_path / "model")
+    found, _ = run("num_inference_steps=1,2", sampling={"guidance_scale": 1.0})
+    assert [cell.evaluations for cell, _ in found.finished.values()] == [1, 2]
+    with pytest.raises(ValueError, match="guidance_scale=2: guidance_scale 2 needs the null class"):
+        run("guidance_scale=1,2")
 
 
 def test_settings_without_effect_make_no_cells(run, calls):
@@ -250,7 +264,7 @@ def test_other_grids_are_compared_with_references_of_their_size(run, tmp_path):
         (["guidance_interval=none,0.91:0.92"], {}, "guidance_interval=0.91:0.92: .*holds none of the 2 steps"),
         (["scheduler=DDIMScheduler"], {}, "scheduler=DDIMScheduler: 'DDIMScheduler' is not a scheduler for this"),
         (["model=no/such,model"], {}, "model=no/such"),
-        (["guidance=autoguidance"], {}, "Autoguidance needs a second, weaker model"),
+        (["guidance=autoguidance"], {}, "guidance autoguidance needs a guide_model"),
         (["rotary_scaling=ntk"], {}, "the model has no rotary embedding"),
         ([SCALES], {"sampling": {"guidance_scale": 2.0}}, "guidance_scale is one of the axes: leave out the flag"),
         ([SCALES], {"sampling": {"model": None}}, "Give a model"),

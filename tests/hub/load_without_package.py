@@ -50,6 +50,10 @@ found["without_code"] = [
 ]
 pipe = DiffusionPipeline.from_pretrained(plain, trust_remote_code=True)
 found["plain"] = samples(pipe)
+pipe.scheduler = diffusers.UniPCMultistepScheduler.from_config(
+    pipe.scheduler.config, prediction_type="flow_prediction", use_flow_sigmas=True
+)
+found["swapped"] = samples(pipe)
 found["custom"] = samples(
     DiffusionPipeline.from_pretrained(plain, custom_pipeline=plain + "/pipeline_sdt.py", trust_remote_code=True)
 )

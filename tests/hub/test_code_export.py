@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline
 from diffusers.pipelines.pipeline_loading_utils import _get_custom_components_and_folders  # has no public name
 from transformers import AutoModelForImageClassification
 
-from sdt_diffusion import SDTGuidance, SDTPipeline, SDTTransformer2DModel
+from sdt_diffusion import SDTGuidance, SDTPipeline, SDTTransformer2DModel, swap_scheduler
 from sdt_diffusion.classification import (
     SDTClassifierConfig,
     SDTForImageClassification,
@@ -81,6 +81,9 @@ def test_folders_load_where_the_package_is_not_installed(folders, tmp_path):
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)
     assert torch.equal(found["custom"], found["plain"])
+    swapped = SDTPipeline.from_pretrained(folder / "plain")
+    swapped.scheduler = swap_scheduler(swapped.scheduler, "UniPCMultistepScheduler")
+    torch.testing.assert_close(found["swapped"], samples(swapped), rtol=1e-4, atol=1e-5)
     assert torch.equal(found["again"], found["guided"])  # saved there, with its code
     assert all("trust_remote_code=True" in message for message in found["refusals"])
     pipeline_error, model_error = found["without_code"]

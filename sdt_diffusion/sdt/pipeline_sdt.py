@@ -382,21 +382,15 @@ class SDTPipeline(SDTLoaderMixin, DiffusionPipeline):
                 f"An image of {height}x{width} is not divisible into patches: both sides must be multiples of {unit} "
                 f"(patch_size {self.transformer.config.patch_size}, VAE factor {self.vae_scale_factor})."
             )
-        check_images_made(self.vae, height, width)
         channels = self.transformer.config.in_channels
         if learns_variance(self.scheduler) and self.transformer.config.get("out_channels") != 2 * channels:
-            raise ValueError(
-                f"variance_type {self.scheduler.config.variance_type!r} needs a model that predicts the variance: "
-                f"{2 * channels} out_channels."
-            )
+            variance = f"variance_type {self.scheduler.config.variance_type!r}"
+            raise ValueError(f"{variance} needs a model that predicts the variance: {2 * channels} out_channels.")
         check_value("num_images_per_prompt", num_images_per_prompt, (int,), IMAGES_RANGE)
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"Unknown output_type {output_type!r}: choose 'pil', 'np', 'pt' or 'latent'.")
-        if output_type != "latent" and self.vae is None and channels not in (1, 3):
-            raise ValueError(
-                f"The model makes latents of {channels} channels, and the pipeline has no VAE that decodes them: give "
-                "it one, by SDTPipeline.from_pretrained(folder, vae=vae), or take output_type 'latent'."
-            )
+        if output_type != "latent":
+            check_images_made(self.vae, channels, height, width)
         unknown = [name for name in tensor_inputs if name not in self._callback_tensor_inputs]
         if unknown:
             raise ValueError(

@@ -240,12 +240,23 @@ def check_images_fit(vae: nn.Module, resolution: int, image_mode: str) -> None:
         )
 
 
-def check_images_made(vae: nn.Module | None, height: int, width: int) -> None:
-    """Refuse a size of images that the VAE cannot decode to.
+def check_images_made(vae: nn.Module | None, channels: int, height: int, width: int) -> None:
+    """Refuse latents that no VAE decodes, and a size of images that the VAE cannot decode to.
+
+    Args:
+        vae: The VAE, or `None` for a model of pixels, which have 1 or 3 channels.
+        channels: Channels that the model makes.
+        height: Height of the images.
+        width: Width of the images.
 
     Raises:
-        ValueError: If all its images have another size.
+        ValueError: If there is no VAE for latents, or all its images have another size.
     """
+    if vae is None and channels not in (1, 3):
+        raise ValueError(
+            f"The model makes latents of {channels} channels, and the pipeline has no VAE that decodes them: give it "
+            "one, by SDTPipeline.from_pretrained(folder, vae=vae), or take output_type 'latent'."
+        )
     side = None if vae is None else VAELayout.of(vae).resolution
     if side is not None and (height, width) != (side, side):
         raise ValueError(f"The VAE makes images of {side}x{side} only, not of {height}x{width}: leave out the size.")

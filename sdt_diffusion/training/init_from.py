@@ -109,6 +109,12 @@ def load_weights(
     model.load_state_dict({**initial, **weights})
 
 
+def _stored_names(init_from: str) -> tuple[Path, dict[str, str]]:
+    """Return the file of a stored pipeline's class names, and the names by label, if there are any."""
+    index = Path(init_from).expanduser() / "model_index.json"
+    return index, (read_json(index).get("id2label") or {}) if index.is_file() else {}
+
+
 def kept_classes(init_from: str, class_names: Sequence[str]) -> dict[int, int]:
     """Return which classes a stored pipeline knows by their names: label now -> label there.
 
@@ -118,8 +124,7 @@ def kept_classes(init_from: str, class_names: Sequence[str]) -> dict[int, int]:
     Raises:
         ValueError: If the stored class names are damaged.
     """
-    index = Path(init_from).expanduser() / "model_index.json"
-    names = (read_json(index).get("id2label") or {}) if index.is_file() else {}
+    index, names = _stored_names(init_from)
     try:
         labels = labels_of_names({int(label): name for label, name in names.items()})
     except (AttributeError, TypeError, ValueError) as error:
@@ -135,8 +140,17 @@ def kept_classes(init_from: str, class_names: Sequence[str]) -> dict[int, int]:
     return kept
 
 
-def describe_classes(init_from: str, class_names: Sequence[str]) -> str:
-    """Return, in one line, which classes are new."""
+def describe_classes(init_from: str, class_names: Sequence[str], new_classes: bool) -> str:
+    """Return, in one line, which classes are new, or, without `new_classes`, which have other names there if any."""
+    if not new_classes:
+        _, stored = _stored_names(init_from)
+        other = [name for label, name in enumerate(class_names) if stored.get(str(label), name) != name]
+        if not other:
+            return ""
+        return (
+            f"{init_from} has other names for {len(other)} of {len(class_names)} classes: {shortened(other)}. They "
+            "start from the classes of the same numbers; new_classes starts them from those of the same names."
+        )
     kept = kept_classes(init_from, class_names)
     new = [name for label, name in enumerate(class_names) if label not in kept]
     listed = f": {shortened(new)}." if new else "."

@@ -151,10 +151,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         sampling = {"seed": run_args.seed, **sampler_args.settings(pipe)}
         check_sampler(pipe, sampling)
         if run.accelerator.is_main_process:
-            if model_args.init_from and (line := describe_objective(model_args.init_from, pipe.objective)):
-                print(line)
-            if model_args.new_classes:
-                print(describe_classes(str(model_args.init_from), data.images.class_names))
+            if start := model_args.init_from:
+                classes = describe_classes(start, data.images.class_names, model_args.new_classes)
+                for line in filter(None, (describe_objective(start, pipe.objective), classes)):
+                    print(line)
             create_hub_repo(hub_args, run.output_dir)  # so that errors show now rather than after training
         if data.vae is not None:
             data.vae.to(run.accelerator.device)

@@ -123,7 +123,9 @@ class TestNewClasses:
         stored, table = (each.state_dict()[CLASS_TABLE] for each in (model, started))
         assert torch.equal(table[[0, 2, 3, 4]], stored[[2, 0, 1, 5]])
         assert table[1].norm() < 0.2 < stored.norm(dim=1).min()
-        assert describe_classes(folder, names) == f"3 of 4 classes keep their rows of {folder}, 1 are new: zebra."
+        assert (
+            describe_classes(folder, names, True) == f"3 of 4 classes keep their rows of {folder}, 1 are new: zebra."
+        )
 
     def test_where_no_name_is_known_all_classes_are_new(self, save):
         model, folder = save()
@@ -135,7 +137,7 @@ class TestNewClasses:
         assert weights[CLASS_TABLE][:2].norm(dim=1).max() < 0.2 < stored[CLASS_TABLE].norm(dim=1).min()
         assert all(torch.equal(weights[name], stored[name]) for name in stored if name != CLASS_TABLE)
         line = f"0 of 2 classes keep their rows of {folder}, 2 are new: gnu, yak."
-        assert describe_classes(folder, ["gnu", "yak"]) == line
+        assert describe_classes(folder, ["gnu", "yak"], True) == line
 
     def test_a_name_of_two_classes_is_none(self, save):
         _, folder = save()
@@ -150,6 +152,14 @@ class TestNewClasses:
         _, folder = save()
         with pytest.raises(ValueError, match=r"num_classes: 5 there, 7 now.* new_classes other classes"):
             build(folder, sizes={**SIZES, "num_classes": 7})
+
+    def test_without_the_flag_other_names_of_as_many_classes_are_said(self, save):
+        _, folder = save()
+        assert describe_classes(folder, list(NAMES.values()), False) == ""
+        assert describe_classes(f"{folder}/transformer", ["gnu", "yak"], False) == ""
+        names = [*list(NAMES.values())[:-1], "gnu"]
+        line = f"{folder} has other names for 1 of {len(names)} classes: gnu. They start from the classes of the same "
+        assert describe_classes(folder, names, False).startswith(line)
 
     def test_damaged_names_are_refused(self, save, tmp_path):
         _, folder = save()

@@ -105,12 +105,8 @@ class TestModel:
         for i, block in enumerate(model.transformer_blocks):
             block.register_forward_hook(lambda _, args, output, i=i: seen.update({i: (args[0], output)}))
         model(*batch(), route=ROUTE)
-        assert [seen[i][0].shape[1] for i in range(4)] == [
-            seen[0][0].shape[1],
-            len(rows),
-            len(rows),
-            seen[0][0].shape[1],
-        ]
+        tokens = seen[0][0].shape[1]
+        assert [seen[i][0].shape[1] for i in range(4)] == [tokens, len(rows), len(rows), tokens]
         torch.testing.assert_close(seen[1][0], seen[0][1][:, rows])
         torch.testing.assert_close(seen[3][0][:, rows], seen[2][1])
         others = [i for i in range(tokens) if i not in rows]

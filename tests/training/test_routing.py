@@ -151,7 +151,7 @@ class TestWhatIsRefused:
 
 def test_a_run_resumes_exactly_and_routes_matter(tmp_path):
     def run(name, steps, ratio=0.5, **options):
-        run = build_run(tmp_path / name, {"num_layers": 3, "rotary": True}, max_train_steps=steps, **options)
+        run = build_run(tmp_path / name, {"rotary": True}, max_train_steps=steps, **options)
         arguments = ObjectiveArguments(routing_ratio=ratio)
         routing = build_routing(arguments, run.unwrapped_model)
         loss = DiffusionLoss(build_objective(arguments), class_dropout_prob=0.5, routing=routing)

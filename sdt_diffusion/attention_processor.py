@@ -76,6 +76,7 @@ class SDTAttnProcessor:
         conditioning: torch.Tensor | None = None,
         image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
         decay_scale: torch.Tensor | None = None,
+        places: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Attend as `SDTAttention.forward` describes."""
         if attn.fused_projections:
@@ -108,6 +109,7 @@ class SDTAttnProcessor:
             backend=self._resolve_backend(),
             prune_eps=self.prune_eps,
             num_registers=registers,
+            places=places,
         )  # (B, h, N, d)
         hidden_states = hidden_states.transpose(1, 2).flatten(2)  # (B, N, h*d)
         if position is not None:

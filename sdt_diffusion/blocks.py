@@ -135,9 +135,11 @@ class SDTAttention(nn.Module, AttentionBackendMixin, AttentionModuleMixin):
         conditioning: torch.Tensor | None = None,
         image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
         decay_scale: torch.Tensor | None = None,
+        places: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Map tokens (batch, tokens, dim) to the same shape; see `SDTBlock.forward`."""
-        return self.processor(self, hidden_states, grid_size, conditioning, image_rotary_emb, decay_scale)
+        options = {} if places is None else {"places": places}  # which processors of others may not know
+        return self.processor(self, hidden_states, grid_size, conditioning, image_rotary_emb, decay_scale, **options)
 
 
 class AdaLayerNormZero(nn.Module):
@@ -308,6 +310,7 @@ class SDTBlock(nn.Module):
         image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
         decay_scale: torch.Tensor | None = None,
         modulation: torch.Tensor | None = None,
+        places: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Run the block.
 
@@ -319,6 +322,8 @@ class SDTBlock(nn.Module):
             image_rotary_emb: Cosines and sines of the rotary embedding, each of shape (tokens, head_dim), or `None`.
             decay_scale: Factor of the decay, shape (batch, heads) or (batch, 1), or `None` for 1.
             modulation: What blocks share of the modulation, shape (batch, 6 * dim), unless `adaln` is "full".
+            places: Where on the grid the patches are, shape (patches,), if they are only some of it, which a block
+                with convolutions does not take.
 
         Returns:
             Tokens of the same shape.
@@ -335,13 +340,13 @@ class SDTBlock(nn.Module):
         if self.conditional_position is not None:
             hidden_states = hidden_states + self.conditional_position(hidden_states, grid_size)
         if not self.conditioned:
-            branch = self.attn(self.norm1(hidden_states), grid_size, None, image_rotary_emb, decay_scale)
+            branch = self.attn(self.norm1(hidden_states), grid_size, None, image_rotary_emb, decay_scale, places)
             hidden_states = hidden_states + self.drop_path(self.layer_scale1(branch))
             branch = self.ff(self.norm2(hidden_states), grid_size)
             return hidden_states + self.drop_path(self.layer_scale2(branch))
 
         attention_input, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.norm1(hidden_states, conditioning, modulation)
-        branch = gate_msa * self.attn(attention_input, grid_size, conditioning, image_rotary_emb, decay_scale)
+        branch = gate_msa * self.attn(attention_input, grid_size, conditioning, image_rotary_emb, decay_scale, places)
         hidden_states = hidden_states + self.drop_path(self.layer_scale1(branch))
         branch = gate_mlp * self.ff(modulate(self.norm2(hidden_states), shift_mlp, scale_mlp), grid_size)
         return hidden_states + self.drop_path(self.layer_scale2(branch))

@@ -65,6 +65,8 @@ CHOICES = (
 )
 #: Those that take their tokens' places from the grid alone, and so take no registers.
 WITHOUT_REGISTERS = ("triton",)
+#: Those that need all of the grid.
+WITHOUT_PLACES = ("blockwise", "triton", "flex")
 #: check(query, value), which raises a ValueError, of the backends in `CHOICES` that do not take every head and dtype.
 CHECKS: dict[str, Callable[[torch.Tensor, torch.Tensor], None]] = {"triton": check_support}
 
@@ -83,7 +85,13 @@ def named_backend(backend: str | None = None) -> str | None:
     return name
 
 
-def choose_backend(query: torch.Tensor, value: torch.Tensor, device: str | None = None, num_registers: int = 0) -> str:
+def choose_backend(
+    query: torch.Tensor,
+    value: torch.Tensor,
+    device: str | None = None,
+    num_registers: int = 0,
+    whole_grid: bool = True,
+) -> str:
     """Choose a backend where nobody named one, by `CHOICES`.
 
     It is `reference` for exports: an exported program (torch.export, ONNX) then consists of torch's own operators and
@@ -95,10 +103,12 @@ def choose_backend(query: torch.Tensor, value: torch.Tensor, device: str | None 
         value: Shape (batch, heads, tokens, value_dim).
         device: Type of the device; that of the query by default.
         num_registers: Tokens that are not on the grid.
+        whole_grid: Whether the tokens are all of the grid.
     """
     if torch.compiler.is_exporting() or _in_forward_mode():
         return "reference"
     device, training = device or query.device.type, torch.is_grad_enabled()
+    unfit = {*(WITHOUT_REGISTERS if num_registers else ()), *(() if whole_grid else WITHOUT_PLACES)}
     for choice in CHOICES:
         if (
             choice.device in (None, device)
@@ -106,7 +116,7 @@ def choose_backend(query: torch.Tensor, value: torch.Tensor, device: str | None 
             and choice.training in (None, training)
         ):
             for name in choice.backends:
-                if _supports(name, query, value) and not (num_registers and name in WITHOUT_REGISTERS):
+                if name not in unfit and _supports(name, query, value):
                     return name
     return "reference"
 
@@ -140,6 +150,7 @@ def spatial_decay_attention(
     backend: str | Backend | None = None,
     prune_eps: float = 0.0,
     num_registers: int = 0,
+    places: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Compute attention that decays with distance on the patch grid: softmax(Q K^T / sqrt(d) + M) V.
 
@@ -150,7 +161,7 @@ def spatial_decay_attention(
         gate: G <= 0 per token and head, shape (batch, heads, tokens), or (batch or 1, heads, 1) for the same on every
             token; in fp32 or fp64 whatever the dtype of the query. Ignored by `none`.
         alpha: Strength of the decay > 0, shape (heads,). Ignored by `none`.
-        grid_size: Rows H and columns W of the patch grid, H * W = tokens - num_registers.
+        grid_size: Rows H and columns W of the patch grid, H * W = tokens - num_registers unless there are `places`.
         variant: One of `SPATIAL_DECAY_VARIANTS`.
         decomposed: Attend along the width inside each row, then along the height inside each column of that result,
             each with its own one-dimensional decay, by the same queries and keys. Costs O(HW(H+W)) instead of
@@ -164,6 +175,9 @@ def spatial_decay_attention(
             `blockwise` and `triton` do. Rows and columns of decomposed attention are never pruned.
         num_registers: How many of the first tokens are not on the grid. Nothing decays to or from them: M is 0 there.
             `triton` takes none, nor do `decomposed` and `prune_eps`.
+        places: Where on the grid the tokens after the registers are, in raster order, shape (tokens - num_registers,),
+            if they are only some of it. Neither `raster`, `decomposed` and `prune_eps` nor the backends in
+            `WITHOUT_PLACES` take them.
 
     Returns:
         Tensor of shape (batch, heads, tokens, value_dim), in the value's dtype or autocast's.
@@ -174,12 +188,18 @@ def spatial_decay_attention(
     """
     check_variant(variant)
     height, width = grid_size
-    tokens = num_registers + height * width
+    tokens = num_registers + (height * width if places is None else len(places))
     if query.shape[-2] != tokens or key.shape[-2] != tokens:
         registers = f" after {num_registers} registers" if num_registers else ""
+        source = f"grid_size {height}x{width} means" if places is None else "places name"
         raise ValueError(
-            f"grid_size {height}x{width} means {height * width} tokens{registers}, but query and key have "
+            f"{source} {tokens - num_registers} tokens{registers}, but query and key have "
             f"{query.shape[-2]} and {key.shape[-2]}."
+        )
+    if places is not None and (variant == "raster" or decomposed or prune_eps):
+        raise ValueError(
+            f"places leave out tokens, which variant={variant!r}, decomposed={decomposed} or prune_eps={prune_eps} "
+            "needs: choose another variant than 'raster', and turn the others off."
         )
     if num_registers and (decomposed or prune_eps):
         raise ValueError(
@@ -199,12 +219,14 @@ def spatial_decay_attention(
             raise ValueError(f"The backend {backend!r} has no forward-mode derivatives: use 'reference'.")
         if num_registers and backend in WITHOUT_REGISTERS and variant not in ("none", "raster"):
             raise ValueError(f"The backend {backend!r} takes no num_registers, here {num_registers}: use 'dense'.")
-        backend = backend or choose_backend(query, value, num_registers=num_registers)
+        if places is not None and backend in WITHOUT_PLACES and variant != "none":
+            raise ValueError(f"The backend {backend!r} takes no places, only all of the grid: use 'dense'.")
+        backend = backend or choose_backend(query, value, num_registers=num_registers, whole_grid=places is None)
     attend = _resolve_backend(backend, variant)
     decay = None
     if variant != "none":
         decay = Decay(*_check_gate(gate, alpha, query), grid_size, variant, 0.0 if decomposed else prune_eps)
-        decay = decay._replace(num_registers=num_registers)
+        decay = decay._replace(num_registers=num_registers, places=places)
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     if not decomposed:
         return attend(query, key, value, decay, scale)  # (B, h, N, d)

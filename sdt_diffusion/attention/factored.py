@@ -67,12 +67,10 @@ def add_decay_columns(
             f"The backend 'factored' computes the variants 'context' and 'fixed', not {decay.variant!r}, which is no "
             "product with the distance: choose 'dense'."
         )
-    left, right = _distance_factors(decay.grid_size, query.device)  # (N, 2 (H+W-2)) each
-    left, right = (F.pad(x, (0, 0, decay.num_registers, 0)) for x in (left, right))  # of registers: d = 0
+    left, right = _of_tokens(decay, _distance_factors(decay.grid_size, query.device))  # (N, 2 (H+W-2)) each
     width = _width(query, value, left)
     if max_width is not None and width > max_width:
-        left, right = _narrow_distance_factors(decay.grid_size, query.device)  # (N, H+W-1) each
-        left, right = (F.pad(x, (0, 0, decay.num_registers, 0)) for x in (left, right))
+        left, right = _of_tokens(decay, _narrow_distance_factors(decay.grid_size, query.device))  # (N, H+W-1) each
         wide, width = width, _width(query, value, left)
         trains = torch.is_grad_enabled() and (decay.gate.requires_grad or decay.alpha.requires_grad)
         if width > max_width or trains or query.dtype not in (torch.bfloat16, torch.float16):
@@ -114,6 +112,12 @@ def _narrow_distance_factors(grid_size, device):
     sign = 1 - 2 * _beyond(grid_size, device)
     ones = torch.ones_like(sign[:, :1])
     return torch.cat([ones, -sign / 2], dim=1), torch.cat([ones * sign.shape[1] / 2, sign], dim=1)
+
+
+def _of_tokens(decay, factors):
+    """Return the factors of registers, 0 as their distances, and of the tokens, from those of the whole grid."""
+    factors = factors if decay.places is None else [x[decay.places] for x in factors]
+    return [F.pad(x, (0, 0, decay.num_registers, 0)) for x in factors]
 
 
 def _width(query, value, left):

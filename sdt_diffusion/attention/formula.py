@@ -56,7 +56,11 @@ def check_variant(variant: str) -> str:
 
 
 def spatial_decay(
-    gate: torch.Tensor, alpha: torch.Tensor, grid_size: tuple[int, int], variant: str = "context"
+    gate: torch.Tensor,
+    alpha: torch.Tensor,
+    grid_size: tuple[int, int],
+    variant: str = "context",
+    places: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Compute the decay M that is added to the attention logits.
 
@@ -69,19 +73,30 @@ def spatial_decay(
         alpha: Strength of the decay, > 0, shape (heads,).
         grid_size: Rows and columns of the patch grid; their product is the number of tokens.
         variant: One of `SPATIAL_DECAY_VARIANTS` except `none`.
+        places: Where on the grid the tokens are, in raster order, shape (tokens,), if they are only some of it.
 
     Returns:
         M of shape (batch, heads, tokens, tokens): <= 0, symmetric, zero on the diagonal, in the gate's dtype.
+
+    Raises:
+        ValueError: If the variant is `raster` and there are `places`: its sums need the gates of all tokens.
     """
     alpha = alpha[:, None, None]  # (h, 1, 1)
     if variant == "raster":
+        if places is not None:
+            raise ValueError("The variant 'raster' sums the gates of all tokens: it takes no places of some of them.")
         position = gate.cumsum(dim=-1)  # (B, h, N)
         return -((position[..., :, None] - position[..., None, :]) * alpha).abs()  # (B, h, N, N)
-    distance = manhattan_distance(grid_size, gate.device, gate.dtype)  # (N, N)
-    if variant == "content":
-        distance = distance.clamp(max=1)
+    distance = _distance(grid_size, variant, places, gate)  # (N, N)
     pair = (gate[..., :, None] + gate[..., None, :]) / 2  # (B, h, N, N)
     return -(pair * distance * alpha).abs()
+
+
+def _distance(grid_size, variant, places, gate):
+    distance = manhattan_distance(grid_size, gate.device, gate.dtype)
+    if places is not None:
+        distance = distance[places][:, places]
+    return distance.clamp(max=1) if variant == "content" else distance
 
 
 class Decay(NamedTuple):
@@ -94,6 +109,7 @@ class Decay(NamedTuple):
         variant: One of `SPATIAL_DECAY_VARIANTS` except `none`.
         prune_eps: Share of each query's softmax that a backend may skip, as `pruning` describes; 0 for none.
         num_registers: First tokens, which are not on the grid: M is 0 in their rows and columns.
+        places: Where on the grid the tokens after them are, in raster order, if they are only some of it.
     """
 
     gate: torch.Tensor
@@ -102,11 +118,12 @@ class Decay(NamedTuple):
     variant: str = "context"
     prune_eps: float = 0.0
     num_registers: int = 0
+    places: torch.Tensor | None = None
 
     def bias(self) -> torch.Tensor:
         """Return M, the additive mask of shape (batch, heads, tokens, tokens), for any variant."""
         on_grid = self.gate[..., self.num_registers :]
-        decay = spatial_decay(on_grid, self.alpha, self.grid_size, self.variant)
+        decay = spatial_decay(on_grid, self.alpha, self.grid_size, self.variant, self.places)
         return F.pad(decay, (self.num_registers, 0) * 2) if self.num_registers else decay
 
     @property
@@ -131,8 +148,7 @@ class Decay(NamedTuple):
     def half_decay_and_distance(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return u, and d of shape (tokens, tokens); see `half_decay`."""
         half_decay = self.half_decay()
-        distance = manhattan_distance(self.grid_size, self.gate.device, self.gate.dtype)  # (N, N)
-        distance = distance.clamp(max=1) if self.clamp else distance
+        distance = _distance(self.grid_size, self.variant, self.places, self.gate)  # (N, N)
         return half_decay, F.pad(distance, (self.num_registers, 0) * 2) if self.num_registers else distance
 
 

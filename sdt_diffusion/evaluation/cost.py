@@ -41,17 +41,18 @@ class Cost:
 
 
 @torch.no_grad()
-def count_cost(model: nn.Module, *inputs: Any) -> Cost:
-    """Count the parameters of a model, and the multiply-adds of `model(*inputs)`.
+def count_cost(model: nn.Module, *inputs: Any, **options: Any) -> Cost:
+    """Count the parameters of a model, and the multiply-adds of `model(*inputs, **options)`.
 
     Element-wise work, norms and the softmax are not counted, as is usual.
 
     Args:
         model: The model; its mode and processors are left as they are.
         *inputs: Inputs of the model; a batch of one image for the cost of one.
+        **options: The same, by name.
     """
     with _reference_attention_in(model), FlopCounterMode(display=False) as counter:
-        model(*inputs)
+        model(*inputs, **options)
     return Cost(sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2)
 
 

@@ -157,7 +157,11 @@ class _RecordingProcessor(SDTAttnProcessor):
         self.block, self.records, self.attention = block, records, None
         self.backend = self._attend if with_attention else None
 
-    def __call__(self, attn, hidden_states, grid_size, conditioning=None, image_rotary_emb=None, decay_scale=None):
+    def __call__(
+        self, attn, hidden_states, grid_size, conditioning=None, image_rotary_emb=None, decay_scale=None, places=None
+    ):
+        if places is not None:
+            raise ValueError("Decays are recorded of whole grids, without a route of tokens.")
         if len(hidden_states) != 1:
             raise ValueError(f"Decays are recorded of one image at a time, not of {len(hidden_states)}.")
         self.passes, self.attn, self.tokens = 0, attn, hidden_states.shape[1]

@@ -25,6 +25,7 @@ from .grid_scaling import GridScalingMixin
 from .initialization import draw_seed, initialize_meta, initialize_weights
 from .model_output import SDTTransformer2DModelOutput, check_blocks, flow_of_clean
 from .presets import PRESETS
+from .token_route import TokenRoute, check_route
 
 #: Where diffusers warns of weights that are missing or left over.
 LOADING_LOGGER = logging.getLogger("diffusers.models.modeling_utils")
@@ -271,6 +272,7 @@ class SDTTransformer2DModel(
         decay_scale: torch.Tensor | None = None,
         end_timestep: torch.Tensor | None = None,
         block_outputs: Sequence[int] = (),
+        route: TokenRoute | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]:
         """Run all blocks; same arguments and errors as `forward`.
 
@@ -292,9 +294,14 @@ class SDTTransformer2DModel(
         )  # (B, D)
         modulation = None if self.shared_modulation is None else self.shared_modulation(conditioning)  # (B, 6*D)
         image_rotary_emb = self._rotary_embedding(grid_size, device)  # each (R+N, d)
-        inputs = (grid_size, conditioning, image_rotary_emb, decay_scale, modulation)
+        inputs = (grid_size, conditioning, image_rotary_emb, decay_scale, modulation, None)
+        if route is not None:
+            check_route(route, self.config, grid_size, block_outputs)
         num_layers, skips, kept = self.config.num_layers, list(self.skip_projections or ()), {}
         for i, block in enumerate(self.transformer_blocks):
+            if route is not None and i == route.start:
+                before, all_inputs = hidden_states, inputs
+                hidden_states, inputs = route.take(before, registers), route.inputs(inputs, registers)  # (B, R+n, D)
             source = num_layers - 1 - i  # the block whose tokens a long skip brings here
             if source < len(skips):
                 hidden_states = skips[source](torch.cat([hidden_states, kept[source]], dim=-1))  # (B, R+N, D)
@@ -302,6 +309,8 @@ class SDTTransformer2DModel(
                 hidden_states = self._gradient_checkpointing_func(block, hidden_states, *inputs)
             else:
                 hidden_states = block(hidden_states, *inputs)  # (B, R+N, D)
+            if route is not None and i == route.end - 1:
+                hidden_states, inputs = route.put_back(hidden_states, before, registers), all_inputs  # (B, R+N, D)
             if i < len(skips) or i in block_outputs:
                 kept[i] = hidden_states
         outputs = tuple(kept[i][:, registers:] for i in block_outputs)  # each (B, N, D)
@@ -317,6 +326,7 @@ class SDTTransformer2DModel(
         decay_scale: torch.Tensor | None = None,
         end_timestep: torch.Tensor | None = None,
         block_outputs: Sequence[int] = (),
+        route: TokenRoute | None = None,
     ) -> SDTTransformer2DModelOutput | tuple[Any, ...]:
         """Predict noise, velocity or flow from a noisy (latent) image.
 
@@ -332,19 +342,20 @@ class SDTTransformer2DModel(
             end_timestep: Timestep at which the step ends that the flow is averaged over, shape (batch,) or a scalar,
                 for a model with `interval_conditioning`; `timestep` by default, where it is the flow itself.
             block_outputs: Blocks, from 0, whose output to return as well.
+            route: Which patches take part in all blocks, in training; all of them by default.
 
         Returns:
             The prediction, shape (batch, out_channels, height, width), and, if there are `block_outputs`, the patches
             after those blocks, a tuple of tensors of shape (batch, patches, width).
 
         Raises:
-            ValueError: If the channels, sides, labels, factors of the decay, `end_timestep` or blocks do not fit the
-                model.
+            ValueError: If the channels, sides, labels, factors of the decay, `end_timestep`, blocks or route do not
+                fit the model.
         """
         image, patch_size = hidden_states, self.config.patch_size
         height, width = image.shape[-2:]
         hidden_states, conditioning, outputs = self.forward_features(
-            image, timestep, class_labels, force_drop_ids, decay_scale, end_timestep, block_outputs
+            image, timestep, class_labels, force_drop_ids, decay_scale, end_timestep, block_outputs, route
         )
         grid_size = (height // patch_size, width // patch_size)
         shift, scale = self.proj_out_1(conditioning).unsqueeze(1).chunk(2, dim=-1)  # each (B, 1, D)

@@ -45,8 +45,10 @@ from .objectives import (
     DiffusionLoss,
     MeanFlowObjective,
     ObjectiveArguments,
+    TokenRouting,
     build_auxiliary_losses,
     build_objective,
+    build_routing,
 )
 from .optimizer import OptimizationArguments
 from .run import TrainingRun
@@ -68,12 +70,13 @@ def check_sampler(pipe: SDTPipeline, sampling: dict[str, Any]) -> None:
         ) from error
 
 
-def flops_of(model: SDTTransformer2DModel) -> float:
-    """Count the floating-point operations of one image's forward pass, without running it."""
+def flops_of(model: SDTTransformer2DModel, routing: TokenRouting | None = None) -> float:
+    """Count the floating-point operations of one image's forward pass in training, without running it."""
     config = model.config
     sides = [config.sample_size] * 2 if isinstance(config.sample_size, int) else config.sample_size
     inputs = (torch.empty(1, config.in_channels, *sides), torch.zeros(1), torch.zeros(1, dtype=torch.long))
-    return 2 * count_cost(copy.deepcopy(model).to("meta"), *(x.to("meta") for x in inputs)).multiply_adds
+    options = {} if routing is None else {"route": routing.example("meta")}
+    return 2 * count_cost(copy.deepcopy(model).to("meta"), *(x.to("meta") for x in inputs), **options).multiply_adds
 
 
 #: What the script's command line sets.
@@ -116,7 +119,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if isinstance(objective, MeanFlowObjective):
         objective.check_model(model)
     auxiliary = build_auxiliary_losses(objective_args, model, run_args.train_batch_size, ema_args.use_ema, data)
-    loss = DiffusionLoss(objective, model.config.class_dropout_prob, data.clean, auxiliary=auxiliary)
+    routing = build_routing(objective_args, model, auxiliary)
+    clean, dropout = data.clean, model.config.class_dropout_prob
+    loss = DiffusionLoss(objective, dropout, clean, auxiliary=auxiliary, routing=routing)
     config = TrainingConfig(
         run_args,
         optimization_args,
@@ -126,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             *(model_args, data_args, objective_args, optimization_args, ema_args, run_args),
             *(validation_args, sampler_args, encoder_args),
         ),
-        flops_per_image=flops_of(model),
+        flops_per_image=flops_of(model, routing),
     )
     training_set = TrainingSet(
         train_images,

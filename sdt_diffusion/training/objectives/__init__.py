@@ -19,6 +19,7 @@ from .flow import FlowObjective
 from .loss import DiffusionLoss
 from .meanflow import MeanFlowObjective
 from .objective import OBJECTIVES, Noised, Objective, ObjectiveArguments
+from .routing import TokenRouting, build_routing
 
 __all__ = [
     "OBJECTIVES",
@@ -36,8 +37,10 @@ __all__ = [
     "ObjectiveArguments",
     "Predicted",
     "SelfAlignmentLoss",
+    "TokenRouting",
     "build_auxiliary_losses",
     "build_objective",
+    "build_routing",
 ]
 
 OBJECTIVES.update(flow=FlowObjective, ddpm=DDPMObjective, meanflow=MeanFlowObjective)

@@ -18,7 +18,7 @@ from .objective import Noised, ObjectiveArguments
 class DDPMObjective:
     """Noise (epsilon) or velocity under DiT's linear schedule."""
 
-    options: tuple[str, ...] = ("prediction_type", "snr_gamma", "learn_sigma")
+    options: tuple[str, ...] = ("prediction_type", "snr_gamma", "learn_sigma", "routing_ratio", "routing_blocks")
     sampling: Mapping[str, Any] = MappingProxyType({})
 
     def __init__(self, args: ObjectiveArguments):

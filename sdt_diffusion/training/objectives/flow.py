@@ -23,7 +23,7 @@ class FlowObjective:
     options: tuple[str, ...] = (
         *("weighting_scheme", "logit_mean", "logit_std", "mode_scale", "time_shift"),
         *("direction_loss_weight", "contrastive_weight", "self_alignment_weight", "self_alignment_time"),
-        *("self_alignment_block", "self_alignment_teacher_block"),
+        *("self_alignment_block", "self_alignment_teacher_block", "routing_ratio", "routing_blocks"),
     )
     sampling: Mapping[str, Any] = MappingProxyType({})
 

@@ -13,6 +13,7 @@ from ...utils.seeding import Draws
 from .auxiliary import AuxiliaryLoss, Predicted
 from .meanflow import MeanFlowObjective
 from .objective import Noised, Objective
+from .routing import TokenRouting
 
 
 class DiffusionLoss:
@@ -25,6 +26,7 @@ class DiffusionLoss:
             `TrainingData.clean`; the batch itself by default.
         num_buckets: Ranges of timesteps whose errors are logged.
         auxiliary: Further terms.
+        routing: Which tokens skip blocks in training; none by default.
 
     Attributes:
         heads: Layers of the terms that a run is to train with the model, by the terms' names.
@@ -38,12 +40,13 @@ class DiffusionLoss:
         clean_of: Callable[[Any, Draws], torch.Tensor] | None = None,
         num_buckets: int = 10,
         auxiliary: Sequence[AuxiliaryLoss] = (),
+        routing: TokenRouting | None = None,
     ):
         check_number("class_dropout_prob", class_dropout_prob, Range(0, 1))
         check_value("num_buckets", num_buckets, (int,), Range(1, objective.num_train_timesteps))
         self.objective, self.class_dropout_prob, self.num_buckets = objective, class_dropout_prob, num_buckets
         self.clean_of = clean_of or (lambda batch, draws: batch)
-        self.auxiliary = list(auxiliary)
+        self.auxiliary, self.routing = list(auxiliary), routing
         self.teacher: Callable | None = None
         self.heads = nn.ModuleDict({term.name: term.head for term in auxiliary if term.head is not None})
         self._blocks = sorted({block for term in auxiliary for block in term.blocks})
@@ -96,6 +99,8 @@ class DiffusionLoss:
             noised = mean_flow.with_intervals(noised, draws)
         dropped = draws.uniform() < class_dropout_prob
         options: dict[str, Any] = {"block_outputs": tuple(blocks)} if blocks else {}
+        if training and self.routing is not None:
+            options["route"] = self.routing(draws)
         if mean_flow is not None:
             noised = mean_flow.guided(model, noised, class_labels, dropped)
             options["end_timestep"] = noised.end_timestep

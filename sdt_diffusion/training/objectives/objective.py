@@ -120,9 +120,27 @@ class ObjectiveArguments(CheckedArguments):
         default=None,
         metadata={"help": "Step from which on there is no alignment, which hurts late. Default: none."} | at_least(1),
     )
+    routing_ratio: float = field(
+        default=0.0,
+        metadata={"help": "Share of the tokens that skip the blocks of the route in a step; 0.5 is usual."}
+        | between(0, 1, with_most=False),
+    )
+    routing_blocks: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "Blocks before those tokens leave, and before they are back. Default: 1/14 and 6/7 of them, 2 and "
+            "24 of 28.",
+        }
+        | at_least(0),
+    )
 
     def __post_init__(self):
         super().__post_init__()
+        if self.routing_blocks is not None:
+            if not self.routing_ratio:
+                raise ValueError("routing_blocks needs routing_ratio.")
+            if not isinstance(self.routing_blocks, list) or len(self.routing_blocks) != 2:
+                raise ValueError(f"routing_blocks must be two numbers, not {self.routing_blocks}.")
         if self.objective not in OBJECTIVES:
             raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}, not {self.objective!r}.")
         options = {name for objective in OBJECTIVES.values() for name in objective.options}

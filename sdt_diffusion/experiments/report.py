@@ -19,6 +19,7 @@ import numpy as np
 
 from ..utils.arguments import exit_on_error, parse_arguments
 from ..utils.files import write_atomically
+from ..utils.ranges import CheckedArguments
 from .measures import HELD_OUT
 from .plot import plot_study
 from .result_files import read_results
@@ -36,7 +37,7 @@ Results = Mapping[tuple[str, int], Mapping[str, Any]]
 
 
 @dataclass
-class ReportArguments:
+class ReportArguments(CheckedArguments):
     """Where studies, results and pages are."""
 
     studies_dir: Path = field(default=Path("experiments"), metadata={"help": "Folder of the studies' YAML files."})

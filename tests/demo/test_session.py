@@ -55,7 +55,7 @@ def test_the_clean_image_of_a_perfect_model_is_the_image(make_pipe, scheduler, n
     pipe = make_pipe(scheduler)
     image = torch.linspace(-0.9, 0.9, 3 * 8 * 8).view(1, 3, 8, 8)
 
-    def predict(self, latents, timestep, class_labels):
+    def predict(self, latents, timestep, class_labels, end):
         sigma = sigma_at(self.scheduler, float(timestep))
         if self.objective["prediction_type"] == "flow_prediction":
             return (latents - image) / sigma
@@ -111,7 +111,7 @@ def test_a_viewer_who_leaves_stops_the_run(make_pipe):
         ({}, {"num_pictures": 2.5}, "num_pictures must be a whole number"),
         ({}, {"guidance_interval": [3.0, 5.0]}, "lies outside the schedule"),
         ({}, {"guidance_interval": [0.01, 0.02], "guidance_scale": 2.0}, "holds none of the 4 steps"),
-        ({}, {"guidance": "autoguidance"}, "needs a second, weaker model"),
+        ({}, {"guidance": "autoguidance"}, "autoguidance needs a guide_model"),
         ({}, {"scheduler": "DDIMScheduler"}, "is not a scheduler for this flow-matching model"),
         ({"class_dropout_prob": 0.0}, {"guidance_scale": 2.0}, "needs the null class"),
         ({"spatial_decay": "none"}, {"guidance": "decay", "guidance_scale": 2.0}, "the model has none"),

@@ -115,7 +115,7 @@ def test_a_run_that_diverges_stops_and_saves_no_pipeline(tmp_path):
         (["--resolution", "9"], "sample_size 9x9 is not divisible by patch_size 2"),
         (["--dataset", "/nowhere"], "There is no file or folder /nowhere"),
         (["--resume_from_checkpoint", "checkpoint-7"], "There is no checkpoint checkpoint-7"),
-        (["--num_validation_images", "0"], "num_validation_images must be at least 1 and at most 10000, not 0"),
+        (["--num_validation_images", "-1"], "num_validation_images must be at least 0 and at most 10000, not -1"),
         (["--lr_scheduler", "steep"], "lr_scheduler must be one of linear, cosine,"),
         (["--model_overrides", '{"sample_size": [8, 16]}'], "sample_size follow from the data set and resolution"),
     ],

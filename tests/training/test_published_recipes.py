@@ -43,8 +43,8 @@ def test_it_is_taken_and_makes_the_published_model(name):
         ARGUMENT_TYPES, ["--config", str(file)]
     )
     objective = build_objective(objective_args.resolved(channels * side**2))
-    out_channels = 2 * channels if objective.learn_sigma else None
-    config = model_args.config(in_channels=channels, sample_size=side, num_classes=1000, out_channels=out_channels)
+    further = objective.model_config(channels)
+    config = model_args.config(in_channels=channels, sample_size=side, num_classes=1000, **further)
     parameters, cost = measure(tuple(config.items()))
     assert parameters == pytest.approx(millions, rel=5e-3)
     header = " ".join(line.strip("# ") for line in file.read_text().splitlines() if line.startswith("#"))

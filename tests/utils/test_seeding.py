@@ -37,6 +37,9 @@ KNOWN = {
     "INITIALIZATION": (10, 1050069824542033033),
     "HELD_OUT_ROWS": (11, 15955056042715220471),
     "VALIDATION": (12, 3810120275987254610),
+    "VELOCITY_NOISE": (20, 13894475116870343464),
+    "CLASS_ORDER": (21, 8455632920178689594),
+    "CLASS_EPOCH_ORDER": (22, 4317582223094794064),
 }
 WITHOUT_KEY = {Stream.INITIALIZATION, Stream.HELD_OUT_ROWS}
 
@@ -141,6 +144,10 @@ ALLOWED = {
         "torch-fidelity draws by RandomState(2020), and our numbers must be its own",
     ),
     "data/raw_images.py": ({"RandomState"}, "a fixed subset of images to judge, the same for every run"),
+    "sdt/initialization.py": (
+        {"manual_seed"},
+        "each parameter draws by its name, from one number of the model",
+    ),
     "probe.py": ({"manual_seed"}, "the model's config holds noise_seed: saved models must see the same noise"),
 }
 

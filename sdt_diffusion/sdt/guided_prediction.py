@@ -191,11 +191,10 @@ def step_ends(transformer: Any, scheduler: SchedulerMixin) -> Sequence[torch.Ten
 
 def check_network_output(transformer: Any, scheduler: SchedulerMixin) -> None:
     """Refuse a scheduler that does not take steps as the model predicts them: by a flow, or by its average."""
-    euler = type(scheduler) is FlowMatchEulerDiscreteScheduler
-    if _averages(transformer) and not euler:
+    if _averages(transformer) and type(scheduler) is not FlowMatchEulerDiscreteScheduler:
         raise ValueError(
-            f"A model with interval_conditioning predicts the average of the flow over a step, of which "
-            f"{type(scheduler).__name__} of this config makes none: use FlowMatchEulerDiscreteScheduler."
+            "A model with interval_conditioning predicts the average of the flow over a step, of which "
+            f"{type(scheduler).__name__} makes none: use FlowMatchEulerDiscreteScheduler."
         )
     if transformer.config.get("network_output") == "clean" and not is_flow(scheduler):
         raise ValueError(

@@ -120,8 +120,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         objective.check_model(model)
     auxiliary = build_auxiliary_losses(objective_args, model, run_args.train_batch_size, ema_args.use_ema, data)
     routing = build_routing(objective_args, model, auxiliary)
-    clean, dropout = data.clean, model.config.class_dropout_prob
-    loss = DiffusionLoss(objective, dropout, clean, auxiliary=auxiliary, routing=routing)
+    loss = DiffusionLoss(objective, model.config.class_dropout_prob, data.clean, auxiliary=auxiliary, routing=routing)
     config = TrainingConfig(
         run_args,
         optimization_args,
@@ -165,8 +164,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             data.vae.to(run.accelerator.device)
         if data.encoder is not None:
             autocast_forward(run.accelerator, data.encoder.to(run.accelerator.device))
-        counts = validation_args.num_validation_images, validation_args.velocity_error_images
-        train(run, loss, DiffusionValidation(pipe, loss, data, held_out, counts[0], sampling, counts[1]))
+        validate = DiffusionValidation(
+            *(pipe, loss, data, held_out, validation_args.num_validation_images, sampling),
+            validation_args.velocity_error_images,
+        )
+        train(run, loss, validate)
 
         if run.accelerator.is_main_process:
             save_pipeline(run, pipe, data, validation_args.label_accuracy_samples, sampling)

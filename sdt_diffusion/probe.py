@@ -267,13 +267,39 @@ class SDTModel(SDTPreTrainedModel):
 
 
 class SDTForImageClassification(SDTPreTrainedModel):
-    """A linear classifier on features of a generative transformer; with `freeze_backbone` a linear probe."""
+    """A linear classifier on features of a transformer: generative, a linear probe with `freeze_backbone`, or new."""
 
     def __init__(self, config: SDTClassifierConfig):
         super().__init__(config)
         self.head = nn.Linear(self.dim, config.num_labels)
         self.post_init()
         self.train()  # freezes the backbone
+
+    @classmethod
+    def from_preset(
+        cls, name: str, id2label: dict[int, str], label2id: dict[str, int], **overrides: Any
+    ) -> "SDTForImageClassification":
+        """Build a classifier to train from scratch: a transformer without convolutions, and a head on its last block.
+
+        It sees images without noise, at timestep 0 and with the null class, which together are a learned constant.
+
+        Args:
+            name: A preset of `SDTTransformer2DModel`, such as "SDT-S/4+".
+            id2label: Name of each class.
+            label2id: Label of each name.
+            **overrides: Config values of the transformer in place of the preset's.
+
+        Raises:
+            ValueError: If the preset or a config key is unknown.
+        """
+        own: dict[str, Any] = {
+            "num_classes": len(id2label),
+            "gate_conditioning": False,
+        }  # which, by a constant, would be a bias
+        transformer = SDTTransformer2DModel.preset_config(name, **{**own, **overrides})
+        own = {"block": transformer["num_layers"] - 1, "num_channels": transformer["in_channels"]}
+        own |= {"id2label": id2label, "label2id": label2id}
+        return cls(SDTClassifierConfig(transformer, freeze_backbone=False, **own))
 
     @classmethod
     def from_backbone(

@@ -135,6 +135,35 @@ def stratified_split(labels: np.ndarray, fraction: float) -> tuple[np.ndarray, n
     return np.setdiff1d(np.arange(len(labels)), held_out), held_out
 
 
+def take_samples(images: Any, max_train_samples: int | None, seed: int) -> Any:
+    """Return some images of a data set, of every class equally many as far as it has them.
+
+    The images of a smaller number are among those of a larger one.
+
+    Args:
+        images: A data set with `labels`.
+        max_train_samples: How many; `None` for all.
+        seed: Seed of the run.
+
+    Raises:
+        ValueError: If there are fewer images, or more classes.
+    """
+    if max_train_samples is None:
+        return images
+    labels = np.asarray(images.labels)
+    classes = np.unique(labels)
+    if not len(classes) <= max_train_samples <= len(labels):
+        raise ValueError(
+            f"max_train_samples must be {len(classes)}, the number of classes, to {len(labels)}, that of images of "
+            f"{images.name} to train on, not {max_train_samples}."
+        )
+    rank = np.empty(len(labels), dtype=int)  # an image's number among those of its class
+    for label in classes:
+        rows = np.flatnonzero(labels == label)
+        rank[numpy_generator(Stream.TRAINING_SAMPLES, seed, int(label)).permutation(rows)] = np.arange(len(rows))
+    return ImageSubset(images, np.sort(np.lexsort((labels, rank))[:max_train_samples]))
+
+
 def check_same_classes(images: LabeledImages, tested: LabeledImages) -> None:
     """Refuse test data whose labels mean other classes.
 

@@ -24,15 +24,7 @@ from ..training.monitor import read_log
 from ..utils.arguments import one_line
 from ..utils.files import FolderLock, write_json
 from ..utils.reading import read_json
-from .measures import (
-    HELD_OUT,
-    curve,
-    describe_extractor,
-    final_values,
-    judge_samples,
-    seconds_per_step,
-    thinned,
-)
+from .measures import curves, describe_extractor, final_values, judge_samples, seconds_per_step
 from .result_files import describe_machine, write_result
 from .study import TRAINERS, Evaluation
 
@@ -124,7 +116,7 @@ def _measure(job: Job, folder: Path) -> dict[str, Any]:
     here = {"output_dir": None, "logging_dir": None}
     return {
         "metrics": metrics,
-        "curves": {"loss": thinned(curve(log, "loss")), "held_out_loss": curve(log, HELD_OUT[job.trainer])},
+        "curves": curves(job.trainer, log),
         **seconds_per_step(log, run["images_per_step"]),
         **{key: run[key] for key in ("parameters", "steps", "images_per_step")},
         "all_arguments": {key: value for key, value in run["config"].items() if key not in here},

@@ -36,6 +36,12 @@ def curve(records: Sequence[dict[str, Any]], key: str) -> dict[str, list[float]]
     return {"steps": [step for step, _ in points], "values": [_rounded(value) for _, value in points]}
 
 
+def curves(trainer: str, records: Sequence[dict[str, Any]]) -> dict[str, dict[str, list[float]]]:
+    """Return the curves of a log: the training loss, the held-out loss, and a classifier's accuracy."""
+    found = {"loss": thinned(curve(records, "loss")), "held_out_loss": curve(records, HELD_OUT[trainer])}
+    return {**found, "accuracy": curve(records, "test_accuracy")} if trainer == "train_classifier" else found
+
+
 def thinned(points: dict[str, list[float]], most: int = MAX_POINTS) -> dict[str, list[float]]:
     """Return a curve of at most `most` points, each the mean of as many neighbors."""
     size = -(-len(points["steps"]) // most) or 1

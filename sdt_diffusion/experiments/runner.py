@@ -44,6 +44,10 @@ class RunnerArguments(CheckedArguments):
     study: Path = field(metadata={"help": "YAML file of the study."})
     data: str | None = field(default=None, metadata={"help": "Folder that stands for {data} in the study."})
     extractor: str | None = field(default=None, metadata={"help": "Folder that stands for {extractor}."})
+    pretrained: str | None = field(
+        default=None,
+        metadata={"help": "Folder that stands for {pretrained}, such as the pipelines that another study has kept."},
+    )
     results_dir: Path = field(
         default=Path("experiments/results"), metadata={"help": "Folder of the results files, which are small."}
     )

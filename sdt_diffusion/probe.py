@@ -292,14 +292,12 @@ class SDTForImageClassification(SDTPreTrainedModel):
         Raises:
             ValueError: If the preset or a config key is unknown.
         """
-        own: dict[str, Any] = {
-            "num_classes": len(id2label),
-            "gate_conditioning": False,
-        }  # which, by a constant, would be a bias
-        transformer = SDTTransformer2DModel.preset_config(name, **{**own, **overrides})
-        own = {"block": transformer["num_layers"] - 1, "num_channels": transformer["in_channels"]}
-        own |= {"id2label": id2label, "label2id": label2id}
-        return cls(SDTClassifierConfig(transformer, freeze_backbone=False, **own))
+        # Conditioned by a constant, a gate would only have another bias.
+        own = {"num_classes": len(id2label), "gate_conditioning": False, **overrides}
+        transformer = SDTTransformer2DModel.preset_config(name, **own)
+        block, num_channels = transformer["num_layers"] - 1, transformer["in_channels"]
+        labels: dict[str, Any] = {"id2label": id2label, "label2id": label2id, "num_channels": num_channels}
+        return cls(SDTClassifierConfig(transformer, block, freeze_backbone=False, **labels))
 
     @classmethod
     def from_backbone(

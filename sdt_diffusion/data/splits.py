@@ -42,11 +42,11 @@ class ImageSubset(Dataset):
     """Some of the images of a data set, which keeps its name in messages.
 
     Args:
-        images: The data set.
+        images: The data set, or a part of it.
         indices: Which of them.
     """
 
-    def __init__(self, images: LabeledImages, indices: Sequence[int] | np.ndarray):
+    def __init__(self, images: Any, indices: Sequence[int] | np.ndarray):
         self.images, self.indices = images, np.asarray(indices)
 
     @property

@@ -267,13 +267,37 @@ class SDTModel(SDTPreTrainedModel):
 
 
 class SDTForImageClassification(SDTPreTrainedModel):
-    """A linear classifier on features of a generative transformer; with `freeze_backbone` a linear probe."""
+    """A linear classifier on features of a transformer: generative, a linear probe with `freeze_backbone`, or new."""
 
     def __init__(self, config: SDTClassifierConfig):
         super().__init__(config)
         self.head = nn.Linear(self.dim, config.num_labels)
         self.post_init()
         self.train()  # freezes the backbone
+
+    @classmethod
+    def from_preset(
+        cls, name: str, id2label: dict[int, str], label2id: dict[str, int], **overrides: Any
+    ) -> "SDTForImageClassification":
+        """Build a classifier to train from scratch: a transformer without convolutions, and a head on its last block.
+
+        It sees images without noise, at timestep 0 and with the null class, which together are a learned constant.
+
+        Args:
+            name: A preset of `SDTTransformer2DModel`, such as "SDT-S/4+".
+            id2label: Name of each class.
+            label2id: Label of each name.
+            **overrides: Config values of the transformer in place of the preset's.
+
+        Raises:
+            ValueError: If the preset or a config key is unknown.
+        """
+        # Conditioned by a constant, a gate would only have another bias.
+        own = {"num_classes": len(id2label), "gate_conditioning": False, **overrides}
+        transformer = SDTTransformer2DModel.preset_config(name, **own)
+        block, num_channels = transformer["num_layers"] - 1, transformer["in_channels"]
+        labels: dict[str, Any] = {"id2label": id2label, "label2id": label2id, "num_channels": num_channels}
+        return cls(SDTClassifierConfig(transformer, block, freeze_backbone=False, **labels))
 
     @classmethod
     def from_backbone(

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from ..utils.files import check_temporary_folder, local_path
-from ..utils.ranges import CheckedArguments, between
+from ..utils.ranges import CheckedArguments, at_least, between
 from ..utils.reading import shortened
 from .decoding import RESOLUTIONS, ImageDecoder, ImageMode, is_image, rename_classes, walk_folders
 
@@ -90,6 +90,14 @@ class DataArguments(ImageArguments):
     random_flip: bool = field(default=False, metadata={"help": "Mirror every other image."})
     class_balanced: bool = field(
         default=False, metadata={"help": "Show every class equally often, however many images it has."}
+    )
+    max_train_samples: int | None = field(
+        default=None,
+        metadata={
+            "help": "Train on this many images, of every class equally many as far as it has them, drawn by --seed; "
+            "all by default."
+        }
+        | at_least(1),
     )
     dataloader_num_workers: int = field(
         default=0, metadata={"help": "Processes that load images.", "resumable": True} | between(0, 1024)

@@ -42,11 +42,11 @@ class ImageSubset(Dataset):
     """Some of the images of a data set, which keeps its name in messages.
 
     Args:
-        images: The data set.
+        images: The data set, or a part of it.
         indices: Which of them.
     """
 
-    def __init__(self, images: LabeledImages, indices: Sequence[int] | np.ndarray):
+    def __init__(self, images: Any, indices: Sequence[int] | np.ndarray):
         self.images, self.indices = images, np.asarray(indices)
 
     @property
@@ -133,6 +133,35 @@ def stratified_split(labels: np.ndarray, fraction: float) -> tuple[np.ndarray, n
         of_classes.append(chosen[: min(round(fraction * len(rows)), len(rows) - 1)])
     held_out = np.sort(np.concatenate(of_classes))
     return np.setdiff1d(np.arange(len(labels)), held_out), held_out
+
+
+def take_samples(images: Any, max_train_samples: int | None, seed: int) -> Any:
+    """Return some images of a data set, of every class equally many as far as it has them.
+
+    The images of a smaller number are among those of a larger one.
+
+    Args:
+        images: A data set with `labels`.
+        max_train_samples: How many; `None` for all.
+        seed: Seed of the run.
+
+    Raises:
+        ValueError: If there are fewer images, or more classes.
+    """
+    if max_train_samples is None:
+        return images
+    labels = np.asarray(images.labels)
+    classes = np.unique(labels)
+    if not len(classes) <= max_train_samples <= len(labels):
+        raise ValueError(
+            f"max_train_samples must be {len(classes)}, the number of classes, to {len(labels)}, that of images of "
+            f"{images.name} to train on, not {max_train_samples}."
+        )
+    rank = np.empty(len(labels), dtype=int)  # an image's number among those of its class
+    for label in classes:
+        rows = np.flatnonzero(labels == label)
+        rank[numpy_generator(Stream.TRAINING_SAMPLES, seed, int(label)).permutation(rows)] = np.arange(len(rows))
+    return ImageSubset(images, np.sort(np.lexsort((labels, rank))[:max_train_samples]))
 
 
 def check_same_classes(images: LabeledImages, tested: LabeledImages) -> None:

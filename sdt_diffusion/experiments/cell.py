@@ -24,15 +24,8 @@ from ..training.monitor import read_log
 from ..utils.arguments import one_line
 from ..utils.files import FolderLock, write_json
 from ..utils.reading import read_json
-from .measures import (
-    HELD_OUT,
-    curve,
-    describe_extractor,
-    final_values,
-    judge_samples,
-    seconds_per_step,
-    thinned,
-)
+from .measures import TRAINED, curves, describe_extractor, final_values, judge_samples, seconds_per_step
+from .other_grids import measure_classifier, measure_generator
 from .result_files import describe_machine, write_result
 from .study import TRAINERS, Evaluation
 
@@ -49,7 +42,7 @@ class Job:
         trainer: A key of `TRAINERS`.
         argv: The trainer's command line, without folders.
         evaluation: How it is judged, with folders of this machine.
-        reference: Statistics of the reference; `None` for no samples.
+        references: Side of images, or `TRAINED`, -> file of the reference's statistics; empty for no samples.
         folder: Folder to work in.
         output: The results file.
         keep_pipeline: Where to move what is trained; `None` to delete it.
@@ -59,7 +52,7 @@ class Job:
     trainer: str
     argv: list[str]
     evaluation: dict[str, Any]
-    reference: str | None
+    references: dict[str, str]
     folder: str
     output: str
     keep_pipeline: str | None
@@ -114,17 +107,21 @@ def _measure(job: Job, folder: Path) -> dict[str, Any]:
     """Return what the results file of a trained cell holds."""
     run, log = read_record(folder), read_log(folder)
     metrics: dict[str, Any] = final_values(job.trainer, log)
-    if job.reference is not None:
-        evaluation = Evaluation(**job.evaluation)
-        extractor = build_extractor(evaluation.extractor)
-        reference = load_summary(Path(job.reference))
-        precision = "bf16" if run["config"].get("mixed_precision") == "bf16" else "no"
-        metrics |= judge_samples(folder, evaluation, reference, extractor, precision)
+    evaluation = Evaluation(**job.evaluation)
+    precision = "bf16" if run["config"].get("mixed_precision") == "bf16" else "no"
+    references = {side: load_summary(Path(path)) for side, path in job.references.items()}
+    extractor = build_extractor(evaluation.extractor) if references else None
+    if extractor is not None:
+        metrics |= judge_samples(folder, evaluation, references[TRAINED], extractor, precision)
         metrics["extractor"] = describe_extractor(evaluation, extractor)
+    if evaluation.resolutions and job.trainer == "train_classifier":
+        metrics["resolutions"] = measure_classifier(folder, run["config"], evaluation, precision)
+    elif evaluation.resolutions:
+        metrics["resolutions"] = measure_generator(folder, run["config"], evaluation, references, extractor, precision)
     here = {"output_dir": None, "logging_dir": None}
     return {
         "metrics": metrics,
-        "curves": {"loss": thinned(curve(log, "loss")), "held_out_loss": curve(log, HELD_OUT[job.trainer])},
+        "curves": curves(job.trainer, log),
         **seconds_per_step(log, run["images_per_step"]),
         **{key: run[key] for key in ("parameters", "steps", "images_per_step")},
         "all_arguments": {key: value for key, value in run["config"].items() if key not in here},

@@ -2,8 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,8 @@ from .study import Evaluation
 HELD_OUT = {"train_dit": "velocity_error", "train_classifier": "test_loss"}
 #: Points of a training loss that results files keep.
 MAX_POINTS = 100
+#: Stands for the side of the images that a model was trained on.
+TRAINED = "trained"
 #: Seed of all samples: those of two variants start from the same noise.
 SAMPLING_SEED = 0
 
@@ -33,14 +36,20 @@ SAMPLING_SEED = 0
 def curve(records: Sequence[dict[str, Any]], key: str) -> dict[str, list[float]]:
     """Return steps and values of what a log holds under a key, without those that are not finite."""
     points = [(record["step"], record[key]) for record in records if record.get(key) is not None]
-    return {"steps": [step for step, _ in points], "values": [_rounded(value) for _, value in points]}
+    return {"steps": [step for step, _ in points], "values": [rounded(value) for _, value in points]}
+
+
+def curves(trainer: str, records: Sequence[dict[str, Any]]) -> dict[str, dict[str, list[float]]]:
+    """Return the curves of a log: the training loss, the held-out loss, and a classifier's accuracy."""
+    found = {"loss": thinned(curve(records, "loss")), "held_out_loss": curve(records, HELD_OUT[trainer])}
+    return {**found, "accuracy": curve(records, "test_accuracy")} if trainer == "train_classifier" else found
 
 
 def thinned(points: dict[str, list[float]], most: int = MAX_POINTS) -> dict[str, list[float]]:
     """Return a curve of at most `most` points, each the mean of as many neighbors."""
     size = -(-len(points["steps"]) // most) or 1
     groups = [slice(start, start + size) for start in range(0, len(points["steps"]), size)]
-    return {key: [_rounded(float(np.mean(values[group]))) for group in groups] for key, values in points.items()}
+    return {key: [rounded(float(np.mean(values[group]))) for group in groups] for key, values in points.items()}
 
 
 def seconds_per_step(records: Sequence[dict[str, Any]], images_per_step: int) -> dict[str, float]:
@@ -48,8 +57,8 @@ def seconds_per_step(records: Sequence[dict[str, Any]], images_per_step: int) ->
     speeds = [record["images_per_second"] for record in records if "images_per_second" in record]
     seconds = [images_per_step / speed for speed in speeds[1:] or speeds]  # the first interval warms up
     return {
-        "seconds_per_step": _rounded(float(np.median(seconds))),
-        "seconds_per_step_first_decile": _rounded(float(np.quantile(seconds, 0.1))),
+        "seconds_per_step": rounded(float(np.median(seconds))),
+        "seconds_per_step_first_decile": rounded(float(np.quantile(seconds, 0.1))),
     }
 
 
@@ -64,11 +73,11 @@ def final_values(trainer: str, records: Sequence[dict[str, Any]]) -> dict[str, A
     key = "test_loss" if trainer == "train_classifier" else "final_velocity_error"
     if last.get(key) is None:
         raise ValueError(f"The log holds no finite {key}.")
-    values: dict[str, Any] = {"held_out_loss": _rounded(last[key])}
+    values: dict[str, Any] = {"held_out_loss": rounded(last[key])}
     if trainer == "train_classifier":
-        return {**values, "accuracy": _rounded(last["test_accuracy"])}
+        return {**values, "accuracy": rounded(last["test_accuracy"])}
     parts = {name.partition("/")[2]: value for name, value in last.items() if name.startswith(f"{key}/")}
-    return {**values, "velocity_error_by_noise_level": {name: _rounded(value) for name, value in parts.items()}}
+    return {**values, "velocity_error_by_noise_level": {name: rounded(value) for name, value in parts.items()}}
 
 
 def reference_path(folder: Path, evaluation: Evaluation, resolution: int | None, extractor: FeatureExtractor) -> Path:
@@ -98,7 +107,13 @@ def make_reference(path: Path, evaluation: Evaluation, resolution: int | None, e
 
 @torch.no_grad()
 def judge_samples(
-    folder: Path, evaluation: Evaluation, reference: FeatureSummary, extractor: FeatureExtractor, precision: str
+    folder: Path,
+    evaluation: Evaluation,
+    reference: FeatureSummary,
+    extractor: FeatureExtractor,
+    precision: str,
+    side: int | None = None,
+    scaling: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Sample from a pipeline, without keeping the samples, and compare them with the reference.
 
@@ -108,6 +123,8 @@ def judge_samples(
         reference: Statistics of the reference, by the same extractor.
         extractor: Computes the features, and logits if it is a classifier.
         precision: "no" or "bf16", that of training: network evaluations are made in it.
+        side: Side of the samples in pixels; the trained one by default.
+        scaling: Arguments of `set_grid_scaling`, for another side.
 
     Returns:
         `fd`, the `sampler` in words, and of a classifier `sample_accuracy`, the share of samples that it takes for
@@ -119,6 +136,7 @@ def judge_samples(
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pipe = load_pipeline(FidSamplingArguments(model=str(folder)), device)
+    pipe.transformer.set_grid_scaling(**scaling)
     if precision == "bf16":
         network = pipe.transformer
         network.forward = convert_outputs_to_fp32(torch.autocast(device, torch.bfloat16)(network.forward))
@@ -126,6 +144,7 @@ def judge_samples(
         "seed": SAMPLING_SEED,
         "guidance_scale": 1.0,
         "num_inference_steps": evaluation.num_inference_steps,
+        **({} if side is None else {"height": side, "width": side}),
     }
     num_classes = pipe.transformer.config.num_classes
     labels = class_labels_for(evaluation.samples, range(num_classes))
@@ -150,12 +169,12 @@ def judge_samples(
                 correct += int((features["logits"].argmax(1).cpu() == classes).sum())
             prepared = []
     values = {
-        "fd": _rounded(frechet_distance(gaussian.result(), reference.statistics["pool"])),
+        "fd": rounded(frechet_distance(gaussian.result(), reference.statistics["pool"])),
         "sampler": describe_sampling(pipe, sampling),
         "samples": len(labels),
     }
     if expected is not None:
-        values["sample_accuracy"] = _rounded(correct / len(labels))
+        values["sample_accuracy"] = rounded(correct / len(labels))
     return values
 
 
@@ -168,6 +187,6 @@ def describe_extractor(evaluation: Evaluation, extractor: FeatureExtractor) -> d
     return record
 
 
-def _rounded(value: float) -> float:
+def rounded(value: float) -> float:
     """Return a number with the digits that can matter, to keep results files small."""
     return float(f"{value:.7g}")

@@ -3,6 +3,7 @@
 import json
 import platform
 import subprocess
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from ..hub.run_record import PACKAGES
 from ..utils.files import valid_json, write_atomically
 from ..utils.fingerprint import differences
 from ..utils.reading import read_json
-from .study import Cell, Study
+from .study import Cell, Evaluation, Study
 
 #: What every results file has, and the type of each.
 TYPES: dict[str, type | tuple[type, ...]] = {
@@ -49,9 +50,10 @@ def read_result(path: Path, cell: Cell) -> dict[str, Any]:
     for key, kind in types.items():
         if key not in record or not isinstance(record[key], kind):
             raise ValueError(f"{path} is damaged: {key} is {record.get(key)!r:.60}.")
+    config = {**record["config"], "evaluation": _with_defaults(record["config"].get("evaluation"), path)}
     found = [
         *differences(_identity(record["study"], record["variant"], record["seed"]), _identity_of(cell)),
-        *differences(_flat(record["config"]), _flat(json.loads(json.dumps(cell.config)))),
+        *differences(_flat(config), _flat(json.loads(json.dumps(cell.config)))),
     ]
     if found:
         raise ValueError(
@@ -59,6 +61,14 @@ def read_result(path: Path, cell: Cell) -> dict[str, Any]:
             "or give the variant another name."
         )
     return record
+
+
+def _with_defaults(evaluation: Any, path: Path) -> dict[str, Any]:
+    """Return an evaluation with the defaults of what did not exist when its file was written."""
+    try:
+        return json.loads(json.dumps(asdict(Evaluation(**evaluation))))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged: its evaluation is {evaluation!r:.60}.") from error
 
 
 def read_results(folder: Path, study: Study) -> dict[tuple[str, int], dict[str, Any]]:

@@ -25,7 +25,7 @@ from ..utils.arguments import exit_on_error, parse_arguments
 from ..utils.files import FolderLock
 from ..utils.ranges import CheckedArguments, between
 from .cell import Job
-from .measures import make_reference, reference_path
+from .measures import TRAINED, make_reference, reference_path
 from .result_files import describe_machine, read_result, result_path, write_result
 from .study import Cell, Study, read_study
 
@@ -44,6 +44,10 @@ class RunnerArguments(CheckedArguments):
     study: Path = field(metadata={"help": "YAML file of the study."})
     data: str | None = field(default=None, metadata={"help": "Folder that stands for {data} in the study."})
     extractor: str | None = field(default=None, metadata={"help": "Folder that stands for {extractor}."})
+    pretrained: str | None = field(
+        default=None,
+        metadata={"help": "Folder that stands for {pretrained}, such as the pipelines that another study has kept."},
+    )
     results_dir: Path = field(
         default=Path("experiments/results"), metadata={"help": "Folder of the results files, which are small."}
     )
@@ -147,20 +151,28 @@ class Runner:
         path = result_path(self.args.results_dir, cell)
         return read_result(path, cell) if path.is_file() else None
 
-    def _make_references(self) -> dict[str, str]:
-        """Compute the features of the references that waiting cells need, once; return the file of each cell."""
-        paths, extractors = {}, dict[str, FeatureExtractor]()
+    def _make_references(self) -> dict[str, dict[str, str]]:
+        """Compute the features of the references that waiting cells need, once.
+
+        Returns:
+            Cell -> side of the images -> file; see `Job`.
+        """
+        paths: dict[str, dict[str, str]] = {}
+        extractors = dict[str, FeatureExtractor]()
         for cell in self.waiting:
             _, evaluation = cell.filled(self.folders)
-            if evaluation.reference is not None:
-                name, resolution = evaluation.extractor, cell.arguments.get("resolution")
-                extractors[name] = extractors.get(name) or build_extractor(name)
-                path = reference_path(self.folder, evaluation, resolution, extractors[name])
-                make_reference(path, evaluation, resolution, extractors[name])
-                paths[cell.name] = str(path)
+            if evaluation.reference is None:
+                continue
+            name = evaluation.extractor
+            extractors[name] = extractors.get(name) or build_extractor(name)
+            sides = {TRAINED: cell.arguments.get("resolution"), **{str(side): side for side in evaluation.resolutions}}
+            for key, side in sides.items():
+                path = reference_path(self.folder, evaluation, side, extractors[name])
+                make_reference(path, evaluation, side, extractors[name])
+                paths.setdefault(cell.name, {})[key] = str(path)
         return paths
 
-    def _start(self, cell: Cell, references: Mapping[str, str]) -> subprocess.Popen:
+    def _start(self, cell: Cell, references: Mapping[str, dict[str, str]]) -> subprocess.Popen:
         """Start the process of a cell, whose output goes to a file; in a session of its own, without our Ctrl-C."""
         argv, evaluation = cell.filled(self.folders)
         folder = self.folder / cell.folder_name
@@ -169,7 +181,7 @@ class Runner:
             trainer=cell.trainer,
             argv=argv,
             evaluation=asdict(evaluation),
-            reference=references.get(cell.name),
+            references=references.get(cell.name, {}),
             folder=str(folder),
             output=str(result_path(self.args.results_dir, cell)),
             keep_pipeline=str(self.folder / "pipelines" / cell.name) if self.args.keep_pipelines else None,

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from ..data.decoding import RESOLUTIONS
 from ..training import train_classifier, train_dit
 from ..utils.arguments import JSON_FIELD_ENDING, parse_arguments
 from ..utils.ranges import CheckedArguments, a_seed, between, check_value
@@ -27,14 +28,16 @@ PLACEHOLDER = re.compile(r"\{(\w+)\}")
 
 @dataclass(frozen=True)
 class Evaluation(CheckedArguments):
-    """How the samples of a diffusion model are judged. Classifiers are judged by what their trainer measures.
+    """How a trained model is judged, besides what its trainer measures.
 
     Args:
         reference: Images to compare samples with: a data set's name or file, or a folder; `None` for no samples.
         extractor: See `eval/fid.py`; the samples' accuracy is measured if it is a classifier.
         samples: Number of samples, of the classes in turn.
         num_inference_steps: Steps of the sampler, without guidance.
-        batch_size: Samples at a time.
+        batch_size: Samples, or images of a classifier, at a time.
+        resolutions: Sides of images, in pixels, other than the trained one to measure the model on too.
+        scaling_images: Images that choose the scaling of positions and distances there; see `other_grids`.
     """
 
     reference: str | None = None
@@ -42,6 +45,12 @@ class Evaluation(CheckedArguments):
     samples: int = field(default=2000, metadata=between(2, 1_000_000))
     num_inference_steps: int = field(default=25, metadata=between(1, 1000))
     batch_size: int = field(default=64, metadata=between(1, 10_000))
+    resolutions: list[int] = field(default_factory=list, metadata=RESOLUTIONS)
+    scaling_images: int = field(default=128, metadata=between(1, 1_000_000))
+
+
+#: Keys of an evaluation that a classifier's study may have.
+OF_CLASSIFIERS = ("batch_size", "resolutions", "scaling_images")
 
 
 @dataclass(frozen=True)
@@ -169,7 +178,7 @@ def fill(value: Any, folders: Mapping[str, str]) -> Any:
         return value
     for name in PLACEHOLDER.findall(value):
         if name not in folders:
-            known = ", ".join(sorted({*folders, "data", "extractor"}))
+            known = ", ".join(sorted({*folders, "data", "extractor", "pretrained"}))
             raise ValueError(f"{value!r} needs a folder for {{{name}}}; known placeholders are {known}.")
     return PLACEHOLDER.sub(lambda match: folders[match[1]], value)
 
@@ -183,9 +192,24 @@ def read_study(path: Path) -> Study:
     """
     values = read_yaml(path)
     try:
-        return _study_of(path.stem, values)
+        return _study_of(path.stem, _extended(path, values))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def _extended(path: Path, values: dict[str, Any]) -> dict[str, Any]:
+    """Return the values over those of the study that they extend, if any; arguments are merged."""
+    values = dict(values)
+    other = values.pop("extends", None)
+    if other is None:
+        return values
+    if not isinstance(other, str) or not NAME.fullmatch(other):
+        raise ValueError(f"extends must be the name of a study in the same folder, not {other!r}.")
+    base = read_yaml(path.with_name(f"{other}.yaml"))
+    if "extends" in base:
+        raise ValueError(f"extends: {other} extends a study itself: name that one.")
+    arguments = merge(_mapping("arguments", base.get("arguments")), _mapping("arguments", values.get("arguments")))
+    return {**base, **values, "arguments": arguments}
 
 
 def _study_of(name: str, values: dict[str, Any]) -> Study:
@@ -213,8 +237,9 @@ def _study_of(name: str, values: dict[str, Any]) -> Study:
     if baseline not in variants:
         raise ValueError(f"baseline must be one of the variants, not {baseline!r}.")
     refuse_unknown("evaluation", given["evaluation"], [each.name for each in fields(Evaluation)])
-    if given["evaluation"] and values["trainer"] != "train_dit":
-        raise ValueError("evaluation is for samples of train_dit; a classifier's trainer tests it.")
+    of_samples = [name for name in given["evaluation"] if name not in OF_CLASSIFIERS]
+    if of_samples and values["trainer"] != "train_dit":
+        raise ValueError(f"evaluation: {of_samples[0]} is for samples of train_dit; a classifier's trainer tests it.")
     evaluation = Evaluation(**given["evaluation"])
     study = Study(
         name, str(values["title"]), values["trainer"], given["arguments"], variants, baseline, seeds, evaluation

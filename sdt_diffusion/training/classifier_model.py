@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from ..data.decoding import IMAGE_MODES
 from ..probe import Backbone, SDTForImageClassification, load_backbone
+from ..sdt.presets import PRESETS as TRANSFORMER_PRESETS
 from ..sdt_h.modeling_sdt_h import SDTHConfig, SDTHForImageClassification, SDTHImageProcessor
 from ..sdt_h.network import PRESETS
 from ..utils.arguments import json_object, one_line
@@ -17,12 +18,15 @@ from ..utils.ranges import CheckedArguments, Range, at_least, between, check_val
 from ..utils.reading import check_finite, read_json
 
 #: Config values that are derived from the data set.
-DERIVED_KEYS = frozenset({"num_channels", "num_labels", "id2label", "label2id"})
+DERIVED_KEYS = frozenset(
+    {"num_channels", "num_labels", "id2label", "label2id", "in_channels", "sample_size", "num_classes"}
+)
 #: Names of the classifier layer's weights.
 HEAD_PREFIX = "network.head."
 #: Kind of `model` -> arguments that apply to this kind but not to all kinds.
 ARGUMENTS_OF_KIND = {
     "preset": {"spatial_decay", "drop_path", "model_overrides"},
+    "transformer": {"spatial_decay", "model_overrides"},
     "classifier": {"drop_path", "reinitialise_head"},
     "backbone": {"probe_block", "probe_timestep", "probe_objective", "finetune"},
 }
@@ -30,13 +34,14 @@ ARGUMENTS_OF_KIND = {
 
 @dataclass
 class ClassifierModelArguments(CheckedArguments):
-    """The model to train: SDT-H, or a head on a trained generative transformer."""
+    """The model to train: SDT-H, a transformer of the generative one's blocks, or a head on a trained one."""
 
     model: str = field(
         default="SDT-H-T",
         metadata={
-            "help": "A preset: SDT-H-{T,S,B} or SDT-H-digits; the folder of an SDT-H to start from; or that of a "
-            "trained SDT pipeline or transformer, to put a head on."
+            "help": "A preset: SDT-H-{T,S,B} or SDT-H-digits, or one of train_dit.py such as SDT-S/4+, a transformer "
+            "without convolutions; the folder of an SDT-H to start from; or that of a trained SDT pipeline or "
+            "transformer, to put a head on."
         },
     )
     spatial_decay: Literal["context", "fixed", "content", "raster", "none"] | None = field(
@@ -92,6 +97,8 @@ class ClassifierModelArguments(CheckedArguments):
         """
         if self.model in PRESETS:
             return "preset"
+        if self.model in TRANSFORMER_PRESETS:
+            return "transformer"
         folder = Path(self.model)
         if (folder / "model_index.json").is_file():
             return "backbone"
@@ -102,8 +109,8 @@ class ClassifierModelArguments(CheckedArguments):
             if config.get("model_type") == SDTHForImageClassification.config_class.model_type:
                 return "classifier"
         raise ValueError(
-            f"model {self.model!r} is neither a preset ({', '.join(PRESETS)}) nor the folder of an SDT-H, of an SDT "
-            "pipeline, or of its transformer."
+            f"model {self.model!r} is neither a preset ({', '.join(PRESETS)}, or one of train_dit.py) nor the folder "
+            "of an SDT-H, of an SDT pipeline, or of its transformer."
         )
 
     @cached_property
@@ -137,6 +144,8 @@ class ClassifierModelArguments(CheckedArguments):
         """Side of the images in pixels if the arguments do not set it."""
         if self.processor is not None:
             return self.processor.crop_size["height"]
+        if self.kind == "transformer":
+            return TRANSFORMER_PRESETS[self.model]["sample_size"]
         return 224 if self.backbone is None else self.backbone.resolution
 
     @property
@@ -144,17 +153,18 @@ class ClassifierModelArguments(CheckedArguments):
         """Mode of the images, if the model fixes it."""
         return None if self.backbone is None else self.backbone.image_mode
 
-    def build(self, num_channels: int, class_names: list[str]) -> PreTrainedModel:
+    def build(self, num_channels: int, class_names: list[str], resolution: int) -> PreTrainedModel:
         """Build the model to train.
 
         Args:
             num_channels: Channels of the images.
             class_names: Names of the classes, in the order of their labels.
+            resolution: Side of the images in pixels, which decides a transformer's grid.
 
         Raises:
             ValueError: If a value or the classes do not fit the model, or `model_overrides` is not a JSON object.
         """
-        labels = {
+        labels: dict[str, Any] = {
             "id2label": dict(enumerate(class_names)),
             "label2id": {name: label for label, name in enumerate(class_names)},
         }
@@ -175,9 +185,14 @@ class ClassifierModelArguments(CheckedArguments):
         else:
             own = {"spatial_decay": self.spatial_decay, "drop_path_rate": self.drop_path}
             own = {key: value for key, value in own.items() if value is not None}
-            overrides = {**own, **self._overrides(), "num_channels": num_channels}
+            overrides = {**own, **self._overrides()}
             try:
-                model = SDTHForImageClassification.from_preset(self.model, **overrides, **labels)
+                if self.kind == "transformer":
+                    overrides |= {"in_channels": num_channels, "sample_size": resolution}
+                    model = SDTForImageClassification.from_preset(self.model, **overrides, **labels)
+                else:
+                    overrides |= {"num_channels": num_channels}
+                    model = SDTHForImageClassification.from_preset(self.model, **overrides, **labels)
             except (ArithmeticError, AttributeError, IndexError, RuntimeError, TypeError) as error:
                 if self.model_overrides is None:
                     raise

@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from ..data import DataArguments, LabeledImages, SeededTransform
-from ..data.splits import ImageSubset, ValidationDataArguments, load_splits
+from ..data.splits import ImageSubset, ValidationDataArguments, load_splits, take_samples
 from ..hub import HubArguments, create_hub_repo
 from ..metrics.confusion import PreparedImages, classify, from_log, to_log
 from ..metrics.extractors.transformers_models import channels_of
@@ -115,17 +115,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     data_args = replace(data_args, image_mode=data_args.image_mode or model_args.image_mode)
     data_args = data_args.resolved(model_args.default_resolution)
     images, train_images, test_images = load_splits(data_args, validation_args, model_args.default_resolution)
+    train_images = take_samples(train_images, data_args.max_train_samples, run_args.seed)
     run_args, optimization_args = recipe_args.resolve_epochs(
         run_args, optimization_args, len(train_images), process_state().num_processes
     )
 
     seed_global_generators(Stream.INITIALIZATION, run_args.seed)
-    model = model_args.build(images.num_channels, images.class_names)
+    model = model_args.build(images.num_channels, images.class_names, data_args.size_and_mode[0])
     processor = build_processor(
         images.num_channels,
         data_args.resolution,
         recipe_args.crop_pct,
-        model_args.kind != "backbone",
+        model_args.kind not in ("backbone", "transformer"),
         model_args.processor,
     )
     transform = train_transform(recipe_args, processor, data_args.random_flip)

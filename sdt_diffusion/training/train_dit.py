@@ -24,6 +24,7 @@ import torch
 from ..data import DataArguments, LabeledImages
 from ..data.latents.training_data import TrainingData, open_training_data
 from ..data.patch_features import EncoderArguments
+from ..data.splits import take_samples
 from ..evaluation.cost import count_cost
 from ..evaluation.label_accuracy import label_accuracy
 from ..hub import HubArguments, create_hub_repo
@@ -107,6 +108,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     model_args = replace(model_args, pretrained_vae_model_name_or_path=data.vae_name)
     validation_args.check_label_accuracy(data)
     train_images, held_out = validation_args.hold_out(data)
+    train_images = take_samples(train_images, data_args.max_train_samples, run_args.seed)
 
     seed_global_generators(Stream.INITIALIZATION, run_args.seed)
     channels, side, _ = data.sample_shape

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from accelerate.utils import reduce
 from diffusers.schedulers import SchedulerMixin
 from torch import nn
@@ -143,29 +144,51 @@ class VelocityError:
                 values[f"final_velocity_error/{low:.1f}-{high:.1f}"] = errors[inside].mean().item()
         return values
 
-    @torch.no_grad()
     def errors(self, run: TrainingRun, num_images: int, num_levels: int) -> torch.Tensor:
-        """Return the error of `run.trained_model` for each image and noise level; the processes share the images.
+        """Return the error of `run.trained_model` for each image and noise level; see `velocity_errors`."""
+        measured = (self.scheduler, self.clean_of, self.images, num_images, num_levels)
+        return velocity_errors(run.trained_model, *measured, run.accelerator)
 
-        Returns:
-            Shape (num_images, num_levels), float64, on the CPU.
-        """
-        accelerator, sigmas = run.accelerator, noise_levels(num_images, num_levels)
-        errors = torch.zeros_like(sigmas)
-        starts = range(0, num_images, BATCH_SIZE)[accelerator.process_index :: accelerator.num_processes]
-        for start in starts:
-            rows = range(start, min(start + BATCH_SIZE, num_images))
-            batch, labels = next(iter(DataLoader(Subset(self.images, rows), batch_size=len(rows))))  # (B, ...), (B,)
-            batch, labels = batch.to(accelerator.device), labels.to(accelerator.device)
-            draws = Draws(0, start, slice(0, len(rows)), BATCH_SIZE, accelerator.device, Stream.VALIDATION)
-            with accelerator.autocast():
-                clean = self.clean_of(batch, draws)  # (B, C, H, W)
-                for level in range(num_levels):
-                    generators = (torch_generator(Stream.VELOCITY_NOISE, 0, row, level) for row in rows)
-                    noise = torch.stack([torch.randn(clean.shape[1:], generator=each) for each in generators])
-                    noise = noise.to(clean)
-                    sigma = sigmas[rows.start : rows.stop, level]
-                    velocity = predicted_velocity(run.trained_model, self.scheduler, clean, noise, sigma, labels)
-                    error = (velocity - (noise - clean).float()).square().flatten(1).mean(dim=1)  # (B,)
-                    errors[rows.start : rows.stop, level] = error.double().cpu()
-        return reduce(errors.to(accelerator.device), "sum").cpu()
+
+@torch.no_grad()
+def velocity_errors(
+    model: nn.Module,
+    scheduler: SchedulerMixin,
+    clean_of: Callable[[torch.Tensor, Draws], torch.Tensor],
+    images: ImageSubset,
+    num_images: int,
+    num_levels: int,
+    accelerator: Accelerator,
+) -> torch.Tensor:
+    """Return the error of a model for each image and noise level; the processes share the images.
+
+    Args:
+        model: The model, in evaluation mode.
+        scheduler: The scheduler that samples from it.
+        clean_of: See `DiffusionLoss`.
+        images: The images.
+        num_images: How many of them to measure, the first ones.
+        num_levels: Noise levels of each.
+        accelerator: Provides precision, device and processes.
+
+    Returns:
+        Shape (num_images, num_levels), float64, on the CPU.
+    """
+    sigmas = noise_levels(num_images, num_levels)
+    errors = torch.zeros_like(sigmas)
+    starts = range(0, num_images, BATCH_SIZE)[accelerator.process_index :: accelerator.num_processes]
+    for start in starts:
+        rows = range(start, min(start + BATCH_SIZE, num_images))
+        batch, labels = next(iter(DataLoader(Subset(images, rows), batch_size=len(rows))))  # (B, ...), (B,)
+        batch, labels = batch.to(accelerator.device), labels.to(accelerator.device)
+        draws = Draws(0, start, slice(0, len(rows)), BATCH_SIZE, accelerator.device, Stream.VALIDATION)
+        with accelerator.autocast():
+            clean = clean_of(batch, draws)  # (B, C, H, W)
+            for level in range(num_levels):
+                generators = (torch_generator(Stream.VELOCITY_NOISE, 0, row, level) for row in rows)
+                noise = torch.stack([torch.randn(clean.shape[1:], generator=each) for each in generators]).to(clean)
+                sigma = sigmas[rows.start : rows.stop, level]
+                velocity = predicted_velocity(model, scheduler, clean, noise, sigma, labels)
+                error = (velocity - (noise - clean).float()).square().flatten(1).mean(dim=1)  # (B,)
+                errors[rows.start : rows.stop, level] = error.double().cpu()
+    return reduce(errors.to(accelerator.device), "sum").cpu()

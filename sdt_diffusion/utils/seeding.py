@@ -27,6 +27,7 @@ class Stream(IntEnum):
     HELD_OUT = 8  # key: class label; images kept from training
     NOISED_SAMPLE = 9  # key: index of the sample; noise for decay maps
     INITIALIZATION = 10  # no key; weights of a new model
+    TRAINING_SAMPLES = 23  # key: class label; images of a class that a part of a data set holds
     HELD_OUT_ROWS = 11  # no key; images kept from a diffusion model's training
     VALIDATION = 12  # key: index of the first image; noise and timesteps of the held-out loss
     VELOCITY_NOISE = 20  # key: position of the held-out image, number of its noise level

@@ -5,7 +5,7 @@ from datasets import Image as ImageFeature
 from PIL import Image
 
 from sdt_diffusion.data import DataArguments
-from sdt_diffusion.data.splits import ValidationDataArguments, load_splits, stratified_split
+from sdt_diffusion.data.splits import ValidationDataArguments, load_splits, stratified_split, take_samples
 
 
 def picture(seed):
@@ -37,6 +37,26 @@ def test_the_held_out_part_is_stratified_fixed_and_never_trained_on():
     assert sorted([*train, *held_out]) == list(range(61))
     assert np.bincount(labels[held_out]).tolist() == [10, 2]  # never the only image of a class
     assert np.array_equal(stratified_split(labels, 0.2)[1], held_out)
+
+
+def test_samples_to_train_on_are_balanced_nested_and_those_of_the_seed():
+    _, train, _ = load("digits")
+    few, more = (take_samples(train, number, seed=3) for number in (23, 100))
+    assert sorted(np.bincount(few.labels)) == [2] * 7 + [3] * 3
+    assert set(few.indices) < set(more.indices)
+    assert np.array_equal(take_samples(train, 23, seed=3).indices, few.indices)
+    assert not np.array_equal(take_samples(train, 23, seed=4).indices, few.indices)
+    assert few.__getitems__([0])[0][1] == few.labels[0]
+    assert take_samples(train, None, seed=3) is train
+    assert len(np.unique(take_samples(train, len(train), seed=3).indices)) == len(train)
+    for number in (9, 1439):
+        with pytest.raises(ValueError, match=f"must be 10, the number of classes, to 1438, .*, not {number}"):
+            take_samples(train, number, seed=3)
+
+
+def test_a_small_class_gives_all_it_has(tmp_path):
+    _, train, _ = load(table(tmp_path / "x.parquet", [0, 1, 1, 1, 1, 1] * 2), validation_fraction=0.1)
+    assert np.bincount(take_samples(train, 8, seed=0).labels).tolist() == [2, 6]
 
 
 def test_digits_are_split_in_one_fixed_way():

@@ -19,17 +19,40 @@ from sdt_diffusion.experiments.result_files import read_result
 from sdt_diffusion.experiments.study import Evaluation
 from sdt_diffusion.metrics.extractors import build_extractor
 from sdt_diffusion.training.distributed import Interrupted
-from tests.experiments.studies import build_study
+from tests.experiments.studies import STUDY, build_study
+
+#: Changes of the study that make it one of a classifier.
+CLASSIFIER = {
+    "trainer": "train_classifier",
+    "seeds": [0],
+    "arguments": {
+        **{"dataset": "digits", "model": "SDT-S/4+", "resolution": 8, "max_train_samples": 50, "max_train_steps": 2},
+        **{"model_overrides": {"num_layers": 1, "num_attention_heads": 1, "attention_head_dim": 8, "patch_size": 4}},
+        **{"train_batch_size": 8, "validation_steps": 1, "report_to": "none", "cpu_threads": 1},
+    },
+    "variants": {"none": {"spatial_decay": "none"}},
+    "evaluation": {"resolutions": [12], "scaling_images": 4, "batch_size": 360},
+}
 
 
-def job_of(cell, folder, keep=None, reference=None):
+def references_of(cell, folder):
+    """The statistics of the cell's reference at all its resolutions, as the runner computes them."""
+    extractor, paths = build_extractor("pixels"), {}
+    for key, side in {"trained": None, **{str(side): side for side in cell.evaluation.resolutions}}.items():
+        path = reference_path(folder, cell.evaluation, side, extractor)
+        make_reference(path, cell.evaluation, side, extractor)
+        paths[key] = str(path)
+    return paths
+
+
+def job_of(cell, folder, keep=None, references=None):
     argv, evaluation = cell.filled({})
     return Job(
         result={"study": cell.study, "variant": cell.variant, "seed": cell.seed, "config": cell.config},
         trainer=cell.trainer,
         argv=argv,
         evaluation=asdict(evaluation),
-        reference=reference,
+        references=references or {},
         folder=str(folder / "work"),
         output=str(folder / "results" / "small" / f"{cell.name}.json"),
         keep_pipeline=keep and str(folder / keep),
@@ -52,11 +75,8 @@ def trainer(monkeypatch):
 
 class TestRunCell:
     def test_it_trains_measures_and_leaves_a_small_file_and_the_pipeline(self, tmp_path, trainer):
-        cell = build_study(tmp_path).cells()[1]
-        extractor, evaluation = build_extractor("pixels"), cell.evaluation
-        path = reference_path(tmp_path, evaluation, None, extractor)
-        make_reference(path, evaluation, None, extractor)
-        job = job_of(cell, tmp_path, keep="kept", reference=str(path))
+        cell = build_study(tmp_path, evaluation={**STUDY["evaluation"], "resolutions": [12]}).cells()[1]
+        job = job_of(cell, tmp_path, keep="kept", references=references_of(cell, tmp_path))
         real = cell_module.TRAINERS["train_dit"].main
 
         def stop_on_the_way(argv):
@@ -80,12 +100,28 @@ class TestRunCell:
         assert record["metrics"]["held_out_loss"] > 0
         assert record["metrics"]["fd"] > 0
         assert "2 network evaluations, guidance 1" in record["metrics"]["sampler"]
+        wider = record["metrics"]["resolutions"]["12"]
+        assert wider["scaling"] in wider["held_out_loss_by_scaling"]
+        assert len(wider["held_out_loss_by_scaling"]) == 6  # three of positions, two of distances
+        assert wider["held_out_loss"] > 0
+        assert wider["fd"] != record["metrics"]["fd"]
         assert record["all_arguments"]["spatial_decay"] == "context"
         assert record["parameters"] > 10_000
         assert Path(job.output).stat().st_size < 20_000
         assert str(tmp_path) not in Path(job.output).read_text()
         SDTPipeline.from_pretrained(tmp_path / "kept")
         assert not Path(job.folder, "run").exists()
+
+    def test_a_classifier_is_measured_at_other_resolutions_too(self, tmp_path):
+        (cell,) = build_study(tmp_path, **CLASSIFIER).cells()
+        record = run_cell(job_of(cell, tmp_path))
+        assert record["failed"] is None
+        assert record["curves"]["accuracy"]["steps"] == [0, 1, 2]
+        assert record["all_arguments"]["max_train_samples"] == 50
+        wider = record["metrics"]["resolutions"]["12"]
+        assert len(wider["held_out_loss_by_scaling"]) == 9  # three of positions, three of the rotary embedding
+        assert wider["held_out_loss"] != record["metrics"]["held_out_loss"]
+        assert 0 <= wider["accuracy"] <= 1
 
     @pytest.mark.parametrize(
         ("error", "reason"),

@@ -63,8 +63,19 @@ class TestReading:
             build_study(tmp_path, **changes)
 
     def test_samples_of_a_classifier_are_refused(self, tmp_path):
-        with pytest.raises(ValueError, match="evaluation is for samples of train_dit"):
+        with pytest.raises(ValueError, match="evaluation: reference is for samples of train_dit"):
             build_study(tmp_path, trainer="train_classifier", arguments={}, variants={"none": {}})
+
+    def test_a_study_can_extend_another_one(self, tmp_path):
+        write_study(tmp_path, name="base")
+        path = tmp_path / "more.yaml"
+        path.write_text("extends: base\ntitle: More\narguments: {train_batch_size: 8, max_train_samples: 100}\n")
+        base, study = read_study(tmp_path / "base.yaml"), read_study(path)
+        assert (study.name, study.title, study.variants) == ("more", "More", base.variants)
+        assert study.arguments == {**base.arguments, "train_batch_size": 8, "max_train_samples": 100}
+        (tmp_path / "third.yaml").write_text("extends: more\n")
+        with pytest.raises(ValueError, match="extends: more extends a study itself"):
+            read_study(tmp_path / "third.yaml")
 
     def test_a_file_that_is_none_is_named(self, tmp_path):
         path = tmp_path / "broken.yaml"

@@ -21,7 +21,7 @@ def folder(tmp_path):
 
 
 def build(folder, class_names=NAMES, num_channels=3, **flags):
-    return ClassifierModelArguments(model=str(folder), **flags).build(num_channels, class_names)
+    return ClassifierModelArguments(model=str(folder), **flags).build(num_channels, class_names, 8)
 
 
 def test_the_same_classes_keep_every_weight(folder):
@@ -122,3 +122,18 @@ def test_a_processor_that_training_cannot_go_by_is_named(folder, values, message
     (folder / "preprocessor_config.json").write_text(json.dumps([]))
     with pytest.raises(ValueError, match=r"preprocessor_config\.json is not an image processor's"):
         ClassifierModelArguments(model=str(folder)).processor  # noqa: B018
+
+
+def test_a_preset_of_the_generative_transformer_makes_a_classifier_to_train_from_scratch():
+    overrides = '{"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16}'
+    args = ClassifierModelArguments(model="SDT-S/4+", spatial_decay="fixed", model_overrides=overrides)
+    model = args.build(1, NAMES, 8)
+    assert args.default_resolution == 32
+    assert (model.config.num_labels, model.config.block, model.config.freeze_backbone) == (5, 1, False)
+    assert model.transformer.config.spatial_decay == "fixed"
+    images = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    model(images, labels=torch.tensor([0, 4, 2])).loss.backward()
+    assert model.transformer.pos_embed.proj.weight.grad is not None
+    assert torch.equal(*(model.eval()(images).logits for _ in range(2)))
+    with pytest.raises(ValueError, match="drop_path does not apply to model SDT-S/4"):
+        ClassifierModelArguments(model="SDT-S/4", drop_path=0.1)

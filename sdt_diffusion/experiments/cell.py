@@ -21,7 +21,7 @@ from ..hub.run_record import RECORD_FILE, read_record
 from ..metrics.extractors import build_extractor
 from ..metrics.features import load_summary
 from ..training.monitor import read_log
-from ..utils.arguments import one_line
+from ..utils.arguments import merged, one_line, parse_arguments
 from ..utils.files import FolderLock, write_json
 from ..utils.reading import read_json
 from .measures import TRAINED, curves, describe_extractor, final_values, judge_samples, seconds_per_step
@@ -29,6 +29,8 @@ from .other_grids import measure_classifier, measure_generator
 from .result_files import describe_machine, write_result
 from .study import TRAINERS, Evaluation
 
+#: Arguments of trainers that name data.
+NAMES_OF_DATA = ("dataset", "held_out_dataset", "validation_dataset", "class_names")
 #: How long a cell waits for an earlier process to leave its folder: the runner may have been killed before it.
 PATIENCE = 120.0
 
@@ -114,10 +116,11 @@ def _measure(job: Job, folder: Path) -> dict[str, Any]:
     if extractor is not None:
         metrics |= judge_samples(folder, evaluation, references[TRAINED], extractor, precision)
         metrics["extractor"] = describe_extractor(evaluation, extractor)
+    config = {**run["config"], **_data_arguments(job)}
     if evaluation.resolutions and job.trainer == "train_classifier":
-        metrics["resolutions"] = measure_classifier(folder, run["config"], evaluation, precision)
+        metrics["resolutions"] = measure_classifier(folder, config, evaluation, precision)
     elif evaluation.resolutions:
-        metrics["resolutions"] = measure_generator(folder, run["config"], evaluation, references, extractor, precision)
+        metrics["resolutions"] = measure_generator(folder, config, evaluation, references, extractor, precision)
     here = {"output_dir": None, "logging_dir": None}
     return {
         "metrics": metrics,
@@ -126,6 +129,12 @@ def _measure(job: Job, folder: Path) -> dict[str, Any]:
         **{key: run[key] for key in ("parameters", "steps", "images_per_step")},
         "all_arguments": {key: value for key, value in run["config"].items() if key not in here},
     }
+
+
+def _data_arguments(job: Job) -> dict[str, Any]:
+    """Return the arguments that name data, of which the record of a run leaves out folders."""
+    given = merged(*parse_arguments(TRAINERS[job.trainer].ARGUMENT_TYPES, job.argv))
+    return {name: given[name] for name in NAMES_OF_DATA if name in given}
 
 
 def _tidy(job: Job) -> None:

@@ -40,9 +40,12 @@ def curve(records: Sequence[dict[str, Any]], key: str) -> dict[str, list[float]]
 
 
 def curves(trainer: str, records: Sequence[dict[str, Any]]) -> dict[str, dict[str, list[float]]]:
-    """Return the curves of a log: the training loss, the held-out loss, and a classifier's accuracy."""
+    """Return the curves of a log: training and held-out loss, a classifier's accuracy, what is known of gates."""
     found = {"loss": thinned(curve(records, "loss")), "held_out_loss": curve(records, HELD_OUT[trainer])}
-    return {**found, "accuracy": curve(records, "test_accuracy")} if trainer == "train_classifier" else found
+    if trainer == "train_classifier":
+        found["accuracy"] = curve(records, "test_accuracy")
+    gates = sorted({key for record in records for key in record if key.startswith("gate_")})
+    return {**found, **{key: curve(records, key) for key in gates}}
 
 
 def thinned(points: dict[str, list[float]], most: int = MAX_POINTS) -> dict[str, list[float]]:

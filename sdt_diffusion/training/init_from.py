@@ -66,8 +66,9 @@ def load_weights(
 ) -> None:
     """Load the weights of a pipeline or transformer of the same architecture.
 
-    Its grid may differ, as positions are computed. Gates, and outputs for a variance, that it does not have are left
-    as they are; outputs for a variance that the model does not have are dropped.
+    Its grid may differ, as positions are computed, and a rotary embedding may be added. Gates, and outputs for a
+    variance, that it does not have are left as they are; outputs for a variance that the model does not have are
+    dropped.
 
     Args:
         model: The model, initialized.
@@ -84,6 +85,8 @@ def load_weights(
     free = {*FREE_KEYS, *(("num_classes",) if new_classes else ())}
     if adds_decay(stored, model.config.spatial_decay):
         free |= set(DECAY_KEYS)
+    if model.config.rotary and not stored.get("rotary"):
+        free.add("rotary")  # which has no weights
     ours = {key: value for key, value in config_of(model).items() if key not in free}
     defaults = inspect.signature(SDTTransformer2DModel.__init__).parameters
     found = differences({key: stored.get(key, defaults[key].default) for key in ours}, ours)

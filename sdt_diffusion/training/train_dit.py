@@ -168,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             autocast_forward(run.accelerator, data.encoder.to(run.accelerator.device))
         validate = DiffusionValidation(
             *(pipe, loss, data, held_out, validation_args.num_validation_images, sampling),
-            validation_args.velocity_error_images,
+            *(validation_args.velocity_error_images, validation_args.gate_statistics),
         )
         train(run, loss, validate)
 

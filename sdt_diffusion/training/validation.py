@@ -19,6 +19,7 @@ from ..sdt import SDTPipeline
 from ..utils.files import write_atomically
 from ..utils.ranges import CheckedArguments, at_least, between
 from ..utils.seeding import Draws, Stream, numpy_generator
+from .gate_statistics import GateStatistics
 from .objectives import DiffusionLoss
 from .run import TrainingRun
 from .velocity_error import VelocityError
@@ -57,6 +58,14 @@ class ValidationArguments(CheckedArguments):
         }
         | at_least(0),
     )
+    gate_statistics: bool = field(
+        default=False,
+        metadata={
+            "help": "At each validation, log how fast the attention of each head decays on held-out images, and the "
+            "gradients of the gates.",
+            "resumable": True,
+        },
+    )
     label_accuracy_samples: int = field(
         default=0,
         metadata={
@@ -70,6 +79,8 @@ class ValidationArguments(CheckedArguments):
         super().__post_init__()
         if self.held_out_dataset is not None and not self.held_out_images:
             raise ValueError("held_out_dataset needs held_out_images: how many of its images to measure.")
+        if self.gate_statistics and not self.velocity_error_images:
+            raise ValueError("gate_statistics needs velocity_error_images: they are of those images.")
         if self.velocity_error_images > self.held_out_images:
             raise ValueError(
                 f"velocity_error_images {self.velocity_error_images} are more than held_out_images "
@@ -127,6 +138,7 @@ class DiffusionValidation:
         sampling: `seed`, `guidance_scale` and `num_inference_steps`.
         velocity_error_images: Held-out images whose velocity error is measured on the way, in place of the loss of
             all; 0 to measure the loss.
+        gate_statistics: Whether to describe the gates too.
     """
 
     def __init__(
@@ -138,12 +150,14 @@ class DiffusionValidation:
         num_images: int,
         sampling: dict[str, Any],
         velocity_error_images: int = 0,
+        gate_statistics: bool = False,
     ):
         self.pipe, self.loss, self.data, self.held_out = pipe, loss, data, held_out
         self.num_images, self.sampling = num_images, sampling
-        self.velocity_error = None
+        self.velocity_error, self.gate_statistics = None, None
         if held_out is not None and velocity_error_images:
             self.velocity_error = VelocityError(pipe.scheduler, data.clean, held_out, velocity_error_images)
+            self.gate_statistics = GateStatistics(self.velocity_error) if gate_statistics else None
 
     def __call__(self, run: TrainingRun) -> dict[str, float]:
         """Validate `run.trained_model`; all processes call it."""
@@ -152,6 +166,8 @@ class DiffusionValidation:
             values = self.velocity_error.on_the_way(run)
             if run.step == run.config.run.max_train_steps:
                 values |= self.velocity_error.at_the_end(run)
+            if self.gate_statistics is not None:
+                values |= self.gate_statistics(run)
         elif self.held_out is not None:
             values = {"validation_loss": self.held_out_loss(run, self.held_out)}
         grid = self.sample_grid() if self.num_images else None

@@ -41,6 +41,12 @@ def noise_levels(num_images: int, num_levels: int) -> torch.Tensor:
     return LEAST_SIGMA + (LARGEST_SIGMA - LEAST_SIGMA) * position
 
 
+def noise_of(rows: range, level: int, clean: torch.Tensor) -> torch.Tensor:
+    """Return the noise of held-out images at one of their noise levels, of the shape and type of `clean`."""
+    generators = (torch_generator(Stream.VELOCITY_NOISE, 0, row, level) for row in rows)
+    return torch.stack([torch.randn(clean.shape[1:], generator=each) for each in generators]).to(clean)
+
+
 def predicted_velocity(
     model: nn.Module,
     scheduler: SchedulerMixin,
@@ -185,8 +191,7 @@ def velocity_errors(
         with accelerator.autocast():
             clean = clean_of(batch, draws)  # (B, C, H, W)
             for level in range(num_levels):
-                generators = (torch_generator(Stream.VELOCITY_NOISE, 0, row, level) for row in rows)
-                noise = torch.stack([torch.randn(clean.shape[1:], generator=each) for each in generators]).to(clean)
+                noise = noise_of(rows, level, clean)
                 sigma = sigmas[rows.start : rows.stop, level]
                 velocity = predicted_velocity(model, scheduler, clean, noise, sigma, labels)
                 error = (velocity - (noise - clean).float()).square().flatten(1).mean(dim=1)  # (B,)

@@ -64,6 +64,15 @@ class TestStoredArchitecture:
         with pytest.raises(ValueError, match="decay_start: 'rmt' there, 'none' now"):
             build(folder, model_overrides='{"decay_start": "none"}')
 
+    def test_a_rotary_embedding_can_be_added_but_not_taken_away(self, save):
+        model, folder = save()
+        started = build(folder, rotary=True)
+        assert started.config.rotary
+        assert torch.equal(started.proj_out_2.weight, model.proj_out_2.weight)
+        _, folder = save(rotary=True)
+        with pytest.raises(ValueError, match="rotary: True there, False now"):
+            build(folder, rotary=False)
+
     def test_it_needs_a_folder(self):
         with pytest.raises(FileNotFoundError, match=r"init_from .*\.py is a file, .* by sdt-diffusion convert"):
             build(__file__)

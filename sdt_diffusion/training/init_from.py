@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..sdt import SDTTransformer2DModel
-from ..sdt.pipeline_sdt import labels_of_names
+from ..sdt.class_names import labels_of_names
 from ..utils.arguments import one_line
 from ..utils.fingerprint import differences
 from ..utils.reading import check_tensors, read_json, shortened

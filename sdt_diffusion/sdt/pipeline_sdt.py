@@ -113,13 +113,24 @@ class SDTPipeline(SDTLoaderMixin, SDTInputsMixin, DiffusionPipeline):
         kwargs.pop("low_cpu_mem_usage", None)  # without it, diffusers would make up what a VAE's files lack
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
-    def save_pretrained(self, save_directory, *args, **kwargs):
-        """Save the pipeline as diffusers does, with the checksums of its weights."""
+    def save_pretrained(self, save_directory, *args, with_code: bool = False, **kwargs):
+        """Save the pipeline as diffusers does, with the checksums of its weights, and its code if asked for.
+
+        Args:
+            save_directory: The folder.
+            *args: See diffusers.
+            with_code: Write the model's code beside its weights, so that `DiffusionPipeline.from_pretrained(folder,
+                trust_remote_code=True)` needs diffusers only.
+            **kwargs: See diffusers.
+
+        Raises:
+            ValueError: If the code cannot be written; says what to do instead.
+        """
         # diffusers forgets to name a part in model_index.json that was `None` when the pipeline was made.
         self.register_modules(**{name: getattr(self, name) for name in self._optional_components})
         folder = Path(save_directory, "vae")
         (folder / CHECKSUMS_FILE).unlink(missing_ok=True)  # those of what is replaced
-        super().save_pretrained(save_directory, *args, **kwargs)
+        super().save_pretrained(save_directory, *args, with_code=with_code, **kwargs)
         if self.vae is not None:
             write_checksums(folder)
 

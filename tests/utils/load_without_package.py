@@ -59,13 +59,13 @@ found["custom"] = samples(
 )
 guided_pipe = DiffusionPipeline.from_pretrained(guided, trust_remote_code=True)
 found["guided"] = samples(guided_pipe)
-guided_pipe.save_pretrained(results + ".again")
+guided_pipe.save_pretrained(results + ".again", with_code=True)  # its code goes along in any case
 found["again"] = samples(DiffusionPipeline.from_pretrained(results + ".again", trust_remote_code=True))
 
 model = AutoModelForImageClassification.from_pretrained(classifier, trust_remote_code=True).eval()
 inputs = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 found["logits"] = model(inputs).logits.detach()
-model.save_pretrained(results + ".classifier")
+model.save_pretrained(results + ".classifier", with_code=True)
 found["saved"] = json.loads(Path(results + ".classifier/config.json").read_text())["auto_map"]
 features = AutoModel.from_pretrained(classifier, trust_remote_code=True).eval()
 found["features"] = features(inputs).pooler_output.detach()

@@ -24,6 +24,7 @@ from .schedulers import (
     check_sampling_setting,
     learns_variance,
     objective_of,
+    swap_scheduler,
 )
 from .steps import set_schedule
 from .transformer_sdt import SDTTransformer2DModel
@@ -193,8 +194,36 @@ class SDTPipeline(SDTLoaderMixin, SDTInputsMixin, DiffusionPipeline):
 
     @property
     def objective(self) -> dict[str, Any]:
-        """What the model has learned: prediction type and noise schedule; `swap_scheduler` takes it too."""
+        """What the model has learned: prediction type and noise schedule."""
         return self.config.objective or objective_of(self.scheduler)
+
+    def swap_scheduler(self, name: str, **options: Any) -> None:
+        """Sample with another scheduler from here on.
+
+        For some pairs, `OtherScheduler.from_config(pipe.scheduler.config)` of diffusers loses the prediction type or
+        the noise schedule, and the pipeline then refuses to sample. This keeps them:
+
+            pipe.swap_scheduler("DPMSolverMultistepScheduler")
+
+        The sampler of facebookresearch/DiT takes other steps than this package's default ("learned_range" after
+        learn_sigma):
+
+            pipe.swap_scheduler("DDPMScheduler", variance_type="fixed_large", timestep_spacing="linspace")
+
+        Args:
+            name: Class name in diffusers, or "FlowMatchSDEScheduler".
+            **options: Arguments of that class, except those that follow from the model. The others are taken from the
+                present scheduler if it fits the model.
+
+        Raises:
+            ValueError: If the name or an option is unknown, or the scheduler cannot sample from the model.
+        """
+        try:
+            check_fits(self.scheduler, self.objective)
+            present = self.scheduler
+        except ValueError:
+            present = self.objective
+        self.scheduler = swap_scheduler(present, name, **options)
 
     @property
     def own_guidance_scale(self) -> float:

@@ -30,6 +30,7 @@ LEFT_OUT = (
 PARTS = {
     "SDTTransformer2DModel": f"{PACKAGE}.sdt.transformer_sdt",
     "SDTGuidance": f"{PACKAGE}.sdt.pipeline_sdt",
+    "FlowMatchSDEScheduler": f"{PACKAGE}.sdt.flow_sde",
 }
 #: The pipeline only names the transformer's class, as a type: this takes its place, so that its code is there once.
 STAND_INS = {

@@ -50,10 +50,13 @@ found["without_code"] = [
 ]
 pipe = DiffusionPipeline.from_pretrained(plain, trust_remote_code=True)
 found["plain"] = samples(pipe)
-pipe.scheduler = diffusers.UniPCMultistepScheduler.from_config(
-    pipe.scheduler.config, prediction_type="flow_prediction", use_flow_sigmas=True
-)
-found["swapped"] = samples(pipe)
+pipe.scheduler = diffusers.UniPCMultistepScheduler.from_config(pipe.scheduler.config)
+found["misfit"] = refusal(samples, pipe)
+for name in ("UniPCMultistepScheduler", "FlowMatchSDEScheduler"):
+    pipe.swap_scheduler(name)
+    found[name] = samples(pipe)
+pipe.save_pretrained(results + ".swapped")
+found["swapped_again"] = samples(DiffusionPipeline.from_pretrained(results + ".swapped", trust_remote_code=True))
 found["custom"] = samples(
     DiffusionPipeline.from_pretrained(plain, custom_pipeline=plain + "/pipeline_sdt.py", trust_remote_code=True)
 )

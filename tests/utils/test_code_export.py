@@ -14,7 +14,7 @@ from diffusers import DiffusionPipeline
 from diffusers.pipelines.pipeline_loading_utils import _get_custom_components_and_folders  # has no public name
 from transformers import AutoModelForImageClassification
 
-from sdt_diffusion import SDTGuidance, SDTPipeline, SDTTransformer2DModel, swap_scheduler
+from sdt_diffusion import FlowMatchSDEScheduler, SDTGuidance, SDTPipeline, SDTTransformer2DModel
 from sdt_diffusion.classification import (
     SDTClassifierConfig,
     SDTForImageClassification,
@@ -42,7 +42,9 @@ def folders(make_pipe, make_model, tmp_path):
     guider = SDTGuidance.from_kind("autoguidance", guidance_scale=2.0, guidance_interval=(0.2, 0.9))
     pipes = {
         "plain": make_pipe(transformer=make_model(**PLUS, adaln="low_rank", num_registers=2, long_skips=True)),
-        "guided": make_pipe(guider=guider, guide_transformer=make_model(num_layers=1)),
+        "guided": make_pipe(
+            FlowMatchSDEScheduler(shift=2.0), guider=guider, guide_transformer=make_model(num_layers=1)
+        ),
     }
     torch.manual_seed(0)
     backbone = Backbone(pipes["plain"].transformer, pipes["plain"].scheduler, None)
@@ -79,8 +81,11 @@ def test_folders_load_where_the_package_is_not_installed(folders, tmp_path):
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)
     assert torch.equal(found["custom"], found["plain"])
     swapped = SDTPipeline.from_pretrained(folder / "plain")
-    swapped.scheduler = swap_scheduler(swapped.scheduler, "UniPCMultistepScheduler")
-    torch.testing.assert_close(found["swapped"], samples(swapped), rtol=1e-4, atol=1e-5)
+    assert "Make one that fits: pipe.swap_scheduler('UniPCMultistepScheduler')" in found["misfit"]
+    for name in ("UniPCMultistepScheduler", "FlowMatchSDEScheduler"):
+        swapped.swap_scheduler(name)
+        torch.testing.assert_close(found[name], samples(swapped), rtol=1e-4, atol=1e-5)
+    assert torch.equal(found["swapped_again"], found["FlowMatchSDEScheduler"])
     assert torch.equal(found["again"], found["guided"])  # saved there, with its code
     assert all("trust_remote_code=True" in message for message in found["refusals"])
     pipeline_error, model_error = found["without_code"]
@@ -96,12 +101,13 @@ def test_folders_load_where_the_package_is_not_installed(folders, tmp_path):
 
 
 def test_with_the_package_our_classes_stand_for_those_in_the_folder(make_pipe, tmp_path):
-    pipe = make_pipe(guider=SDTGuidance(2.0))
+    pipe = make_pipe(FlowMatchSDEScheduler(), guider=SDTGuidance(2.0))
     pipe.save_pretrained(tmp_path)
     write_code(tmp_path)
     for loaded in (SDTPipeline.from_pretrained(tmp_path), open_pipeline(str(tmp_path))):
         assert type(loaded.transformer) is SDTTransformer2DModel
         assert type(loaded.guider) is SDTGuidance
+        assert type(loaded.scheduler) is FlowMatchSDEScheduler
     with pytest.raises(ValueError, match="trust_remote_code=True"):
         DiffusionPipeline.from_pretrained(tmp_path)
 
@@ -150,7 +156,8 @@ def test_every_model_for_transformers_has_code():
 def test_diffusers_downloads_the_code_of_every_part(make_pipe, make_model, tmp_path):
     """By the functions with which `DiffusionPipeline.download` chooses among the files on the Hub."""
     guider = SDTGuidance.from_kind("autoguidance")
-    make_pipe(guider=guider, guide_transformer=make_model()).save_pretrained(tmp_path)
+    pipe = make_pipe(FlowMatchSDEScheduler(), guider=guider, guide_transformer=make_model())
+    pipe.save_pretrained(tmp_path)
     write_code(tmp_path)
     files = [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()]
     index = json.loads((tmp_path / "model_index.json").read_text())
@@ -159,6 +166,7 @@ def test_diffusers_downloads_the_code_of_every_part(make_pipe, make_model, tmp_p
         "transformer": "transformer_sdt",
         "guide_transformer": "transformer_sdt",
         "guider": "pipeline_sdt",
+        "scheduler": "flow_sde",
     }
     assert f"{index['_class_name'][0]}.py" in files
     # The package reads the index on the Hub by this method.

@@ -15,8 +15,9 @@ from ..evaluation.decay import record_decays
 from ..evaluation.decay_maps import CAPTION, DecaySection, RecordedInput, decay_rows, plot_decays
 from ..sampling.generate import describe_sampling, generate
 from ..sampling.settings import SamplerArguments
-from ..sdt import SDTPipeline
+from ..sdt import GUIDANCE_KINDS, SDTGuidance, SDTPipeline
 from ..sdt.guidance import clean_image_of, sigma_at
+from ..sdt.guided_prediction import check_guidance
 from ..sdt.vae import decode_latents
 from ..utils.ranges import LARGEST_SEED, Range, check_value
 
@@ -179,6 +180,21 @@ def draw_view(run: SamplingRun, picture: int, patch: tuple[int, int], block: int
     file = io.BytesIO()
     plot_decays([DecaySection(where, rows)], title, f"{LEGEND}\n{CAPTION}", file)
     return Image.open(file)
+
+
+def usable_guidance(pipe: SDTPipeline) -> list[str]:
+    """Return the keys of `GUIDANCE_KINDS` that the model can use, without one that would be plain guidance again."""
+    kinds = []
+    for kind in GUIDANCE_KINDS:
+        guider = SDTGuidance.from_kind(kind)
+        weaker = pipe.guide_transformer if guider.config.guide_model else None
+        try:
+            check_guidance(guider, pipe.transformer, weaker, scale=2.0)
+        except ValueError:
+            continue
+        if guider.config.guided_channels != pipe.transformer.config.in_channels:
+            kinds.append(kind)
+    return kinds
 
 
 def grid_of(pipe: SDTPipeline) -> tuple[int, int]:

@@ -168,7 +168,7 @@ class SDTGuidance(BaseGuidance):
             ValueError: If the interval holds none of them, or `contrastive_weight` is for another kind of model.
         """
         if self.config.contrastive_weight and not is_flow(scheduler):
-            raise ValueError(f"contrastive_weight is for flows, which {type(scheduler).__name__} does not sample from.")
+            raise ValueError(f"contrastive_weight is for flows, and {type(scheduler).__name__} samples none.")
         self._scheduler, self._differences = scheduler, MomentumBuffer(self.config.momentum)
         interval, unit = self.config.guidance_interval, self.config.interval_unit
         if interval is not None and not any(map(self.guides_at, timesteps)):
@@ -238,7 +238,8 @@ class SDTGuidance(BaseGuidance):
         mean = mean[:, None, None] if mean.ndim == 1 else mean  # (C, 1, 1) or (C, H, W)
         if mean.shape[0] != pred_cond.shape[1] or mean.shape[1:] not in ((1, 1), pred_cond.shape[2:]):
             raise ValueError(
-                f"contrastive_mean of shape {tuple(mean.shape)} does not fit predictions of {tuple(pred_cond.shape[1:])}."
+                f"contrastive_mean of shape {tuple(mean.shape)} does not fit predictions of shape "
+                f"{tuple(pred_cond.shape[1:])}."
             )
         return (1 - weight) * pred_cond - weight * mean
 
@@ -373,8 +374,8 @@ def _check_contrast(config: Any) -> None:
         raise ValueError("contrastive_weight and contrastive_mean need each other: give both, or none.")
     if weight and (config.guide_model or config.decay_factor is not None):
         raise ValueError(
-            "contrastive_weight is for guidance away from the null class, which has no contrast, and not for guide_model "
-            "or decay_factor."
+            "contrastive_weight is for guidance away from the null class, which has no contrast, and not for "
+            "guide_model or decay_factor."
         )
     if mean is not None:
         try:

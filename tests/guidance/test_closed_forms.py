@@ -105,7 +105,7 @@ def test_what_the_closed_form_says_of_the_pictures_holds_for_diffusers_own_guide
 
 
 class ContrastedClasses(GaussianClasses):
-    """What contrastive flow matching of weight 0.2 has its minimum at, for data of mean 0.7: the null class is exact."""
+    """The minimum of contrastive flow matching of weight 0.2, for data of mean 0.7; the null class has no contrast."""
 
     def forward(self, hidden_states, timestep, class_labels, **options):
         (flow,) = super().forward(hidden_states, timestep, class_labels, **options)

@@ -198,6 +198,7 @@ def write_dit(model: SDTTransformer2DModel, weights: Mapping[str, torch.Tensor])
         "num_registers": 0,
         "position_embedding": "sincos",
         "long_skips": False,
+        "head_layers": 0,
         "network_output": "prediction",
         "interval_conditioning": False,
     }

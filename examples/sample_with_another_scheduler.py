@@ -12,7 +12,6 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 
 from sdt_diffusion import SDTPipeline, SDTTransformer2DModel
 from sdt_diffusion.plots import image_grid
-from sdt_diffusion.sdt.schedulers import swap_scheduler
 
 SCHEDULERS = ["FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "UniPCMultistepScheduler"]
 
@@ -26,7 +25,7 @@ if __name__ == "__main__":
     pipe = DiffusionPipeline.from_pretrained(folder)
     labels, images, texts = [0, 1, 2, 3], [], []
     for name in SCHEDULERS:
-        pipe.scheduler = swap_scheduler(pipe.scheduler, name)
+        pipe.swap_scheduler(name)
         generators = [torch.Generator().manual_seed(seed) for seed in range(len(labels))]
         images += pipe(labels, generator=generators, num_inference_steps=4).images
         texts += [name.removesuffix("Scheduler")[:12]] * len(labels)

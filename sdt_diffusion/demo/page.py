@@ -8,14 +8,14 @@ import gradio as gr
 import torch
 
 from ..sampling.settings import SamplerArguments
-from ..sdt import GUIDANCE_KINDS, SDTPipeline
+from ..sdt import SDTPipeline
 from ..sdt.guidance import sigma_at
 from ..sdt.schedulers import DIFFUSION_SCHEDULERS, FLOW_SCHEDULERS, is_flow
 from ..utils.arguments import one_line
-from .session import MAX_PICTURES, SamplingRun, draw_view, grid_of, num_blocks_of, sample_in_steps
+from .session import MAX_PICTURES, SamplingRun, draw_view, grid_of, num_blocks_of, sample_in_steps, usable_guidance
 from .sheet import Sheet
 
-#: Choice of the guidance that is saved in a pipeline, if it has one of its own.
+#: Choice of the guidance that is saved in a pipeline, if it has one of its own or can use none.
 SAVED = "saved with the pipeline"
 #: One run or view at a time: both use the one model.
 ONE_AT_A_TIME: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "model"}
@@ -43,7 +43,8 @@ def build_page(pipe: SDTPipeline, name: str, seed: int = 0) -> gr.Blocks:
     settings, grid = pipe.sampling_settings(), grid_of(pipe)
     schedulers = FLOW_SCHEDULERS if is_flow(pipe.scheduler) else DIFFUSION_SCHEDULERS
     scheduler = type(pipe.scheduler).__name__
-    kinds = [*([] if pipe.guider is None else [SAVED]), *GUIDANCE_KINDS]
+    usable = usable_guidance(pipe)
+    kinds = [*([] if pipe.guider is None and usable else [SAVED]), *usable]
     center = (0, (grid[0] // 2, grid[1] // 2))
     with gr.Blocks(title=f"{name}: sdt_diffusion", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
         gr.Markdown(f"## {name}\n{describe(pipe)}")

@@ -15,8 +15,9 @@ from ..evaluation.decay import record_decays
 from ..evaluation.decay_maps import CAPTION, DecaySection, RecordedInput, decay_rows, plot_decays
 from ..sampling.generate import describe_sampling, generate
 from ..sampling.settings import SamplerArguments
-from ..sdt import SDTPipeline
+from ..sdt import GUIDANCE_KINDS, SDTGuidance, SDTPipeline
 from ..sdt.guidance import clean_image_of, sigma_at
+from ..sdt.guided_prediction import check_guidance
 from ..sdt.vae import decode_latents
 from ..utils.ranges import LARGEST_SEED, Range, check_value
 
@@ -97,16 +98,15 @@ def sample_in_steps(
     sampler.apply_to(pipe)
     labels, settings = pipe.prepare_class_labels([label] * num_pictures), sampler.settings(pipe)
     run = SamplingRun(pipe, labels[0], seed, describe_sampling(pipe, {"seed": seed, **settings}))
-    events: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+    events: queue.SimpleQueue[tuple[int, int, Moment | None] | list[Image.Image] | BaseException] = queue.SimpleQueue()
     left = threading.Event()
 
     def watch(pipe, step, timestep, tensors):
         pipe._interrupt = left.is_set()
-        run.step, run.num_steps = step + 1, pipe.num_timesteps
-        if step in _spaced(run.num_steps, NUM_MOMENTS):
-            run.moments.append(_moment(pipe, float(timestep), tensors["model_input"], tensors["prediction"]))
-            run.pictures = run.moments[-1].pictures
-        events.put(None)
+        moment = None
+        if step in _spaced(pipe.num_timesteps, NUM_MOMENTS):
+            moment = _moment(pipe, float(timestep), tensors["model_input"], tensors["prediction"])
+        events.put((step + 1, pipe.num_timesteps, moment))
         return {}
 
     def work():
@@ -121,19 +121,25 @@ def sample_in_steps(
                 callback_on_step_end_tensor_inputs=["model_input", "prediction"],
                 **settings,
             )
-            run.pictures, run.finished = [picture for _, picture in samples], True
-            events.put(StopIteration())
+            events.put([picture for _, picture in samples])
         except BaseException as error:  # raised again where the run is watched
             events.put(error)
 
     worker = threading.Thread(target=work, daemon=True)
     worker.start()
     try:
-        while not isinstance(event := events.get(), StopIteration):
-            if event is not None:
+        while not run.finished:
+            event = events.get()
+            if isinstance(event, BaseException):
                 raise event
+            if isinstance(event, list):
+                run.pictures, run.finished = event, True
+            else:
+                run.step, run.num_steps, moment = event
+                if moment is not None:
+                    run.moments.append(moment)
+                    run.pictures = moment.pictures
             yield run
-        yield run
     finally:
         left.set()  # the viewer may leave before the end
         worker.join()
@@ -174,6 +180,21 @@ def draw_view(run: SamplingRun, picture: int, patch: tuple[int, int], block: int
     file = io.BytesIO()
     plot_decays([DecaySection(where, rows)], title, f"{LEGEND}\n{CAPTION}", file)
     return Image.open(file)
+
+
+def usable_guidance(pipe: SDTPipeline) -> list[str]:
+    """Return the keys of `GUIDANCE_KINDS` that the model can use, without one that would be plain guidance again."""
+    kinds = []
+    for kind in GUIDANCE_KINDS:
+        guider = SDTGuidance.from_kind(kind)
+        weaker = pipe.guide_transformer if guider.config.guide_model else None
+        try:
+            check_guidance(guider, pipe.transformer, weaker, scale=2.0)
+        except ValueError:
+            continue
+        if guider.config.guided_channels != pipe.transformer.config.in_channels:
+            kinds.append(kind)
+    return kinds
 
 
 def grid_of(pipe: SDTPipeline) -> tuple[int, int]:

@@ -20,6 +20,7 @@ from ..data.decoding import IMAGE_MODES
 from ..sampling.generate import class_labels_for, describe_sampling, generate, stack_samples
 from ..sampling.settings import SamplingArguments, default_device, load_pipeline
 from ..sdt import SDTPipeline
+from ..sdt.vae import VAELayout
 from ..utils.arguments import exit_on_error, parse_arguments
 from ..utils.ranges import LARGEST, CheckedArguments, Range, between, check_number
 
@@ -99,7 +100,7 @@ def shape_of_samples(pipe: SDTPipeline, height: int | None = None, width: int | 
     """
     size = pipe.transformer.config.sample_size
     trained_height, trained_width = (size, size) if isinstance(size, int) else size
-    channels = (pipe.transformer if pipe.vae is None else pipe.vae).config.in_channels
+    channels = pipe.transformer.config.in_channels if pipe.vae is None else VAELayout.of(pipe.vae).image_channels
     if channels not in IMAGE_MODES:
         raise ValueError(f"The pipeline makes images of {channels} channels; only 1 and 3 can be evaluated.")
     factor = pipe.vae_scale_factor

@@ -6,7 +6,7 @@ r"""Compute FID and the other metrics over guidance, steps, schedulers and avera
 An axis is any flag of sampling with several values: guidance, guidance_scale, guidance_interval=none,0.2:0.8,
 scheduler, num_inference_steps, model=FOLDER,FOLDER (averages that train/reconstruct_ema.py made), seed, and so on. All
 combinations are cells, which start from the same noise. `--search guidance_scale 1 4` looks for the best value of one
-number instead, by golden sections, for each combination of the axes.
+number instead, at its ends and by golden sections between them, for each combination of the axes.
 
 Writes sweep.md, a table with the best cell first, pictures of the metric over network evaluations and over the
 guidance scale, and for each cell the numbers and a picture of samples. An interrupted sweep continues when the same
@@ -71,7 +71,8 @@ class SweepArguments(MetricArguments):
         metadata={"help": "A number to search the best value of, with the ends: guidance_scale 1 4, say."},
     )
     search_evaluations: int = field(
-        default=8, metadata={"help": "Cells of a search, for each combination of the axes."} | between(2, 100)
+        default=8,
+        metadata={"help": "Cells of a search between its ends, for each combination of the axes."} | between(2, 100),
     )
     best_by: str = field(default="fid", metadata={"help": f"Metric to choose by: {', '.join(METRICS)}."})
     keep_samples: bool = field(default=False, metadata={"help": "Keep the samples of finished cells."})
@@ -116,7 +117,8 @@ class Sweep:
         self._check_arguments()
         #: The cells, or with a search the ones of its greatest number.
         self.cells = self._all_cells()
-        self.total = sum(cell.evaluations for cell in self.cells) * (args.search_evaluations if self.search else 1)
+        self.total = sum(cell.evaluations for cell in self.cells)
+        self.total *= args.search_evaluations + 2 if self.search else 1
         self._pipelines.clear()
 
     def _all_cells(self) -> list[Cell]:
@@ -217,7 +219,8 @@ class Sweep:
                     self._search(cell.values, reference)
             if not state.is_main_process:
                 return None
-            best = write_report(folder, list(self.finished.values()), self.args.best_by, pictures=True)
+            found = list(self.finished.values())
+            best = write_report(folder, found, self.args.best_by, pictures=True, searched=self.args.search[:1])
             if self.args.save_best:
                 save_defaults(best.sampling)
             return best

@@ -167,19 +167,20 @@ def parse_search(search: Sequence[str], axes: dict[str, list[Any]]) -> tuple[str
 
 
 def golden_section(measure: Callable[[float], float], low: float, high: float, evaluations: int) -> float:
-    """Find the minimum of a function that falls and then rises between two ends.
+    """Find the minimum of a function that falls and then rises between two ends, or is least at one of them.
 
     Args:
         measure: The function.
         low: Lower end.
         high: Upper end.
-        evaluations: Calls of the function, 2 or more; each but the first two divides the interval by 1.618.
+        evaluations: Calls of the function between the ends, which are tried first: 2 or more; each but the first two
+            divides the interval by 1.618.
 
     Returns:
         The best argument that was tried.
     """
     left, right = high - GOLDEN * (high - low), low + GOLDEN * (high - low)
-    found = {left: measure(left), right: measure(right)}
+    found = {each: measure(each) for each in (low, high, left, right)}
     for _ in range(evaluations - 2):
         if found[left] <= found[right]:
             high, right = right, left

@@ -11,9 +11,9 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..sdt.class_names import labels_of_names
+from ..utils.carried_code import has_code
 from ..utils.files import shorten_path, write_atomically
 from ..utils.reading import read_json
-from .code_export import has_code
 from .results import Result, read_results
 from .run_record import RECORD_FILE, as_yaml, read_record
 

@@ -19,10 +19,11 @@ from huggingface_hub import create_repo, get_token, upload_folder
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from ..utils.arguments import SECRET_KEY, exit_on_error, parse_arguments
+from ..utils.carried_code import CODE_FILES
+from ..utils.code_export import write_code
 from ..utils.files import shorten_path, write_json
 from ..utils.ranges import CheckedArguments
 from ..utils.reading import read_json
-from .code_export import CODE_FILES, write_code
 from .model_card import write_model_card
 from .run_record import read_record, write_record
 

@@ -5,7 +5,7 @@ import hashlib
 import io
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from accelerate import PartialState
 
 from ..data.raw_images import RawImages
 from ..sdt import SDTPipeline
+from ..sdt.vae import VAELayout
 from ..utils.files import FolderLock, require_space, valid_json, write_atomically, write_json
 from ..utils.fingerprint import differences, fingerprint
 from ..utils.ranges import Range, check_value
@@ -123,7 +124,8 @@ def sample_into(
         state.wait_for_everyone()
         indices = share_of_process(len(labels), batch_size, missing_batches(folder, len(labels), batch_size))
         if state.is_main_process:
-            require_space(folder, state.num_processes * len(indices) * bytes_per_sample(pipe), "The samples")
+            num_bytes = bytes_per_sample(pipe, sampling)
+            require_space(folder, state.num_processes * len(indices) * num_bytes, "The samples")
         state.wait_for_everyone()  # write nothing before all processes have seen the same missing batches
         made = []
         samples = generate(
@@ -177,12 +179,16 @@ def scaling_record(pipe: SDTPipeline, sampling: dict[str, Any]) -> dict[str, Any
     return {name: pipe.transformer.config[name] for name in names}
 
 
-def bytes_per_sample(pipe: SDTPipeline) -> int:
-    """Return the size of a sample's pixels."""
-    size = pipe.transformer.config.sample_size
-    height, width = (size, size) if isinstance(size, int) else size
-    channels = pipe.transformer.config.in_channels if pipe.vae is None else 3
-    return height * width * pipe.vae_scale_factor**2 * channels
+def bytes_per_sample(pipe: SDTPipeline, sampling: Mapping[str, Any]) -> int:
+    """Return the size of a sample's pixels.
+
+    Args:
+        pipe: The pipeline.
+        sampling: What it is called with; without `height` and `width`, samples have the trained ones.
+    """
+    height, width = pipe.check_inputs(sampling.get("height"), sampling.get("width"))
+    layout = None if pipe.vae is None else VAELayout.of(pipe.vae)
+    return height * width * (pipe.transformer.config.in_channels if layout is None else layout.image_channels)
 
 
 def missing_batches(folder: Path, num_samples: int, batch_size: int) -> list[int]:

@@ -122,7 +122,7 @@ def sample(args: SampleArguments, sampling_args: SamplingArguments) -> str:
             return sampler
         if args.samples_npz is not None:
             check_writable(args.samples_npz.parent)
-        num_bytes = bytes_per_sample(pipe) * args.num_images
+        num_bytes = bytes_per_sample(pipe, settings) * args.num_images
         require_space(folder, (2 if args.samples_npz is None else 5) * num_bytes, "The samples")
         attention = sampling_args.attention_record()
         samples = sample_into(batches, pipe, labels, settings, sampling_args.batch_size, attention=attention)

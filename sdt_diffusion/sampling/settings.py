@@ -15,8 +15,9 @@ from ..attention_processor import set_decay_backend
 from ..sdt import GUIDANCE_KINDS, SDTGuidance, SDTPipeline, SDTTransformer2DModel
 from ..sdt.guidance import DECAY_FACTORS, RESCALE, clean_image_of
 from ..sdt.loading import open_pipeline
-from ..sdt.pipeline_sdt import DEFAULT_GUIDANCE_SCALE, DEFAULT_NUM_INFERENCE_STEPS, SIDE_RANGE
-from ..sdt.schedulers import GUIDANCE, STEPS, swap_scheduler
+from ..sdt.pipeline_inputs import SIDE_RANGE
+from ..sdt.pipeline_sdt import DEFAULT_GUIDANCE_SCALE, DEFAULT_NUM_INFERENCE_STEPS
+from ..sdt.schedulers import GUIDANCE, STEPS
 from ..sdt.vae import LatentNormalization, VAELayout
 from ..utils.arguments import json_object
 from ..utils.ranges import RANGE_KEY, CheckedArguments, Range, a_seed, between
@@ -149,7 +150,7 @@ class SamplerArguments(CheckedArguments):
         options = json_object(self.scheduler_options, "scheduler_options")
         if self.scheduler is not None or options:
             name = self.scheduler or type(pipe.scheduler).__name__
-            pipe.scheduler = swap_scheduler(pipe.scheduler, name, **options)
+            pipe.swap_scheduler(name, **options)
         self._apply_guidance_to(pipe)
         for model in (pipe.transformer, pipe.guide_transformer):
             if model is not None:
@@ -243,7 +244,7 @@ class SamplingArguments(PipelineArguments):
         Raises:
             ValueError: If a side is not divisible into patches.
         """
-        pipe._check_inputs(self.height, self.width, 1, "np", ())
+        pipe.check_inputs(self.height, self.width)
         sides = {"height": self.height, "width": self.width}
         return super().settings(pipe) | {name: side for name, side in sides.items() if side is not None}
 

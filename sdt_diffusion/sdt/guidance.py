@@ -36,6 +36,7 @@ GUIDANCE_KINDS: dict[str, dict[str, Any]] = {
 #: Values that the numbers may have.
 RESCALE, DECAY_FACTORS, CHANNELS = Range(0, 1), Range(0, 1e6), Range(1, 8192)
 PARALLEL, MOMENTUM, THRESHOLD = Range(-1000, 1000), Range(-1, 1, False, False), Range(0, 1e6)
+CONTRAST = Range(0, 1, with_most=False)
 #: Where diffusers says, whenever a guider is made, that guiders are experimental.
 GUIDERS_LOGGER = logging.getLogger("diffusers.guiders.guider_utils")
 
@@ -63,6 +64,10 @@ class SDTGuidance(BaseGuidance):
             This, `momentum` and `norm_threshold` apply to predictions of the clean image.
         momentum: Weight of the earlier steps' differences in D - D_weak (beta of APG, which takes -0.5).
         norm_threshold: Largest norm of D - D_weak in a sample (r of APG); 0 for any.
+        contrastive_weight: Weight w with which contrastive flow matching trained the model, whose prediction u of a
+            class is then guided as (1 - w) u - w mean, the flow itself; 0 to guide u as it is (arXiv 2506.05350).
+        contrastive_mean: Mean of what the model learned to make, a number for each channel, or shape (channels,
+            height, width), nested.
 
     Raises:
         ValueError: If a number is out of its range, or options contradict each other.
@@ -85,6 +90,8 @@ class SDTGuidance(BaseGuidance):
         parallel_weight: float = 1.0,
         momentum: float = 0.0,
         norm_threshold: float = 0.0,
+        contrastive_weight: float = 0.0,
+        contrastive_mean: Sequence[float] | Sequence[Sequence[Sequence[float]]] | None = None,
     ):
         level = GUIDERS_LOGGER.level
         GUIDERS_LOGGER.setLevel(logging.ERROR)
@@ -158,8 +165,10 @@ class SDTGuidance(BaseGuidance):
             timesteps: All of the run.
 
         Raises:
-            ValueError: If the interval holds none of them.
+            ValueError: If the interval holds none of them, or `contrastive_weight` is for another kind of model.
         """
+        if self.config.contrastive_weight and not is_flow(scheduler):
+            raise ValueError(f"contrastive_weight is for flows, and {type(scheduler).__name__} samples none.")
         self._scheduler, self._differences = scheduler, MomentumBuffer(self.config.momentum)
         interval, unit = self.config.guidance_interval, self.config.interval_unit
         if interval is not None and not any(map(self.guides_at, timesteps)):
@@ -212,6 +221,8 @@ class SDTGuidance(BaseGuidance):
         """Combine the two predictions, each of shape (batch, channels, height, width); one is returned as it is."""
         if pred_uncond is None:
             return GuiderOutput(pred=pred_cond, pred_cond=pred_cond, pred_uncond=None)
+        if self.config.contrastive_weight:
+            pred_cond = self._without_contrast(pred_cond)
         channels = self.config.guided_channels
         cond, weak = pred_cond[:, :channels], pred_uncond[:, :channels]
         guided = self._projected(cond, weak) if self._is_projected else weak + self.guidance_scale * (cond - weak)
@@ -220,6 +231,17 @@ class SDTGuidance(BaseGuidance):
         if channels is not None:
             guided = torch.cat([guided, pred_cond[:, channels:]], dim=1)
         return GuiderOutput(pred=guided, pred_cond=pred_cond, pred_uncond=pred_uncond)
+
+    def _without_contrast(self, pred_cond: torch.Tensor) -> torch.Tensor:
+        """Return v of the prediction (v - w m) / (1 - w), where m is the mean of noise - x, minus that of x."""
+        weight, mean = self.config.contrastive_weight, torch.tensor(self.config.contrastive_mean).to(pred_cond)
+        mean = mean[:, None, None] if mean.ndim == 1 else mean  # (C, 1, 1) or (C, H, W)
+        if mean.shape[0] != pred_cond.shape[1] or mean.shape[1:] not in ((1, 1), pred_cond.shape[2:]):
+            raise ValueError(
+                f"contrastive_mean of shape {tuple(mean.shape)} does not fit predictions of shape "
+                f"{tuple(pred_cond.shape[1:])}."
+            )
+        return (1 - weight) * pred_cond - weight * mean
 
     def describe(self) -> str:
         """Return the options that differ from plain classifier-free guidance, in words; empty if none does."""
@@ -236,6 +258,8 @@ class SDTGuidance(BaseGuidance):
         if self._is_projected:
             names = ("parallel_weight", "momentum", "norm_threshold")
             parts.append(f"projected ({', '.join(f'{name} {config[name]:g}' for name in names)})")
+        if config.contrastive_weight:
+            parts.append(f"without contrast {config.contrastive_weight:g}")
         if config.guidance_rescale:
             parts.append(f"rescaled {config.guidance_rescale:g}")
         if config.guidance_interval is not None:
@@ -319,6 +343,7 @@ def _check_config(config: Any) -> None:
         ("parallel_weight", float, PARALLEL),
         ("momentum", float, MOMENTUM),
         ("norm_threshold", float, THRESHOLD),
+        ("contrastive_weight", float, CONTRAST),
     ):
         if not (config[name] is None and name in ("decay_factor", "guided_channels")):
             check_value(name, config[name], (kind,), allowed)
@@ -338,5 +363,26 @@ def _check_config(config: Any) -> None:
         raise ValueError("guide_model and decay_factor contradict each other: the weaker prediction is that of one.")
     if config.far_heads_only and config.decay_factor is None:
         raise ValueError("far_heads_only is for decay guidance: give a decay_factor.")
+    _check_contrast(config)
     if not (config.null_class or config.guide_model or config.decay_factor is not None):
         raise ValueError("Nothing makes the weaker prediction weaker: set null_class, guide_model or decay_factor.")
+
+
+def _check_contrast(config: Any) -> None:
+    weight, mean = config.contrastive_weight, config.contrastive_mean
+    if bool(weight) != (mean is not None):
+        raise ValueError("contrastive_weight and contrastive_mean need each other: give both, or none.")
+    if weight and (config.guide_model or config.decay_factor is not None):
+        raise ValueError(
+            "contrastive_weight is for guidance away from the null class, which has no contrast, and not for "
+            "guide_model or decay_factor."
+        )
+    if mean is not None:
+        try:
+            values = torch.tensor(mean, dtype=torch.float64)
+        except (TypeError, ValueError):
+            values = torch.full((), torch.nan)
+        if values.ndim not in (1, 3) or not values.isfinite().all():
+            raise ValueError(
+                "contrastive_mean must be finite numbers, one for each channel or of shape (channels, height, width)."
+            )

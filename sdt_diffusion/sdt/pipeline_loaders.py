@@ -8,12 +8,12 @@ from typing import Any
 import diffusers
 from diffusers.loaders import CogVideoXLoraLoaderMixin
 
+from ..utils.carried_code import CODE_PACKAGES, IN_PACKAGE, check_with_code
+from ..utils.code_export import write_code
 from ..utils.files import write_json
 from ..utils.reading import read_json
 from .schedulers import objective_of
 
-#: Package of the classes that diffusers loads from a folder's code.
-CODE_PACKAGE = "diffusers_modules."
 #: Where model_index.json says that our classes are: the package to install, which errors without it name. Diffusers
 #: itself would name the subpackage, as folders of 0.1 do.
 LIBRARY, SUBPACKAGE = "sdt_diffusion", "sdt"
@@ -64,13 +64,17 @@ class SDTLoaderMixin(CogVideoXLoraLoaderMixin):
                 kwargs[name] = (LIBRARY, *value[1:])
         super().register_to_config(**kwargs)
 
-    def save_pretrained(self, save_directory, *args, **kwargs):
+    def save_pretrained(self, save_directory, *args, with_code: bool = False, **kwargs):
         """Save the pipeline as diffusers does; one that was loaded from a folder's code takes the code along."""
+        if with_code:
+            check_with_code(self, kwargs.get("push_to_hub", False))
         super().save_pretrained(save_directory, *args, **kwargs)
         path = Path(save_directory, "model_index.json")
         for name, part in {"_class_name": self, **self.components}.items():
             module = sys.modules[type(part).__module__]
-            if module.__name__.startswith(CODE_PACKAGE):
+            if module.__name__.startswith(CODE_PACKAGES):
                 folder = path.parent if part is self else path.parent / name
                 shutil.copy(str(module.__file__), folder)
                 write_json(path, {**read_json(path), name: [Path(str(module.__file__)).stem, type(part).__name__]})
+        if with_code and IN_PACKAGE:
+            write_code(save_directory)

@@ -8,16 +8,15 @@ from typing import Any
 
 import torch
 from diffusers.guiders import BaseGuidance
-from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.schedulers import DDPMScheduler, SchedulerMixin
-from diffusers.utils.torch_utils import randn_tensor
 
 from ..utils.ranges import Range, check_value
 from ..utils.reading import CHECKSUMS_FILE, verify_checksums, write_checksums
-from .class_names import flat_labels, label_ids, labels_of_names
+from .class_names import labels_of_names
 from .guidance import SDTGuidance
 from .guided_prediction import check_guidance, check_network_output, check_parts, predict, step_ends
+from .pipeline_inputs import SDTInputsMixin
 from .pipeline_loaders import SDTLoaderMixin, objective_of_0_1
 from .schedulers import (
     check_fits,
@@ -25,18 +24,19 @@ from .schedulers import (
     check_sampling_setting,
     learns_variance,
     objective_of,
+    swap_scheduler,
 )
 from .steps import set_schedule
 from .transformer_sdt import SDTTransformer2DModel
-from .vae import check_images_made, decode_latents, vae_spatial_scale
+from .vae import decode_latents
 
 #: Sampling settings of a pipeline that has none saved.
 DEFAULT_GUIDANCE_SCALE, DEFAULT_NUM_INFERENCE_STEPS = 4.0, 50
-#: Values that the numbers of a call may have.
-IMAGES_RANGE, SIDE_RANGE, ETA_RANGE = Range(1, 10_000), Range(1, 16_384), Range(0, 1)
+#: Values that DDIM's eta may have.
+ETA_RANGE = Range(0, 1)
 
 
-class SDTPipeline(SDTLoaderMixin, DiffusionPipeline):
+class SDTPipeline(SDTLoaderMixin, SDTInputsMixin, DiffusionPipeline):
     """Class-conditional image generation with an `SDTTransformer2DModel`.
 
     Args:
@@ -102,8 +102,6 @@ class SDTPipeline(SDTLoaderMixin, DiffusionPipeline):
         self._guider, self._current_timestep = copy.copy(guider or SDTGuidance()), None
         self._guidance_scale = self.own_guidance_scale
         self._labels_of_name = labels_of_names(self.id2label)
-        self.vae_scale_factor = vae_spatial_scale(vae)
-        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
@@ -116,20 +114,26 @@ class SDTPipeline(SDTLoaderMixin, DiffusionPipeline):
         kwargs.pop("low_cpu_mem_usage", None)  # without it, diffusers would make up what a VAE's files lack
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
-    def save_pretrained(self, save_directory, *args, **kwargs):
-        """Save the pipeline as diffusers does, with the checksums of its weights."""
+    def save_pretrained(self, save_directory, *args, with_code: bool = False, **kwargs):
+        """Save the pipeline as diffusers does, with the checksums of its weights, and its code if asked for.
+
+        Args:
+            save_directory: The folder.
+            *args: See diffusers.
+            with_code: Write the model's code beside its weights, so that `DiffusionPipeline.from_pretrained(folder,
+                trust_remote_code=True)` needs diffusers only.
+            **kwargs: See diffusers.
+
+        Raises:
+            ValueError: If the code cannot be written; says what to do instead.
+        """
         # diffusers forgets to name a part in model_index.json that was `None` when the pipeline was made.
         self.register_modules(**{name: getattr(self, name) for name in self._optional_components})
         folder = Path(save_directory, "vae")
         (folder / CHECKSUMS_FILE).unlink(missing_ok=True)  # those of what is replaced
-        super().save_pretrained(save_directory, *args, **kwargs)
+        super().save_pretrained(save_directory, *args, with_code=with_code, **kwargs)
         if self.vae is not None:
             write_checksums(folder)
-
-    @property
-    def labels(self) -> dict[str, int]:
-        """Label id of each class name that means one class only."""
-        return {name: ids[0] for name, ids in self._labels_of_name.items() if len(ids) == 1}
 
     @property
     def interrupt(self) -> bool:
@@ -190,67 +194,42 @@ class SDTPipeline(SDTLoaderMixin, DiffusionPipeline):
 
     @property
     def objective(self) -> dict[str, Any]:
-        """What the model has learned: prediction type and noise schedule; `swap_scheduler` takes it too."""
+        """What the model has learned: prediction type and noise schedule."""
         return self.config.objective or objective_of(self.scheduler)
+
+    def swap_scheduler(self, name: str, **options: Any) -> None:
+        """Sample with another scheduler from here on.
+
+        For some pairs, `OtherScheduler.from_config(pipe.scheduler.config)` of diffusers loses the prediction type or
+        the noise schedule, and the pipeline then refuses to sample. This keeps them:
+
+            pipe.swap_scheduler("DPMSolverMultistepScheduler")
+
+        The sampler of facebookresearch/DiT takes other steps than this package's default ("learned_range" after
+        learn_sigma):
+
+            pipe.swap_scheduler("DDPMScheduler", variance_type="fixed_large", timestep_spacing="linspace")
+
+        Args:
+            name: Class name in diffusers, or "FlowMatchSDEScheduler".
+            **options: Arguments of that class, except those that follow from the model. The others are taken from the
+                present scheduler if it fits the model.
+
+        Raises:
+            ValueError: If the name or an option is unknown, or the scheduler cannot sample from the model.
+        """
+        try:
+            check_fits(self.scheduler, self.objective)
+            present = self.scheduler
+        except ValueError:
+            present = self.objective
+        self.scheduler = swap_scheduler(present, name, **options)
 
     @property
     def own_guidance_scale(self) -> float:
         """Guidance scale of calls that name none: the guider's, else that saved with the pipeline, else 4."""
         scale = self.config.guidance_scale if self.guider is None else getattr(self.guider, "guidance_scale", None)
         return DEFAULT_GUIDANCE_SCALE if scale is None else scale
-
-    def get_label_ids(self, label: str | Sequence[str]) -> list[int]:
-        """Return the label ids of class names.
-
-        Raises:
-            ValueError: If a name is unknown, or means several classes.
-        """
-        return label_ids(label, self._labels_of_name, list(self.id2label.values()))
-
-    def prepare_class_labels(self, class_labels: Any) -> list[int]:
-        """Turn ids, names, or a sequence or tensor of them, nested at most once, into a list of label ids.
-
-        Raises:
-            ValueError: If a label is out of range, of a wrong type, or an unknown name.
-        """
-        class_labels = flat_labels(class_labels)
-        if not class_labels:
-            raise ValueError("class_labels is empty.")
-        num_classes = self.transformer.config.num_classes
-        ids = []
-        for label in class_labels:
-            label = self.get_label_ids(label)[0] if isinstance(label, str) else label
-            if isinstance(label, bool) or not hasattr(label, "__index__"):
-                raise ValueError(f"A class label must be an integer or a class name, not {label!r}.")
-            if not 0 <= label < num_classes:
-                raise ValueError(f"Class label {label} is out of range: the model has labels 0..{num_classes - 1}.")
-            ids.append(int(label))
-        return ids
-
-    def prepare_latents(
-        self,
-        batch_size: int,
-        height: int,
-        width: int,
-        generator: torch.Generator | list[torch.Generator] | None,
-        latents: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """Return the start of sampling: noise, or the given latents, times the scheduler's initial sigma, in fp32."""
-        shape = (
-            batch_size,
-            self.transformer.config.in_channels,
-            height // self.vae_scale_factor,
-            width // self.vae_scale_factor,
-        )
-        device = self._execution_device
-        if latents is None:
-            if isinstance(generator, list) and len(generator) != batch_size:
-                raise ValueError(f"{len(generator)} generators were given for a batch of {batch_size} images.")
-            latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
-        elif tuple(latents.shape) != shape:
-            raise ValueError(f"`latents` has shape {tuple(latents.shape)}; {shape} is needed.")
-        # Flow-matching schedulers start at sigma 1 and lack this attribute.
-        return latents.to(device, torch.float32) * getattr(self.scheduler, "init_noise_sigma", 1.0)
 
     def predict(
         self,
@@ -320,7 +299,7 @@ class SDTPipeline(SDTLoaderMixin, DiffusionPipeline):
         label_ids = self.prepare_class_labels(class_labels)
         settings = self.sampling_settings(guidance_scale, num_inference_steps)
         check_value("eta", eta, (float,), ETA_RANGE)
-        height, width = self._check_inputs(
+        height, width = self.check_inputs(
             height, width, num_images_per_prompt, output_type, callback_on_step_end_tensor_inputs
         )
         self._guidance_scale = settings["guidance_scale"]
@@ -366,34 +345,3 @@ class SDTPipeline(SDTLoaderMixin, DiffusionPipeline):
             images = self.image_processor.postprocess(pixels, output_type=output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
-
-    def _check_inputs(self, height, width, num_images_per_prompt, output_type, tensor_inputs):
-        sample_size = self.transformer.config.sample_size
-        trained = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
-        height, width = (
-            trained_side * self.vae_scale_factor if side is None else side
-            for side, trained_side in zip((height, width), trained, strict=True)
-        )
-        unit = self.transformer.config.patch_size * self.vae_scale_factor
-        for name, side in (("height", height), ("width", width)):
-            check_value(name, side, (int,), SIDE_RANGE)
-        if height % unit or width % unit:
-            raise ValueError(
-                f"An image of {height}x{width} is not divisible into patches: both sides must be multiples of {unit} "
-                f"(patch_size {self.transformer.config.patch_size}, VAE factor {self.vae_scale_factor})."
-            )
-        channels = self.transformer.config.in_channels
-        if learns_variance(self.scheduler) and self.transformer.config.get("out_channels") != 2 * channels:
-            variance = f"variance_type {self.scheduler.config.variance_type!r}"
-            raise ValueError(f"{variance} needs a model that predicts the variance: {2 * channels} out_channels.")
-        check_value("num_images_per_prompt", num_images_per_prompt, (int,), IMAGES_RANGE)
-        if output_type not in ("pil", "np", "pt", "latent"):
-            raise ValueError(f"Unknown output_type {output_type!r}: choose 'pil', 'np', 'pt' or 'latent'.")
-        if output_type != "latent":
-            check_images_made(self.vae, channels, height, width)
-        unknown = [name for name in tensor_inputs if name not in self._callback_tensor_inputs]
-        if unknown:
-            raise ValueError(
-                f"callback_on_step_end_tensor_inputs must be in {self._callback_tensor_inputs}, but has {unknown}."
-            )
-        return height, width

@@ -11,6 +11,7 @@ import torch
 from diffusers.schedulers import DDPMScheduler, SchedulerMixin
 
 from ..utils.ranges import Range, check_value
+from .flow_sde import FlowMatchSDEScheduler
 
 #: The noise schedule of facebookresearch/DiT.
 DIT_SCHEDULE = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 2e-2, "beta_schedule": "linear"}
@@ -110,7 +111,12 @@ def check_scheduler_config(config: dict[str, Any]) -> None:
 
 def _parameters(config: dict[str, Any]) -> Mapping[str, inspect.Parameter]:
     """Return the parameters of the scheduler that a config is of."""
-    return inspect.signature(getattr(diffusers, str(config.get("_class_name")), object).__init__).parameters
+    return inspect.signature(_class_of(str(config.get("_class_name"))).__init__).parameters
+
+
+def _class_of(name: str) -> Any:
+    """Return the scheduler of a name; `object` if there is none."""
+    return FlowMatchSDEScheduler if name == FlowMatchSDEScheduler.__name__ else getattr(diffusers, name, object)
 
 
 def _is_default(value: Any, parameter: inspect.Parameter | None) -> bool:
@@ -152,16 +158,7 @@ def check_sampling_setting(name: str, value: Any, scheduler: SchedulerMixin | No
 def swap_scheduler(scheduler: SchedulerMixin | Mapping[str, Any], name: str, **options: Any) -> SchedulerMixin:
     """Return another scheduler for the same model, with the noise schedule and prediction type of the given one.
 
-    This is the safe way to change a pipeline's scheduler: for some pairs, `OtherScheduler.from_config(
-    pipe.scheduler.config)` of diffusers loses the prediction type or the noise schedule, and the pipeline then refuses
-    to sample.
-
-        pipe.scheduler = sdt_diffusion.swap_scheduler(pipe.scheduler, "DPMSolverMultistepScheduler")
-
-    The sampler of facebookresearch/DiT takes other steps than this package's default:
-
-        options = {"variance_type": "fixed_large", "timestep_spacing": "linspace"}  # "learned_range" after learn_sigma
-        pipe.scheduler = sdt_diffusion.swap_scheduler(pipe.scheduler, "DDPMScheduler", **options)
+    For a pipeline's scheduler, see `SDTPipeline.swap_scheduler`.
 
     Args:
         scheduler: The scheduler saved with the model, or the pipeline's `objective`.
@@ -185,7 +182,7 @@ def swap_scheduler(scheduler: SchedulerMixin | Mapping[str, Any], name: str, **o
         raise ValueError(f"{name!r} is not a scheduler for this {kind} model{why} one of {', '.join(known)}.")
     if name == type(scheduler).__name__ and not options:
         return scheduler
-    scheduler_class = getattr(diffusers, name)
+    scheduler_class = _class_of(name)
     accepted = inspect.signature(scheduler_class.__init__).parameters
     # With `_use_default_values`, from_config would replace values that are the old class's defaults: other betas.
     config = {key: value for key, value in scheduler.config.items() if not key.startswith("_")}
@@ -286,7 +283,7 @@ def check_fits(scheduler: SchedulerMixin, objective: Mapping[str, Any]) -> None:
         wrong = "has other noise levels (betas or num_train_timesteps) than the model was trained with"
     else:
         return
-    call = f"pipe.scheduler = sdt_diffusion.swap_scheduler(pipe.objective, {name!r})"
+    call = f"pipe.swap_scheduler({name!r})"
     if name not in known:
         call = f"{call.replace(repr(name), 'NAME')}, where NAME is one of {', '.join(known)}"
     raise ValueError(f"{name} {wrong}. Make one that fits: {call}.")

@@ -17,6 +17,8 @@ from transformers.modeling_outputs import (
 )
 from transformers.utils import ModelOutput
 
+from ..utils.carried_code import IN_PACKAGE, check_with_code
+from ..utils.code_export import write_code
 from ..utils.reading import CHECKSUMS_FILE, verify_checksums, write_checksums
 from .network import SDTHNetwork, preset_config
 
@@ -79,6 +81,20 @@ class SDTHImageProcessor(TorchvisionBackend):
     do_rescale = True
     do_normalize = True
 
+    def save_pretrained(self, save_directory, *args, with_code: bool = False, **kwargs):
+        """Save the config as transformers does; with its code in the folder of a model, which must be there already.
+
+        Raises:
+            FileNotFoundError: If the code is asked for, and there is no model.
+            ValueError: If the code cannot be written; says what to do instead.
+        """
+        if with_code:
+            check_with_code(self, kwargs.get("push_to_hub", False))
+        files = super().save_pretrained(save_directory, *args, **kwargs)
+        if with_code and IN_PACKAGE:
+            write_code(save_directory)
+        return files
+
     def process_image(self, image: Any, **kwargs) -> torch.Tensor:
         """Return one image as a tensor of shape (channels, height, width), 0 to 255."""
         if len(self.image_mean) > 1:
@@ -127,13 +143,29 @@ class ImagePreTrainedModel(PreTrainedModel):
             )
         return (model, info) if wants_info else model
 
-    def save_pretrained(self, save_directory, is_main_process: bool = True, *args, **kwargs):
-        """Save the model as transformers does, with the checksums of its weights."""
+    def save_pretrained(self, save_directory, is_main_process: bool = True, *args, with_code: bool = False, **kwargs):
+        """Save the model as transformers does, with the checksums of its weights, and its code if asked for.
+
+        Args:
+            save_directory: The folder.
+            is_main_process: Whether this process writes what all have one of.
+            *args: See transformers.
+            with_code: Write the model's code beside its weights, so that `AutoModelForImageClassification.
+                from_pretrained(folder, trust_remote_code=True)` does not need this package.
+            **kwargs: See transformers.
+
+        Raises:
+            ValueError: If the code cannot be written; says what to do instead.
+        """
+        if with_code:
+            check_with_code(self, kwargs.get("push_to_hub", False))
         if is_main_process:
             (Path(save_directory) / CHECKSUMS_FILE).unlink(missing_ok=True)  # those of what is replaced
         super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
         if is_main_process:
             write_checksums(Path(save_directory))
+        if with_code and is_main_process and IN_PACKAGE:
+            write_code(save_directory)
 
     def check_labels(self, labels: torch.Tensor, count: int) -> None:
         """Refuse labels that do not fit.

@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.schedulers import SchedulerMixin
 
 from ..sdt import SDTTransformer2DModel
-from ..sdt.pipeline_sdt import labels_of_names
+from ..sdt.class_names import labels_of_names
+from ..sdt.schedulers import SHIFTS, is_flow, swap_scheduler
 from ..utils.arguments import one_line
 from ..utils.fingerprint import differences
+from ..utils.ranges import check_value
 from ..utils.reading import check_tensors, read_json, shortened
 from .state import config_of
 
@@ -169,9 +172,7 @@ def describe_objective(init_from: str, objective: Mapping[str, Any]) -> str:
         init_from: The folder.
         objective: What the model is trained on now; see `SDTPipeline.objective`.
     """
-    index = Path(init_from).expanduser() / "model_index.json"
-    stored = read_json(index).get("objective") if index.is_file() else None
-    learned, now = stored.get("prediction_type") if isinstance(stored, dict) else None, objective["prediction_type"]
+    learned, now = _learned(init_from), objective["prediction_type"]
     if learned in (None, now):
         return ""
     options = "objective flow" if learned == "flow_prediction" else f"objective ddpm and prediction_type {learned}"
@@ -179,6 +180,44 @@ def describe_objective(init_from: str, objective: Mapping[str, Any]) -> str:
         f"{init_from} has learned {learned}, and is trained on {now} from here, which its outputs do not fit at "
         f"first; {options} goes on with what it has learned."
     )
+
+
+def _learned(init_from: str) -> str | None:
+    """Return the prediction type of a stored pipeline, if the folder tells."""
+    index = Path(init_from).expanduser() / "model_index.json"
+    stored = read_json(index).get("objective") if index.is_file() else None
+    return stored.get("prediction_type") if isinstance(stored, dict) else None
+
+
+def stored_shift(init_from: str) -> float | None:
+    """Return the shift of the noise levels at which a stored pipeline samples a flow; `None` for other folders.
+
+    Raises:
+        ValueError: If the folder's scheduler is damaged.
+    """
+    path = Path(init_from).expanduser() / "scheduler" / "scheduler_config.json"
+    if _learned(init_from) != "flow_prediction" or not path.is_file():
+        return None
+    config = read_json(path, finite=False)  # DPM-Solver's config holds -Infinity
+    shift = config.get("shift", config.get("flow_shift", 1.0))
+    check_value(f"The shift of {path}", shift, (float,), SHIFTS)
+    return shift
+
+
+def keep_shift(scheduler: SchedulerMixin, init_from: str) -> tuple[SchedulerMixin, str]:
+    """Give a scheduler of flows the shift with which a stored pipeline samples, such as that of LightningDiT.
+
+    Returns:
+        The scheduler, and a line that says what was done; nothing if there is nothing to keep.
+    """
+    shift = stored_shift(init_from) if is_flow(scheduler) else None
+    if shift is None or shift == scheduler.config.shift:
+        return scheduler, ""
+    line = (
+        f"Samples keep the shift {shift:g} of {init_from}, and training draws unshifted times: time_shift "
+        'shifts both, scheduler_options {"shift": 1} neither.'
+    )
+    return swap_scheduler(scheduler, type(scheduler).__name__, shift=shift), line
 
 
 @torch.no_grad()

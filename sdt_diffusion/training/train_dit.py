@@ -38,7 +38,7 @@ from .config import RunArguments, TrainingConfig, TrainingSet
 from .distributed import autocast_forward, resolve_precision
 from .ema import EMAArguments
 from .heads import AverageTeacher
-from .init_from import describe_classes, describe_objective
+from .init_from import describe_classes, describe_objective, keep_shift
 from .loop import train
 from .model_arguments import ModelArguments
 from .objectives import (
@@ -112,6 +112,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     seed_global_generators(Stream.INITIALIZATION, run_args.seed)
     channels, side, _ = data.sample_shape
+    start = model_args.init_from
+    keeps_shift = start is not None and objective_args.time_shift == ObjectiveArguments.time_shift
     objective_args = objective_args.resolved(math.prod(data.sample_shape))
     sizes = {"sample_size": side, "in_channels": channels, "num_classes": data.images.num_classes}
     objective = build_objective(objective_args)
@@ -142,11 +144,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         identity=data.identity,
         relocatable=data.relocatable_arguments,
     )
+    scheduler, shift_line = objective.sampling_scheduler(pixels=data.vae is None), ""
+    if keeps_shift:
+        scheduler, shift_line = keep_shift(scheduler, start)
     with TrainingRun(model, "transformer", training_set, config, heads=loss.heads) as run:
         loss.teacher = AverageTeacher(run)
         pipe = SDTPipeline(
             run.trained_model,
-            objective.sampling_scheduler(pixels=data.vae is None),
+            scheduler,
             data.vae,
             id2label=dict(enumerate(data.images.class_names)),
             guidance_scale=sampler_args.guidance_scale,
@@ -157,9 +162,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         sampling = {"seed": run_args.seed, **sampler_args.settings(pipe)}
         check_sampler(pipe, sampling)
         if run.accelerator.is_main_process:
-            if start := model_args.init_from:
+            if start is not None:
                 classes = describe_classes(start, data.images.class_names, model_args.new_classes)
-                for line in filter(None, (describe_objective(start, pipe.objective), classes)):
+                for line in filter(None, (describe_objective(start, pipe.objective), shift_line, classes)):
                     print(line)
             create_hub_repo(hub_args, run.output_dir)  # so that errors show now rather than after training
         if data.vae is not None:

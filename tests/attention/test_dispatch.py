@@ -36,6 +36,19 @@ def inputs(grid=GRID, batch=2, heads=2, head_dim=4, dtype=torch.float64, seed=0)
     return [x.requires_grad_() for x in (query, key, value, gate.detach(), alpha)]
 
 
+def test_few_tokens_in_bf16_are_computed_in_fp32_on_cpus():
+    query, key, value = (x.detach().bfloat16().requires_grad_() for x in inputs()[:3])
+    full = [x.detach().float().requires_grad_() for x in (query, key, value)]
+    with torch.autocast("cpu", torch.bfloat16):
+        output = spatial_decay_attention(query, key, value, None, None, GRID, variant="none")
+    expected = F.scaled_dot_product_attention(*full)
+    assert torch.equal(output, expected.bfloat16())
+    for tensor, exact in zip((query, key, value), full, strict=True):
+        (gradient,) = torch.autograd.grad(output.float().sum(), tensor, retain_graph=True)
+        (expected_gradient,) = torch.autograd.grad(expected.sum(), exact, retain_graph=True)
+        assert torch.equal(gradient, expected_gradient.bfloat16())
+
+
 def dense(query, key, value, decay):
     logits = query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5
     return (logits + decay).softmax(-1) @ value

@@ -1,14 +1,23 @@
 """Test what the page of the demo computes."""
 
+import contextlib
+
 import diffusers
 import numpy as np
 import pytest
 import torch
 
-from sdt_diffusion.demo.session import NUM_MOMENTS, draw_view, grid_of, num_blocks_of, sample_in_steps
+from sdt_diffusion.demo.session import (
+    NUM_MOMENTS,
+    draw_view,
+    grid_of,
+    num_blocks_of,
+    sample_in_steps,
+    usable_guidance,
+)
 from sdt_diffusion.sampling.generate import generate
 from sdt_diffusion.sampling.settings import SamplerArguments
-from sdt_diffusion.sdt.guidance import SDTGuidance, sigma_at
+from sdt_diffusion.sdt.guidance import GUIDANCE_KINDS, SDTGuidance, sigma_at
 
 
 def last_of(pipe, label=1, num_pictures=2, seed=3, **sampler):
@@ -28,6 +37,31 @@ def test_the_pictures_are_those_of_the_sampling_script(make_pipe):
     assert same(run.pictures, [picture for _, picture in samples])
     assert (run.finished, run.class_name, run.step, run.num_steps) == (True, "bee, honey bee", 4, 4)
     assert "4 steps, 8 network evaluations, guidance 2, seed 3" in run.sampler
+
+
+def test_only_guidance_that_the_model_can_use_is_offered(make_pipe, make_model):
+    """Each kind that is offered samples, and none other does, but the one that is plain guidance of three channels."""
+    guided = {"guider": SDTGuidance.from_kind("autoguidance"), "guide_transformer": make_model(num_layers=1)}
+    for pipe, expected in (
+        (make_pipe(), ["cfg", "apg", "decay"]),
+        (make_pipe(transformer=make_model(in_channels=1)), ["cfg", "apg", "decay"]),
+        (make_pipe(**guided), ["cfg", "apg", "autoguidance", "decay"]),
+        (make_pipe(transformer=make_model(spatial_decay="none")), ["cfg", "apg"]),
+        (make_pipe(transformer=make_model(class_dropout_prob=0.0)), ["decay"]),
+        (make_pipe(transformer=make_model(class_dropout_prob=0.0, spatial_decay="none")), []),
+    ):
+        assert usable_guidance(pipe) == expected
+        sampled = []
+        for kind in GUIDANCE_KINDS:
+            with contextlib.suppress(ValueError):
+                last_of(pipe, guidance=kind, guidance_scale=2.0, num_inference_steps=1, num_pictures=1)
+                sampled.append(kind)
+        assert set(sampled) - {"cfg_3channels"} == set(expected)
+
+
+def test_latents_of_four_channels_can_be_guided_in_three(make_pipe, make_model, tiny_vae):
+    pipe = make_pipe(transformer=make_model(in_channels=4), vae=tiny_vae)
+    assert usable_guidance(pipe) == ["cfg", "cfg_3channels", "apg", "decay"]
 
 
 def test_the_run_is_seen_after_each_step(make_pipe):

@@ -29,6 +29,12 @@ def test_samples_of_another_size_are_refused(digits):
         svm_label_accuracy(digits[0], np.zeros((2, 16, 16, 1)), [0, 1])
 
 
+def test_the_shape_of_samples_is_that_of_the_images_of_any_vae(make_pipe, make_model, tiny_vae, tiny_rae):
+    assert shape_of_samples(make_pipe(transformer=make_model(in_channels=4), vae=tiny_vae)) == (16, 16, 3)
+    rae = make_pipe(transformer=make_model(in_channels=64, sample_size=4), vae=tiny_rae)
+    assert shape_of_samples(rae) == (16, 16, 3)
+
+
 def test_results_carry_their_kind_and_the_settings_of_the_pipeline(make_pipe, make_model, digits, tmp_path, capsys):
     pipe = make_pipe(
         transformer=make_model(in_channels=1, num_classes=10), guidance_scale=1.5, num_inference_steps=2, id2label={}

@@ -10,6 +10,7 @@ from sdt_diffusion.evaluation import sweep
 from sdt_diffusion.evaluation.fid import FidArguments, FidSamplingArguments, compare
 from sdt_diffusion.evaluation.sweep import Sweep, SweepArguments
 from sdt_diffusion.evaluation.sweep_axes import GOLDEN, golden_section, parse_axes
+from sdt_diffusion.evaluation.sweep_report import lines_of
 from sdt_diffusion.metrics.extractors import build_extractor
 from sdt_diffusion.sampling.folder import weights_of
 from sdt_diffusion.sampling.generate import describe_sampling
@@ -104,7 +105,8 @@ def test_golden_sections_enclose_the_minimum(minimum, evaluations):
         return (x - minimum) ** 2
 
     found = golden_section(parabola, 0.0, 4.0, evaluations)
-    assert len(tried) == evaluations
+    assert tried[:2] == [0.0, 4.0]  # no guidance is compared, and the line of tried scales reaches the ends
+    assert len(tried) == evaluations + 2
     assert abs(found - minimum) <= 4 * GOLDEN ** (evaluations - 1) + 1e-12
     assert found == min(tried, key=lambda x: abs(x - minimum))
 
@@ -202,12 +204,24 @@ def test_settings_without_effect_make_no_cells(run, calls):
 def test_a_search_finds_the_best_scale_and_continues(run, calls, monkeypatch, capsys):
     search = {"search": ["guidance_scale", "1", "4"], "search_evaluations": 9}
     _, best = run("num_inference_steps=1,2", **search)
-    assert len(calls) == 18
+    assert len(calls) == 22
+    assert [call.guidance_scale for call in calls[:2]] == [1, 4]
     assert best.values["guidance_scale"] == pytest.approx(2, abs=3 * GOLDEN**8)
     assert best.evaluations == 2  # the cheaper one of two that are equally good
     assert "100% done" not in capsys.readouterr().out
     monkeypatch.setattr(sweep, "compare", lambda *_: pytest.fail("nothing is computed twice"))
     assert run("num_inference_steps=1,2", **search)[1] == best
+
+
+def test_pictures_of_a_search_have_one_line_for_all_tried_scales(run, calls):
+    found, _ = run("num_inference_steps=2,4", search=["guidance_scale", "1", "3"], search_evaluations=2)
+    results = sorted(found.finished.values(), key=lambda result: result[1]["fid"])
+    lines = lines_of(results, "fid", "num_inference_steps", lambda cell: cell.evaluations, ["guidance_scale"])
+    (line,) = lines.values()  # over evaluations; without guidance, a step is one and not two
+    assert {x: len(values) for x, values in line.items()} == {2: 1, 4: 4, 8: 3}
+    assert all(values == sorted(values) for values in line.values())
+    lines = lines_of(results, "fid", "guidance_scale", lambda cell: cell.values["guidance_scale"], ["guidance_scale"])
+    assert [len(line) for line in lines.values()] == [4, 4]
 
 
 def test_larger_is_better_for_some_metrics(run, tmp_path):

@@ -102,3 +102,26 @@ def test_what_the_closed_form_says_of_the_pictures_holds_for_diffusers_own_guide
         each([0] * 4, latents=noise, num_inference_steps=5, output_type="latent").images for each in (pipe, ours)
     ]
     torch.testing.assert_close(*images)
+
+
+class ContrastedClasses(GaussianClasses):
+    """The minimum of contrastive flow matching of weight 0.2, for data of mean 0.7; the null class has no contrast."""
+
+    def forward(self, hidden_states, timestep, class_labels, **options):
+        (flow,) = super().forward(hidden_states, timestep, class_labels, **options)
+        has_label = (class_labels < self.config.num_classes).view(-1, 1, 1, 1)
+        return (torch.where(has_label, (flow - 0.2 * (0 - 0.7)) / (1 - 0.2), flow),)
+
+
+@pytest.mark.parametrize("mean", [[0.7], [[[0.7]]]])
+def test_guidance_without_contrast_is_that_of_the_flow_itself(make_pipe, mean):
+    def guided(model, **options):
+        guider = SDTGuidance(2.5, **options)
+        return spread_and_mean(make_pipe(SCHEDULERS["flow"], transformer=model, id2label=None, guider=guider))
+
+    classes = ("flow", [0.8, 0.2], [0.5, 0.4])
+    exact, contrasted = guided(GaussianClasses(*classes)), guided(ContrastedClasses(*classes))
+    assert abs(contrasted[0] - exact[0]) > 0.02
+    assert abs(contrasted[1] - exact[1]) > 0.02
+    found = guided(ContrastedClasses(*classes), contrastive_weight=0.2, contrastive_mean=mean)
+    assert found == pytest.approx(exact, rel=1e-4)

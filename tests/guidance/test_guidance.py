@@ -183,6 +183,16 @@ def test_diffusers_does_not_say_of_ours_that_guiders_are_experimental(caplog):
         ({"guided_channels": 1.5}, "guided_channels must be a whole number"),
         ({"momentum": 1.0}, "momentum must be more than -1 and less than 1"),
         ({"norm_threshold": -1.0}, "norm_threshold must be at least 0"),
+        ({"contrastive_weight": 1.0, "contrastive_mean": [0.0]}, "contrastive_weight must be .* less than 1"),
+        ({"contrastive_weight": 0.05}, "contrastive_weight and contrastive_mean need each other"),
+        ({"contrastive_mean": [0.0]}, "contrastive_weight and contrastive_mean need each other"),
+        ({"contrastive_weight": 0.05, "contrastive_mean": [math.nan]}, "contrastive_mean must be finite"),
+        ({"contrastive_weight": 0.05, "contrastive_mean": 0.5}, "contrastive_mean must be finite"),
+        ({"contrastive_weight": 0.05, "contrastive_mean": ["a"]}, "contrastive_mean must be finite"),
+        (
+            {"contrastive_weight": 0.05, "contrastive_mean": [0.0], "null_class": False, "decay_factor": 2.0},
+            "not for guide_model or decay_factor",
+        ),
         ({"decay_factor": -2.0}, "decay_factor must be at least 0"),
         ({"decay_factor": math.inf}, "decay_factor must be a finite number"),
         ({"null_class": 1}, "null_class must be true or false"),
@@ -201,3 +211,15 @@ def test_unknown_kinds_and_options_are_refused():
         SDTGuidance.from_kind("slg")
     with pytest.raises(TypeError, match="scale"):
         SDTGuidance.from_kind("cfg", scale=2)
+
+
+def test_contrast_is_taken_back_for_the_channels_of_flows_only(inputs):
+    latents, cond, weak = inputs
+    options = {"contrastive_weight": 0.05, "contrastive_mean": [0.1, 0.2, 0.3, 0.4]}
+    mean = torch.tensor([0.1, 0.2, 0.3, 0.4])[:, None, None].double()
+    expected = weak + 2 * ((0.95 * cond - 0.05 * mean) - weak)
+    torch.testing.assert_close(combine(SDTGuidance(2.0, **options), latents, (cond, weak)), expected)
+    with pytest.raises(ValueError, match="contrastive_weight is for flows, and DPMSolverMultistepScheduler"):
+        combine(SDTGuidance(2.0, **options), latents, (cond, weak), "epsilon")
+    with pytest.raises(ValueError, match=r"contrastive_mean of shape \(1, 1, 1\) does not fit"):
+        combine(SDTGuidance(2.0, contrastive_weight=0.05, contrastive_mean=[0.0]), latents, (cond, weak))

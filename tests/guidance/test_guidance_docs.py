@@ -17,7 +17,7 @@ def test_the_examples_run(make_pipe, make_model, tmp_path, monkeypatch):
     make_pipe(transformer=make_model(num_classes=8, num_layers=1), id2label=None).save_pretrained("outputs/small")
     names = {"pipe": make_pipe(transformer=make_model(num_classes=8), id2label=None, num_inference_steps=5)}
     examples = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-    assert len(examples) == 5
+    assert len(examples) == 6
     for example in examples:
         exec(example, names)
         assert len(names["images"]) == 2

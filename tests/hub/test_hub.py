@@ -6,6 +6,7 @@ from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteSc
 
 from sdt_diffusion import SDTPipeline
 from sdt_diffusion.hub import HubArguments, create_hub_repo, share_folder
+from sdt_diffusion.hub.push import files_to_share, main
 from sdt_diffusion.utils.fingerprint import fingerprint
 from tests.hub.hub_stand_in import TOKEN, HubStandIn
 
@@ -110,3 +111,11 @@ def test_a_push_that_fails_says_how_to_repeat_it(hub, finished_run):
     with pytest.raises(OSError, match=r"To push again: python train/share.py --folder .*flowers --push_to_hub"):
         share_folder(arguments(), finished_run.folder)
     assert (finished_run.folder / "README.md").is_file()
+
+
+def test_code_is_shared_and_the_card_says_so(finished_run):
+    main(["--folder", str(finished_run.folder), "--with_code", "True"])
+    assert {"pipeline_sdt.py", "transformer/transformer_sdt.py"} < set(files_to_share(finished_run.folder))
+    card = (finished_run.folder / "README.md").read_text()
+    assert "trust_remote_code=True)" in card
+    assert "import sdt_diffusion" not in card

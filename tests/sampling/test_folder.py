@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 import torch
 
+from sdt_diffusion.sampling import folder
 from sdt_diffusion.sampling.folder import SampleFolder, sample_into
 from sdt_diffusion.sampling.generate import class_labels_for, generate
 from sdt_diffusion.utils.fingerprint import fingerprint
@@ -57,6 +58,14 @@ def test_samples_made_with_other_settings_are_not_mixed(make_pipe, tmp_path, cha
     sample(tmp_path / "samples", pipe)
     with pytest.raises(ValueError, match=f"holds samples made with other settings .*{message}.*another folder"):
         sample(tmp_path / "samples", pipe, **change)
+
+
+@pytest.mark.parametrize("sides", [{}, {"height": 12, "width": 16}])
+def test_the_disk_is_asked_for_as_much_as_the_pixels_take(make_pipe, tmp_path, monkeypatch, sides):
+    asked = []
+    monkeypatch.setattr(folder, "require_space", lambda path, size, what: asked.append(size))
+    found = sample(tmp_path / "samples", make_pipe(), **sides)
+    assert asked == [all_pixels(found).nbytes]
 
 
 def test_samples_of_another_model_are_not_mixed(make_pipe, tmp_path):

@@ -140,6 +140,7 @@ class Server:
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, MAX_REQUEST)
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
         environment["JE_ARROW_MALLOC_CONF"] = "background_thread:false"  # pyarrow's thread, which no fork has
+        environment["OPENBLAS_NUM_THREADS"] = "1"  # NumPy's threads, neither
         command = [sys.executable, "-m", "tests.scripts.forks", str(other.fileno())]
         process = subprocess.Popen(
             command, cwd=ROOT, env=environment, pass_fds=[other.fileno()], stdin=subprocess.DEVNULL

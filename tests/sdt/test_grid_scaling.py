@@ -130,6 +130,7 @@ def test_the_choice_is_saved_with_the_model(make_pipe, tmp_path):
 def test_one_graph_serves_all_grids(make_model):
     scalings = {"pos_embed_scaling": "ntk", "rotary_scaling": "ntk", "decay_distance_scaling": True}
     model = make_model(num_layers=1, rotary=True, **scalings)
+    torch.compiler.reset()  # graphs of other tests' models
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="eager")
     with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
         for height, width in ((12, 16), (20, 10)):

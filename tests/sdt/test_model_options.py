@@ -77,22 +77,17 @@ class TestEveryOption:
                 assert torch.equal(loaded(*batch(size)).sample, output)
 
     @pytest.mark.parametrize(
-        "options",
+        ("variant", "options"),
         [
-            {**PLUS, "adaln": "single", "network_output": "clean", "position_embedding": "none"},
-            {
-                "adaln": "low_rank",
-                "num_registers": 2,
-                "long_skips": True,
-                "num_layers": 3,
-                "interval_conditioning": True,
-            },
+            ("content", {**PLUS, "adaln": "single", "network_output": "clean", "position_embedding": "none"}),
+            ("raster", {"adaln": "low_rank", "num_registers": 2, "local_position_kernel_size": 3}),
+            ("fixed", {"long_skips": True, "num_layers": 3, "interval_conditioning": True}),
         ],
-        ids=("plus", "rest"),
+        ids=("plus", "registers", "skips"),
     )
-    def test_compiles_to_one_graph_and_checkpointing_changes_no_gradient(self, make_model, options):
+    def test_compiles_to_one_graph_and_checkpointing_changes_no_gradient(self, make_model, options, variant):
         torch.compiler.reset()
-        model = make_model(**options)
+        model = make_model(**options, spatial_decay=variant)
         compiled, results = torch.compile(model, fullgraph=True, backend="eager"), []
         for forward, checkpointing in ((model, False), (model, True), (compiled, False)):
             (model.enable_gradient_checkpointing if checkpointing else model.disable_gradient_checkpointing)()

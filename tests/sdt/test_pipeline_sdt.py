@@ -218,6 +218,14 @@ class TestWithVAE:
         expected = pipe([0], generator=seeded(), output_type="pt", **STEPS).images
         assert torch.equal(decoded([0], generator=seeded(), output_type="pt", **STEPS).images, expected)
 
+    def test_a_vae_that_is_set_later_decides_the_size_of_images(self, pipe, tiny_vae):
+        later = SDTPipeline(pipe.transformer, pipe.scheduler)
+        later.vae = tiny_vae
+        assert later.vae_scale_factor == later.image_processor.config.vae_scale_factor == 2
+        assert later.check_inputs() == (16, 16)
+        expected = pipe([0], generator=seeded(), output_type="pt", **STEPS).images
+        assert torch.equal(later([0], generator=seeded(), output_type="pt", **STEPS).images, expected)
+
     def test_sizes_must_be_whole_patches_of_latents(self, pipe):
         with pytest.raises(ValueError, match=r"multiples of 4 \(patch_size 2, VAE factor 2\)"):
             pipe([0], height=18)

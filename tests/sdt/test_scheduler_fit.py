@@ -37,11 +37,11 @@ class TestFit:
         try:
             check_fits(pipe.scheduler, pipe.objective)
         except ValueError:
-            with pytest.raises(ValueError, match=r"swap_scheduler\(pipe.objective, "):
+            with pytest.raises(ValueError, match=r"pipe\.swap_scheduler\("):
                 draw(pipe, num_inference_steps=50)
             if name not in known:
                 return
-            pipe.scheduler = swap_scheduler(pipe.objective, name)
+            pipe.swap_scheduler(name)
         samples = draw(pipe, num_inference_steps=50)
         assert name in known
         assert samples.mean().item() == pytest.approx(MEAN, abs=0.06)
@@ -73,17 +73,17 @@ class TestFit:
     def test_a_flow_of_other_sigmas_is_refused(self, make_pipe):
         pipe = make_pipe(saved_scheduler("flow"))
         pipe.scheduler = diffusers.DPMSolverMultistepScheduler(prediction_type="flow_prediction")
-        with pytest.raises(ValueError, match=r"use_flow_sigmas is false.*swap_scheduler\(pipe.objective, 'DPMSolver"):
+        with pytest.raises(ValueError, match=r"use_flow_sigmas is false.*pipe\.swap_scheduler\('DPMSolver"):
             draw(pipe, num_inference_steps=2)
 
     @pytest.mark.parametrize("option", UNFIT_OPTIONS)
     def test_options_of_other_models_are_refused_with_what_to_do(self, make_pipe, option):
         scheduler = diffusers.FlowMatchEulerDiscreteScheduler(**{option: True})
         pipe = make_pipe(scheduler, transformer=GaussianDenoiser("flow"), objective=objective_of(scheduler))
-        message = rf"^FlowMatchEulerDiscreteScheduler with {option} .*swap_scheduler\(pipe.objective, 'FlowMatchEuler"
+        message = rf"^FlowMatchEulerDiscreteScheduler with {option} .*pipe\.swap_scheduler\('FlowMatchEuler"
         with pytest.raises(ValueError, match=message):
             draw(pipe, num_inference_steps=2)
-        pipe.scheduler = swap_scheduler(pipe.objective, "FlowMatchEulerDiscreteScheduler")
+        pipe.swap_scheduler("FlowMatchEulerDiscreteScheduler")
         draw(pipe, num_inference_steps=2)
 
     @pytest.mark.parametrize(
@@ -100,6 +100,16 @@ class TestFit:
         samples = draw(make_pipe(scheduler, transformer=GaussianDenoiser("flow")), num_inference_steps=100)
         assert samples.mean().item() == pytest.approx(MEAN, abs=0.02)
         assert samples.std().item() == pytest.approx(STD, abs=0.02)
+
+    def test_swapping_keeps_the_options_of_a_scheduler_that_fits_and_drops_those_of_another(self, make_pipe):
+        pipe = make_pipe(diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0))
+        pipe.swap_scheduler("FlowMatchSDEScheduler", diffusion="constant")
+        assert pipe.scheduler.config.shift == 3.0
+        assert pipe.scheduler.config.diffusion == "constant"
+        pipe.scheduler = diffusers.DDIMScheduler(beta_end=0.5)
+        pipe.swap_scheduler("DPMSolverMultistepScheduler", use_karras_sigmas=True)
+        assert pipe.scheduler.config.use_karras_sigmas
+        assert objective_of(pipe.scheduler) == pipe.objective
 
     def test_a_scheduler_of_ones_own_is_taken_if_its_noise_levels_are_the_models(self, make_pipe):
         class Own(diffusers.DDIMScheduler):
@@ -129,7 +139,7 @@ class TestFit:
             other = kind.from_pretrained(tmp_path, scheduler=diffusers.DDIMScheduler())
             with pytest.raises(ValueError, match="DDIMScheduler does not sample from flow-matching models"):
                 other([0])
-            other.scheduler = swap_scheduler(other.objective, "UniPCMultistepScheduler")
+            other.swap_scheduler("UniPCMultistepScheduler")
             other([0], num_inference_steps=2)
             other.save_pretrained(tmp_path / "again")
             again = kind.from_pretrained(tmp_path / "again")

@@ -3,7 +3,8 @@
     python small_run.py OUTPUT_DIR STRATEGY [FIELD=VALUE ...]
 
 STRATEGY is "ddp", which a single process does without, or "fsdp2". A FIELD is one of `RunArguments`, or
-`num_workers`, `seconds`, which an image takes to be loaded, or `unreadable`, the index of an image.
+`num_workers`, `seconds`, which an image takes to be loaded, `unreadable`, the index of an image, or `objective`, a
+function of this file.
 """
 
 import sys
@@ -11,6 +12,7 @@ import time
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 import yaml
 from accelerate import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
@@ -22,11 +24,13 @@ from sdt_diffusion.training.config import RunArguments, TrainingConfig, Training
 from sdt_diffusion.training.ema import EMAArguments
 from sdt_diffusion.training.loop import train
 from sdt_diffusion.training.objectives import (
+    AlignmentLoss,
     ContrastiveLoss,
     DiffusionLoss,
     DirectionLoss,
     DispersiveLoss,
     ObjectiveArguments,
+    TokenRouting,
     build_objective,
 )
 from sdt_diffusion.training.optimizer import OptimizationArguments
@@ -52,6 +56,33 @@ class Images:
         return [(ramp * (i + 1) / 21, i % 5) for i in indices]
 
 
+class Patches:
+    """Features to align with: the mean colors of 2 x 2 patches."""
+
+    feature_shape = (4, 4, 3)
+
+    def features(self, batch):
+        return F.avg_pool2d(batch, 2).permute(0, 2, 3, 1)
+
+
+def flow():
+    """Every term that works under FSDP2, and routes of tokens."""
+    terms = [DirectionLoss(0.5), ContrastiveLoss(0.05), DispersiveLoss(0.5, block=0, num_images=2), Projection()]
+    terms.append(AlignmentLoss(0.5, 32, 0, (4, 4), Patches(), hidden_width=8))
+    objective = build_objective(ObjectiveArguments())
+    return DiffusionLoss(objective, 0.5, auxiliary=terms, routing=TokenRouting(16, 0.5, 1, 2))
+
+
+def plain():
+    """One further term, which has a head."""
+    return DiffusionLoss(build_objective(ObjectiveArguments()), 0.5, auxiliary=[Projection()])
+
+
+def meanflow():
+    """Guidance in training, too, which asks the model a second time."""
+    return DiffusionLoss(build_objective(ObjectiveArguments("meanflow", meanflow_guidance_scale=1.5)), 0.5)
+
+
 def sharded(build_accelerator):
     """Accelerate takes FSDP to be for accelerators only; torch's fully_shard works between CPU processes too."""
 
@@ -72,6 +103,7 @@ def sharded(build_accelerator):
 def main(output_dir, strategy, *words):
     values = {key: yaml.safe_load(value) for key, value in (word.split("=") for word in words)}
     images = Images(values.pop("seconds", 0.0), values.pop("unreadable", None))
+    objective = values.pop("objective", "flow")
     data = TrainingSet(images, num_workers=values.pop("num_workers", 0))
     run_args = RunArguments(
         output_dir=output_dir,
@@ -91,9 +123,9 @@ def main(output_dir, strategy, *words):
         optimizer="muon", learning_rate=1e-2, adam_epsilon=1e-4, lr_scheduler="cosine", lr_warmup_steps=2
     )
     torch.manual_seed(0)
-    model = SDTTransformer2DModel(**TINY)
-    terms = [DirectionLoss(0.5), ContrastiveLoss(0.05), DispersiveLoss(0.5, block=0, num_images=2), Projection()]
-    loss = DiffusionLoss(build_objective(ObjectiveArguments()), class_dropout_prob=0.5, auxiliary=terms)
+    loss = {"flow": flow, "plain": plain, "meanflow": meanflow}[objective]()
+    torch.manual_seed(0)
+    model = SDTTransformer2DModel(**TINY, **loss.objective.model_config(TINY["in_channels"]))
     build = training_run.build_accelerator
     with exit_on_error():
         with mock.patch.object(training_run, "build_accelerator", sharded(build) if strategy == "fsdp2" else build):

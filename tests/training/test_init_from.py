@@ -1,16 +1,21 @@
+from pathlib import Path
+
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
 from sdt_diffusion import SDTPipeline, SDTTransformer2DModel
 from sdt_diffusion.training.init_from import (
     CLASS_TABLE,
     describe_classes,
     describe_objective,
+    keep_shift,
     kept_classes,
     new_class_table,
+    stored_shift,
 )
 from sdt_diffusion.training.model_arguments import ModelArguments
+from sdt_diffusion.training.train_dit import main
 from tests.conftest import TINY, randomize
 
 SIZES = {"sample_size": 8, "in_channels": 3, "num_classes": 5}
@@ -121,6 +126,46 @@ def test_another_objective_than_the_stored_one_is_said(save):
     line = f"{folder} has learned flow_prediction, and is trained on epsilon from here"
     assert describe_objective(folder, epsilon).startswith(line)
     assert describe_objective(f"{folder}/transformer", epsilon) == ""
+
+
+class TestShift:
+    """LightningDiT draws unshifted times in training and shifts those of sampling, which is its scheduler's."""
+
+    @pytest.fixture
+    def folder(self, tmp_path):
+        model = randomize(SDTTransformer2DModel(**{**TINY, "in_channels": 1, "num_classes": 10, "num_layers": 1}))
+        SDTPipeline(model, FlowMatchEulerDiscreteScheduler(shift=2.5)).save_pretrained(tmp_path / "stored")
+        return str(tmp_path / "stored")
+
+    @pytest.mark.parametrize(
+        ("flags", "shift"),
+        [([], 2.5), (["--time_shift", "2"], 2), (["--scheduler_options", '{"shift": 1}'], 1)],
+        ids=["kept", "time_shift", "scheduler_options"],
+    )
+    def test_samples_keep_it_unless_another_is_given(self, folder, tmp_path, capsys, flags, shift):
+        run = ["--init_from", folder, "--model", "stored", "--max_train_steps", "1", "--lr_warmup_steps", "0"]
+        run += ["--validation_steps", "0", "--num_validation_images", "0", "--label_accuracy_samples", "0"]
+        run += ["--train_batch_size", "2", "--cpu_threads", "1", "--report_to", "none"]
+        main([*run, *flags, "--output_dir", str(tmp_path / "run")])
+        assert SDTPipeline.from_pretrained(tmp_path / "run").scheduler.config.shift == shift
+        said = f"Samples keep the shift 2.5 of {folder}" in capsys.readouterr().out
+        assert said == ("--time_shift" not in flags)
+
+    def test_it_is_read_from_any_scheduler_of_flows_and_no_other(self, folder, tmp_path):
+        pipe = SDTPipeline.from_pretrained(folder)
+        pipe.swap_scheduler("DPMSolverMultistepScheduler")
+        pipe.save_pretrained(tmp_path / "solver")
+        assert stored_shift(str(tmp_path / "solver")) == 2.5
+        SDTPipeline(pipe.transformer, DDIMScheduler()).save_pretrained(tmp_path / "ddpm")
+        for other in (tmp_path / "ddpm", f"{folder}/transformer"):
+            assert stored_shift(str(other)) is None
+        assert keep_shift(DDIMScheduler(), folder)[1] == ""
+
+    def test_one_of_no_sense_is_refused(self, folder):
+        path = Path(folder, "scheduler", "scheduler_config.json")
+        path.write_text(path.read_text().replace("2.5", "-1"))
+        with pytest.raises(ValueError, match=r"The shift of .*scheduler_config\.json must be more than 0"):
+            stored_shift(folder)
 
 
 class TestNewClasses:

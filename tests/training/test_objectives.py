@@ -5,9 +5,10 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
+from sdt_diffusion.attention import SPATIAL_DECAY_VARIANTS
 from sdt_diffusion.sdt.steps import set_schedule
 from sdt_diffusion.training import objectives
-from sdt_diffusion.training.objectives import DiffusionLoss, ObjectiveArguments, build_objective
+from sdt_diffusion.training.objectives import DiffusionLoss, ObjectiveArguments, build_objective, build_routing
 from sdt_diffusion.training.objectives import loss as loss_module
 from sdt_diffusion.training.objectives.ddpm import log_probability_of_pixels
 from sdt_diffusion.training.objectives.flow import shift_times
@@ -110,6 +111,29 @@ def test_min_snr_weights():
         snr = (alphas_cumprod / (1 - alphas_cumprod))[batch.timestep]
         expected = snr.clamp(max=5) / (snr if prediction_type == "epsilon" else snr + 1)
         torch.testing.assert_close(batch.weight.double(), expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("variant", SPATIAL_DECAY_VARIANTS)
+@pytest.mark.parametrize(
+    "args",
+    [
+        {"objective": "ddpm", "learn_sigma": True},
+        {"objective": "ddpm", "prediction_type": "v_prediction", "snr_gamma": 5.0},
+        {"objective": "flow", "routing_ratio": 0.5},
+        {"objective": "meanflow", "meanflow_guidance_scale": 1.5},
+    ],
+    ids=lambda args: "-".join(map(str, args.values())),
+)
+def test_every_objective_trains_every_decay(make_model, args, variant):
+    args = ObjectiveArguments(**args)
+    objective = build_objective(args)
+    model = make_model(spatial_decay=variant, **objective.model_config(3))
+    routing = build_routing(args, model) if variant != "raster" else None  # which is refused: it needs all tokens
+    images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    DiffusionLoss(objective, 0.25, routing=routing)(model, images, torch.arange(4), draws_for(4)).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad.isfinite().all(), name
+        assert name.endswith("to_k.bias") or parameter.grad.abs().max() > 0, name  # which the softmax cancels
 
 
 @pytest.mark.parametrize("objective", ["ddpm", "flow"])

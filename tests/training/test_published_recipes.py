@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from sdt_diffusion import SDTTransformer2DModel
+from sdt_diffusion import SDTPipeline, SDTTransformer2DModel
 from sdt_diffusion.training.objectives import build_objective
-from sdt_diffusion.training.train_dit import ARGUMENT_TYPES, flops_of
+from sdt_diffusion.training.train_dit import ARGUMENT_TYPES, check_sampler, flops_of
 from sdt_diffusion.utils.arguments import parse_arguments
 
 ROOT = Path(__file__).parents[2]
@@ -55,6 +55,23 @@ def test_it_is_taken_and_makes_the_published_model(name):
     assert 8 * run.train_batch_size == images
     assert optimization.adam_weight_decay == 0
     assert (ema.ema_profile, ema.ema_decay) == ("constant", 0.9999)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_its_sampler_is_taken(name, make_model):
+    (channels, _), *_ = PUBLISHED[name]
+    _, _, objective_args, *_, sampler, _, _ = parse_arguments(
+        ARGUMENT_TYPES, ["--config", str(CONFIGS / f"{name}.yaml")]
+    )
+    objective = build_objective(objective_args)
+    model = make_model(in_channels=channels, num_layers=1, **objective.model_config(channels))
+    pipe = SDTPipeline(model, objective.sampling_scheduler(pixels=False), num_inference_steps=250, uniform_sigmas=True)
+    sampler.apply_to(pipe)
+    check_sampler(pipe, sampler.settings(pipe))
+    if name == "lightningdit_xl_1":
+        pipe.scheduler.set_timesteps(sigmas=[0.5])
+        assert pipe.scheduler.sigmas[0] == pytest.approx(1 - 0.3 * 0.5 / (1 - 0.7 * 0.5))  # as their code has it
+        assert pipe.guider.config.guided_channels == 3
 
 
 def test_the_page_lists_them_all():

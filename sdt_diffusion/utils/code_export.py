@@ -1,6 +1,7 @@
 """Write a model's code beside its weights, so that it loads where this package is not installed.
 
-    write_code(folder)                                                     # a pipeline, or a classifier
+    pipe.save_pretrained(folder, with_code=True)                           # a classifier, too
+    write_code(folder)                                                     # what was saved without
     DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)      # needs diffusers only
 
 A file holds the definitions that its class needs, word for word from the modules of this package. It is one file
@@ -9,22 +10,27 @@ because diffusers downloads no others. Attention by custom operators, Triton and
 
 import ast
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..utils.files import write_atomically, write_json
-from ..utils.reading import read_json
+from .files import write_atomically, write_json
+from .reading import read_json
 
 PACKAGE = "sdt_diffusion"
-#: Modules that stay here, with the entries of tables that name them.
-LEFT_OUT = tuple(f"{PACKAGE}.attention.{name}" for name in ("blockwise", "flex", "fused"))
+#: Modules that stay here, with the entries of tables that name them. What calls them must not do so without them.
+LEFT_OUT = (
+    *(f"{PACKAGE}.attention.{name}" for name in ("blockwise", "flex", "fused")),
+    f"{PACKAGE}.utils.code_export",
+)
 #: Class of a part of a pipeline -> the module whose file its folder gets. The pipeline uses the guider's class itself:
 #: from a file of the same name, diffusers makes one module for both.
 PARTS = {
     "SDTTransformer2DModel": f"{PACKAGE}.sdt.transformer_sdt",
     "SDTGuidance": f"{PACKAGE}.sdt.pipeline_sdt",
+    "FlowMatchSDEScheduler": f"{PACKAGE}.sdt.flow_sde",
 }
 #: The pipeline only names the transformer's class, as a type: this takes its place, so that its code is there once.
 STAND_INS = {
@@ -43,7 +49,6 @@ TRANSFORMERS_CLASSES = {
 }
 IMAGE_PROCESSOR = (f"{PACKAGE}.sdt_h.modeling_sdt_h", "SDTHImageProcessor")
 AUTO_CLASSES = ("AutoConfig", "AutoModel", "AutoModelForImageClassification")
-CODE_FILES = ("pipeline_sdt.py", "modeling_sdt_h.py", "probe.py")
 HEADER = '''\
 """Code of {names}, to load a model without the package sdt_diffusion.
 
@@ -74,11 +79,6 @@ def write_code(folder: Path | str) -> list[Path]:
     if (folder / "config.json").is_file():
         return _write_classifier_code(folder)
     raise FileNotFoundError(f"{folder} holds neither a pipeline (model_index.json) nor a classifier (config.json).")
-
-
-def has_code(folder: Path) -> bool:
-    """Return whether a folder carries the code of its model."""
-    return any((folder / name).is_file() for name in CODE_FILES)
 
 
 def _write_pipeline_code(folder: Path) -> list[Path]:
@@ -136,13 +136,12 @@ def bundle(
     Raises:
         ValueError: If a module does not know a name, or two definitions have one name.
     """
-    from .. import __version__  # imports diffusers, as all that calls this has done
-
     collected = _Bundle(stand_ins or {})
     for module, name in definitions:
         collected.add(module, name)
     collected.add_effects()
-    return HEADER.format(names=definitions[-1][1], version=__version__) + collected.text()
+    version = sys.modules[PACKAGE].__version__
+    return HEADER.format(names=definitions[-1][1], version=version) + collected.text()
 
 
 @dataclass

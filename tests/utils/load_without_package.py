@@ -50,22 +50,25 @@ found["without_code"] = [
 ]
 pipe = DiffusionPipeline.from_pretrained(plain, trust_remote_code=True)
 found["plain"] = samples(pipe)
-pipe.scheduler = diffusers.UniPCMultistepScheduler.from_config(
-    pipe.scheduler.config, prediction_type="flow_prediction", use_flow_sigmas=True
-)
-found["swapped"] = samples(pipe)
+pipe.scheduler = diffusers.UniPCMultistepScheduler.from_config(pipe.scheduler.config)
+found["misfit"] = refusal(samples, pipe)
+for name in ("UniPCMultistepScheduler", "FlowMatchSDEScheduler"):
+    pipe.swap_scheduler(name)
+    found[name] = samples(pipe)
+pipe.save_pretrained(results + ".swapped")
+found["swapped_again"] = samples(DiffusionPipeline.from_pretrained(results + ".swapped", trust_remote_code=True))
 found["custom"] = samples(
     DiffusionPipeline.from_pretrained(plain, custom_pipeline=plain + "/pipeline_sdt.py", trust_remote_code=True)
 )
 guided_pipe = DiffusionPipeline.from_pretrained(guided, trust_remote_code=True)
 found["guided"] = samples(guided_pipe)
-guided_pipe.save_pretrained(results + ".again")
+guided_pipe.save_pretrained(results + ".again", with_code=True)  # its code goes along in any case
 found["again"] = samples(DiffusionPipeline.from_pretrained(results + ".again", trust_remote_code=True))
 
 model = AutoModelForImageClassification.from_pretrained(classifier, trust_remote_code=True).eval()
 inputs = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 found["logits"] = model(inputs).logits.detach()
-model.save_pretrained(results + ".classifier")
+model.save_pretrained(results + ".classifier", with_code=True)
 found["saved"] = json.loads(Path(results + ".classifier/config.json").read_text())["auto_map"]
 features = AutoModel.from_pretrained(classifier, trust_remote_code=True).eval()
 found["features"] = features(inputs).pooler_output.detach()

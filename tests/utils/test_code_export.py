@@ -1,6 +1,7 @@
 """Test the code that folders carry: it is what the package does, where the package is not."""
 
 import ast
+import importlib.util
 import json
 import os
 import subprocess
@@ -13,7 +14,7 @@ from diffusers import DiffusionPipeline
 from diffusers.pipelines.pipeline_loading_utils import _get_custom_components_and_folders  # has no public name
 from transformers import AutoModelForImageClassification
 
-from sdt_diffusion import SDTGuidance, SDTPipeline, SDTTransformer2DModel, swap_scheduler
+from sdt_diffusion import FlowMatchSDEScheduler, SDTGuidance, SDTPipeline, SDTTransformer2DModel
 from sdt_diffusion.classification import (
     SDTClassifierConfig,
     SDTForImageClassification,
@@ -21,12 +22,10 @@ from sdt_diffusion.classification import (
     SDTHImageProcessor,
     SDTHModel,
 )
-from sdt_diffusion.hub import write_code
-from sdt_diffusion.hub.code_export import TRANSFORMERS_CLASSES, bundle
-from sdt_diffusion.hub.push import files_to_share, main
 from sdt_diffusion.probe import Backbone
 from sdt_diffusion.sdt.loading import open_pipeline
 from sdt_diffusion.sdt.presets import PLUS
+from sdt_diffusion.utils.code_export import TRANSFORMERS_CLASSES, bundle, write_code
 from tests.sdt_h.small import small_model
 
 LOAD = Path(__file__).with_name("load_without_package.py")
@@ -43,19 +42,19 @@ def folders(make_pipe, make_model, tmp_path):
     guider = SDTGuidance.from_kind("autoguidance", guidance_scale=2.0, guidance_interval=(0.2, 0.9))
     pipes = {
         "plain": make_pipe(transformer=make_model(**PLUS, adaln="low_rank", num_registers=2, long_skips=True)),
-        "guided": make_pipe(guider=guider, guide_transformer=make_model(num_layers=1)),
+        "guided": make_pipe(
+            FlowMatchSDEScheduler(shift=2.0), guider=guider, guide_transformer=make_model(num_layers=1)
+        ),
     }
     torch.manual_seed(0)
     backbone = Backbone(pipes["plain"].transformer, pipes["plain"].scheduler, None)
     probe = SDTForImageClassification.from_backbone(backbone, id2label={0: "cat", 1: "dog"}).eval()
     classifier = small_model()
     processor = SDTHImageProcessor(size={"shortest_edge": 36}, crop_size={"height": 32, "width": 32})
-    for name, part in {**pipes, "bare": pipes["plain"], "probe": probe}.items():
-        part.save_pretrained(tmp_path / name)
-    classifier.save_pretrained(tmp_path / "classifier")
-    processor.save_pretrained(tmp_path / "classifier")
-    for name in (*pipes, "classifier", "probe"):
-        write_code(tmp_path / name)
+    for name, part in {**pipes, "classifier": classifier, "probe": probe}.items():
+        part.save_pretrained(tmp_path / name, with_code=True)
+    processor.save_pretrained(tmp_path / "classifier", with_code=True)
+    pipes["plain"].save_pretrained(tmp_path / "bare")
     inputs = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     features = SDTHModel.from_pretrained(tmp_path / "classifier").eval()
     image = torch.arange(3 * 40 * 40, dtype=torch.uint8).reshape(3, 40, 40)
@@ -82,8 +81,11 @@ def test_folders_load_where_the_package_is_not_installed(folders, tmp_path):
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)
     assert torch.equal(found["custom"], found["plain"])
     swapped = SDTPipeline.from_pretrained(folder / "plain")
-    swapped.scheduler = swap_scheduler(swapped.scheduler, "UniPCMultistepScheduler")
-    torch.testing.assert_close(found["swapped"], samples(swapped), rtol=1e-4, atol=1e-5)
+    assert "Make one that fits: pipe.swap_scheduler('UniPCMultistepScheduler')" in found["misfit"]
+    for name in ("UniPCMultistepScheduler", "FlowMatchSDEScheduler"):
+        swapped.swap_scheduler(name)
+        torch.testing.assert_close(found[name], samples(swapped), rtol=1e-4, atol=1e-5)
+    assert torch.equal(found["swapped_again"], found["FlowMatchSDEScheduler"])
     assert torch.equal(found["again"], found["guided"])  # saved there, with its code
     assert all("trust_remote_code=True" in message for message in found["refusals"])
     pipeline_error, model_error = found["without_code"]
@@ -99,12 +101,13 @@ def test_folders_load_where_the_package_is_not_installed(folders, tmp_path):
 
 
 def test_with_the_package_our_classes_stand_for_those_in_the_folder(make_pipe, tmp_path):
-    pipe = make_pipe(guider=SDTGuidance(2.0))
+    pipe = make_pipe(FlowMatchSDEScheduler(), guider=SDTGuidance(2.0))
     pipe.save_pretrained(tmp_path)
     write_code(tmp_path)
     for loaded in (SDTPipeline.from_pretrained(tmp_path), open_pipeline(str(tmp_path))):
         assert type(loaded.transformer) is SDTTransformer2DModel
         assert type(loaded.guider) is SDTGuidance
+        assert type(loaded.scheduler) is FlowMatchSDEScheduler
     with pytest.raises(ValueError, match="trust_remote_code=True"):
         DiffusionPipeline.from_pretrained(tmp_path)
 
@@ -150,18 +153,11 @@ def test_every_model_for_transformers_has_code():
     assert set(TRANSFORMERS_CLASSES) == {"sdt_h", SDTClassifierConfig.model_type}
 
 
-def test_code_is_shared_and_the_card_says_so(finished_run):
-    main(["--folder", str(finished_run.folder), "--with_code", "True"])
-    assert {"pipeline_sdt.py", "transformer/transformer_sdt.py"} < set(files_to_share(finished_run.folder))
-    card = (finished_run.folder / "README.md").read_text()
-    assert "trust_remote_code=True)" in card
-    assert "import sdt_diffusion" not in card
-
-
 def test_diffusers_downloads_the_code_of_every_part(make_pipe, make_model, tmp_path):
     """By the functions with which `DiffusionPipeline.download` chooses among the files on the Hub."""
     guider = SDTGuidance.from_kind("autoguidance")
-    make_pipe(guider=guider, guide_transformer=make_model()).save_pretrained(tmp_path)
+    pipe = make_pipe(FlowMatchSDEScheduler(), guider=guider, guide_transformer=make_model())
+    pipe.save_pretrained(tmp_path)
     write_code(tmp_path)
     files = [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()]
     index = json.loads((tmp_path / "model_index.json").read_text())
@@ -170,6 +166,7 @@ def test_diffusers_downloads_the_code_of_every_part(make_pipe, make_model, tmp_p
         "transformer": "transformer_sdt",
         "guide_transformer": "transformer_sdt",
         "guider": "pipeline_sdt",
+        "scheduler": "flow_sde",
     }
     assert f"{index['_class_name'][0]}.py" in files
     # The package reads the index on the Hub by this method.
@@ -179,7 +176,45 @@ def test_diffusers_downloads_the_code_of_every_part(make_pipe, make_model, tmp_p
     ]
 
 
-def test_folders_of_others_are_refused(finished_run, tmp_path):
+def test_saving_with_code_writes_what_write_code_does(make_pipe, tmp_path):
+    pipe, model, processor = make_pipe(), small_model(), SDTHImageProcessor()
+    for part, name in ((pipe, "pipe"), (model, "classifier"), (processor, "classifier")):
+        part.save_pretrained(tmp_path / "at_once" / name, with_code=True)
+        part.save_pretrained(tmp_path / "later" / name)
+    for name in ("pipe", "classifier"):
+        write_code(tmp_path / "later" / name)
+    at_once, later = (
+        {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        for folder in (tmp_path / "at_once", tmp_path / "later")
+    )
+    assert at_once == later
+
+
+def test_code_that_an_upload_would_lack_is_refused_before_anything_is_written(make_pipe, tmp_path):
+    for part in (make_pipe(), small_model(), SDTHImageProcessor()):
+        with pytest.raises(ValueError, match="save first, then `hf upload` the folder"):
+            part.save_pretrained(tmp_path, with_code=True, push_to_hub=True)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_processor_with_code_needs_the_model_beside_it(tmp_path):
+    with pytest.raises(FileNotFoundError, match="holds neither a pipeline"):
+        SDTHImageProcessor().save_pretrained(tmp_path, with_code=True)
+
+
+def test_code_that_was_imported_from_a_file_writes_none(make_pipe, tmp_path, monkeypatch):
+    make_pipe().save_pretrained(tmp_path, with_code=True)
+    spec = importlib.util.spec_from_file_location("pipeline_sdt", tmp_path / "pipeline_sdt.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "pipeline_sdt", module)
+    spec.loader.exec_module(module)
+    pipe = module.SDTPipeline(make_pipe().transformer, make_pipe().scheduler)
+    with pytest.raises(ValueError, match=r"needs the package sdt_diffusion, or .* trust_remote_code=True"):
+        pipe.save_pretrained(tmp_path / "again", with_code=True)
+    assert not (tmp_path / "again").exists()
+
+
+def test_folders_of_others_are_refused(make_pipe, tmp_path):
     with pytest.raises(FileNotFoundError, match="holds neither a pipeline"):
         write_code(tmp_path / "nothing")
     (tmp_path / "config.json").write_text('{"model_type": "vit"}')
@@ -188,7 +223,9 @@ def test_folders_of_others_are_refused(finished_run, tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": ["sdt_h"]}')
     with pytest.raises(ValueError, match="its model_type is"):
         write_code(tmp_path)
-    index = finished_run.folder / "model_index.json"
+    folder = tmp_path / "pipe"
+    make_pipe().save_pretrained(folder)
+    index = folder / "model_index.json"
     for part, kind in (
         ("..", "SDTTransformer2DModel"),
         ("../outside", "SDTTransformer2DModel"),
@@ -196,7 +233,7 @@ def test_folders_of_others_are_refused(finished_run, tmp_path):
     ):
         index.write_text(json.dumps({"_class_name": "SDTPipeline", part: ["sdt", kind], "vae": ["sdt", [1]]}))
         with pytest.raises(ValueError, match=f"is not whole: there is no {part}"):
-            write_code(finished_run.folder)
+            write_code(folder)
     index.write_text(json.dumps({"_class_name": "DiTPipeline"}))
     with pytest.raises(ValueError, match="holds a DiTPipeline, not an SDTPipeline"):
-        write_code(finished_run.folder)
+        write_code(folder)

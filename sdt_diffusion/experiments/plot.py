@@ -1,4 +1,4 @@
-"""The picture of a study: losses over steps with bands over seeds, and differences to the baseline."""
+"""The pictures of a study: curves with bands over seeds, differences to the baseline, and gates over steps."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,26 +7,28 @@ from typing import Any
 import numpy as np
 
 from ..plots import new_figure
+from .tables import Cells, Metric
 
 #: Part of the steps whose losses, which would flatten the rest, do not set the scale.
 EARLY = 0.2
 BAND = 0.2
+#: Least rate of a decay that is drawn.
+LEAST_RATE = 1e-4
 
-#: Seed -> results of its cell.
-Cells = Mapping[int, Mapping[str, Any]]
 #: Seed -> places and values.
 Curves = Mapping[int, tuple[np.ndarray, np.ndarray]]
 
 
-def plot_study(records: Mapping[str, Cells], baseline: str, label: str, path: Path) -> None:
-    """Draw the held-out loss over steps, the paired difference to the baseline, and that by noise level if known.
+def plot_study(records: Mapping[str, Cells], baseline: str, metric: Metric, path: Path) -> None:
+    """Draw what a study compares over steps, the paired difference to the baseline, and what else is known of it.
 
-    Lines are means over seeds, bands reach from the least to the largest seed.
+    That is the difference by noise level, and the metric by resolution. Lines are means over seeds, bands reach from
+    the least to the largest seed.
 
     Args:
         records: Variant -> seed -> results.
         baseline: The variant that others are compared with.
-        label: What the loss is.
+        metric: What is compared.
         path: PNG to write.
     """
     from matplotlib import colormaps
@@ -34,42 +36,88 @@ def plot_study(records: Mapping[str, Cells], baseline: str, label: str, path: Pa
     shown = {variant: cells for variant, cells in records.items() if cells}
     palette = colormaps["tab20" if len(records) > 10 else "tab10"]
     colors = {variant: palette(number % palette.N) for number, variant in enumerate(records)}
-    by_noise = any("velocity_error_by_noise_level" in c["metrics"] for cells in shown.values() for c in cells.values())
-    figure = new_figure(13 if by_noise else 9, 4.5)
-    panels = figure.subplots(1, 3 if by_noise else 2)
-    base = _curves(records[baseline])
+    measured = {key for cells in shown.values() for cell in cells.values() for key in cell["metrics"]}
+    kinds = [("difference to the baseline", "step", lambda cells: _curves(cells, metric))]
+    if "velocity_error_by_noise_level" in measured:
+        kinds.append(("difference by noise level, at the end", "noise level", _by_noise))
+    by_resolution = "resolutions" in measured
+    if by_resolution:
+        kinds.append(("difference by resolution", "pixels", lambda cells: _by_resolution(cells, metric)))
+    figure = new_figure(4.5 * (1 + len(kinds) + by_resolution), 4.5)
+    first, *panels = figure.subplots(1, 1 + len(kinds) + by_resolution)
     late: list[float] = []
     for variant, cells in shown.items():
         style = {"color": colors[variant], "label": variant}
-        curves = _curves(cells)
+        curves = _curves(cells, metric)
         for steps, values in curves.values():
             late += values[steps > EARLY * steps[-1]].tolist()
-        _draw(panels[0], curves, **style)
-        if variant == baseline:
-            for panel in panels[1:]:
+        _draw(first, curves, **style)
+        for panel, (_, x, curves_of) in zip(panels, kinds, strict=False):
+            if variant == baseline:
                 panel.axhline(0, **style)
-            continue
-        _draw(panels[1], _differences(curves, base), **style)
-        if by_noise:
-            by_level = _differences(_by_noise(cells), _by_noise(records[baseline]))
-            _draw(panels[2], by_level, marker="o", markersize=3, **style)
-    titles = (label, "difference to the baseline", "difference by noise level, at the end")
-    for panel, title, x in zip(panels, titles, ("step", "step", "noise level"), strict=False):
+            else:
+                marker = {} if x == "step" else {"marker": "o", "markersize": 3}
+                _draw(panel, _differences(curves_of(cells), curves_of(records[baseline])), **marker, **style)
+        if by_resolution:
+            _draw(panels[-1], _by_resolution(cells, metric), marker="o", markersize=3, **style)
+    titles = [(metric.words, "step"), *((title, x) for title, x, _ in kinds), ("the same by resolution", "pixels")]
+    for panel, (title, x) in zip((first, *panels), titles, strict=False):
         panel.set_title(title, fontsize="medium")
         panel.set_xlabel(x)
         panel.grid(alpha=0.3)
     if late:
         low, high = min(late), max(late)
-        panels[0].set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
+        first.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
     if shown:
-        panels[0].legend(fontsize="small", ncols=2 if len(shown) > 8 else 1)
+        first.legend(fontsize="small", ncols=2 if len(shown) > 8 else 1)
     figure.savefig(path, dpi=120)
 
 
-def _curves(cells: Cells) -> Curves:
-    """Return the held-out loss of each seed."""
-    curves = {seed: cell["curves"]["held_out_loss"] for seed, cell in cells.items()}
+def plot_gates(cells: Cells, variant: str, path: Path) -> None:
+    """Draw the distance at which each head's attention is halved over steps, a panel for each block.
+
+    Args:
+        cells: Seed -> results, of a variant whose gates are described.
+        variant: Its name.
+        path: PNG to write.
+    """
+    names = sorted({key for cell in cells.values() for key in cell["curves"] if key.startswith("gate_rate/")})
+    places = {name: tuple(map(int, name.partition("/")[2].split("."))) for name in names}
+    blocks = sorted({block for block, _ in places.values()})
+    figure = new_figure(3 * len(blocks), 3.5)
+    panels = figure.subplots(1, len(blocks), sharey=True, squeeze=False)[0]
+    for name, (block, head) in places.items():
+        curves = {}
+        for seed, cell in cells.items():
+            curve = cell["curves"].get(name, {"steps": [], "values": []})
+            rates = np.maximum(np.array(curve["values"], float), LEAST_RATE)
+            curves[seed] = (np.array(curve["steps"], float), np.log(2) / rates)
+        _draw(panels[blocks.index(block)], curves, color=f"C{head % 10}", label=f"head {head}")
+    for block, panel in zip(blocks, panels, strict=True):
+        panel.set_title(f"{variant}, block {block}", fontsize="medium")
+        panel.set_xlabel("step")
+        panel.set_yscale("log")
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("patches that halve attention")
+    panels[0].legend(fontsize="small")
+    figure.savefig(path, dpi=120)
+
+
+def _curves(cells: Cells, metric: Metric) -> Curves:
+    """Return the curve of the metric of each seed."""
+    curves = {seed: cell["curves"][metric.key] for seed, cell in cells.items()}
     return {seed: (np.array(curve["steps"], float), np.array(curve["values"])) for seed, curve in curves.items()}
+
+
+def _by_resolution(cells: Cells, metric: Metric) -> Curves:
+    """Return the final metric over the sides of images, the trained one among them if it is known."""
+    found = {}
+    for seed, cell in cells.items():
+        points = {int(side): values[metric.key] for side, values in cell["metrics"].get("resolutions", {}).items()}
+        trained = cell["all_arguments"].get("resolution")
+        points |= {trained: cell["metrics"][metric.key]} if trained else {}
+        found[seed] = (np.array(sorted(points), float), np.array([points[side] for side in sorted(points)]))
+    return found
 
 
 def _by_noise(cells: Cells) -> Curves:

@@ -6,7 +6,6 @@ What stands in a page of docs/ between `<!-- results: STUDY -->` and `<!-- end o
 results of experiments/STUDY.yaml.
 """
 
-import math
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -15,25 +14,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ..utils.arguments import exit_on_error, parse_arguments
 from ..utils.files import write_atomically
 from ..utils.ranges import CheckedArguments
-from .measures import HELD_OUT
-from .plot import plot_study
+from .plot import plot_gates, plot_study
 from .result_files import read_results
-from .statistics import paired_difference, steps_to_reach
 from .study import Study, read_study
+from .tables import MAIN_METRICS, Results, early_table, finished, gates_table, grid_tables, table
 
 SECTION = re.compile(r"(<!-- results: (?P<study>[\w-]+) -->\n).*?(<!-- end of results -->)", re.S)
-#: What the trainer's held-out loss is, in words.
-LOSS_NAMES = {
-    "velocity_error": "held-out error of the velocity",
-    "test_loss": "test loss",
-}
-
-Results = Mapping[tuple[str, int], Mapping[str, Any]]
 
 
 @dataclass
@@ -45,14 +34,14 @@ class ReportArguments(CheckedArguments):
     pages_dir: Path = field(default=Path("docs"), metadata={"help": "Folder of the pages, with images/."})
 
 
-def fill_page(text: str, studies_dir: Path, results_dir: Path, draw: Callable[[Study, Results], str]) -> str:
+def fill_page(text: str, studies_dir: Path, results_dir: Path, draw: Callable[[Study, Results], list[str]]) -> str:
     """Return a page with the results of its studies.
 
     Args:
         text: The page.
         studies_dir: Folder of the studies.
         results_dir: Folder of the results files.
-        draw: Draws the picture of a study, and returns its path relative to the page.
+        draw: Draws the pictures of a study, and returns their paths relative to the page.
 
     Raises:
         OSError: If a study does not exist.
@@ -62,90 +51,14 @@ def fill_page(text: str, studies_dir: Path, results_dir: Path, draw: Callable[[S
     def section(match: re.Match) -> str:
         study = read_study(studies_dir / f"{match['study']}.yaml")
         results = read_results(results_dir, study)
-        lines = [describe(study, results), "", table(study, results), "", f"![{study.title}]({draw(study, results)})"]
-        return match[1] + "\n" + "\n".join([*lines, "", provenance(study, results)]) + "\n\n" + match[3]
+        parts = [describe(study, results)]
+        if any(record["failed"] is None for record in results.values()):
+            tables = (early_table(study, results), *grid_tables(study, results), gates_table(study, results))
+            parts += [table(study, results), *filter(None, tables)]
+            parts += [f"![{study.title}]({path})" for path in draw(study, results)]
+        return "\n\n".join([match[1].rstrip("\n"), *parts, provenance(study, results), match[3]])
 
     return SECTION.sub(section, text)
-
-
-def finished(study: Study, results: Results, variant: str) -> dict[int, Mapping[str, Any]]:
-    """Return the results of a variant's cells that have run and not failed, by seed."""
-    found = {seed: results.get((variant, seed)) for seed in study.seeds}
-    return {seed: record for seed, record in found.items() if record is not None and record["failed"] is None}
-
-
-def table(study: Study, results: Results) -> str:
-    """Return the table of a study: a row for each variant."""
-    baseline = finished(study, results, study.baseline)
-    columns: dict[str, Callable[[Mapping[int, Mapping[str, Any]]], str]] = {
-        LOSS_NAMES[HELD_OUT[study.trainer]]: lambda cells: _mean(cells, "held_out_loss", 4),
-        "difference to the baseline": lambda cells: _difference(cells, baseline),
-        "FD": lambda cells: _mean(cells, "fd", 2),
-        "accuracy": lambda cells: _mean(cells, "accuracy", 2, percent=True),
-        "accuracy of samples": lambda cells: _mean(cells, "sample_accuracy", 1, percent=True),
-        "steps to the baseline's loss": lambda cells: _steps_to_baseline(cells, baseline),
-        "time a step": lambda cells: _relative_time(cells, baseline),
-        "parameters": lambda cells: ", ".join(sorted({f"{cell['parameters']:,}" for cell in cells.values()})),
-    }
-    rows = []
-    for variant in study.variants:
-        cells = finished(study, results, variant)
-        name = f"{variant} (baseline)" if variant == study.baseline else variant
-        count = "" if len(cells) == len(study.seeds) else f", {len(cells)} of {len(study.seeds)} seeds"
-        rows.append([name + count, *(column(cells) if cells else "" for column in columns.values())])
-    header = ["variant", *columns]
-    shown = [number for number in range(len(header)) if number < 2 or any(row[number] for row in rows)]
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(row[number] for number in shown)} |" for row in lines)
-
-
-def _values(cells: Mapping[int, Mapping[str, Any]], metric: str) -> dict[int, float]:
-    return {seed: cell["metrics"][metric] for seed, cell in cells.items() if cell["metrics"].get(metric) is not None}
-
-
-def _mean(cells: Mapping[int, Mapping[str, Any]], metric: str, digits: int, percent: bool = False) -> str:
-    """Return the mean over seeds, and the standard deviation if there are several."""
-    values = np.array(list(_values(cells, metric).values())) * (100 if percent else 1)
-    if not len(values):
-        return ""
-    spread = f" ± {values.std(ddof=1):.{digits}f}" if len(values) > 1 else ""
-    return f"{values.mean():.{digits}f}{spread}{'%' if percent else ''}"
-
-
-def _difference(cells: Mapping[int, Mapping[str, Any]], baseline: Mapping[int, Mapping[str, Any]]) -> str:
-    """Return the mean difference of the held-out loss over the seeds that both have, its interval, and p."""
-    own, other = _values(cells, "held_out_loss"), _values(baseline, "held_out_loss")
-    seeds = [seed for seed in own if seed in other]
-    if cells == baseline or not seeds:
-        return ""
-    found = paired_difference([own[seed] for seed in seeds], [other[seed] for seed in seeds])
-    if math.isnan(found.low):
-        return f"{found.mean:+.5f}"
-    return f"{found.mean:+.5f} [{found.low:+.5f}, {found.high:+.5f}], p = {found.p_value:.2g}"
-
-
-def _steps_to_baseline(cells: Mapping[int, Mapping[str, Any]], baseline: Mapping[int, Mapping[str, Any]]) -> str:
-    """Return the mean number of steps to the last loss on the baseline's curve, and how many seeds reach it."""
-    reached, count = [], 0
-    for seed, cell in cells.items():
-        if seed in baseline:
-            count += 1
-            target = baseline[seed]["curves"]["held_out_loss"]["values"][-1]
-            curve = cell["curves"]["held_out_loss"]
-            step = steps_to_reach(curve["steps"], curve["values"], target)
-            if step is not None:
-                reached.append(step / baseline[seed]["steps"])
-    if not reached:
-        return "not reached" if count else ""
-    seeds = "" if len(reached) == count else f", {len(reached)} of {count} seeds"
-    return f"{np.mean(reached):.0%}{seeds}"
-
-
-def _relative_time(cells: Mapping[int, Mapping[str, Any]], baseline: Mapping[int, Mapping[str, Any]]) -> str:
-    """Return the mean ratio of the time a step to the baseline's of the same seed."""
-    key = "seconds_per_step_first_decile"
-    ratios = [cell[key] / baseline[seed][key] for seed, cell in cells.items() if seed in baseline]
-    return f"{np.mean(ratios):.2f}" if ratios else ""
 
 
 def describe(study: Study, results: Results) -> str:
@@ -187,7 +100,7 @@ def provenance(study: Study, results: Results) -> str:
     lines += [f"Failed: {name}: {reason}" for name, reason in failed.items() if reason is not None]
     missing = [cell.name for cell in study.cells() if not _ran(results, cell)]
     if missing:
-        lines.append(f"Not run: {', '.join(missing)}.")
+        lines.append(f"Not run: {', '.join(missing)}." if results else "Not run yet.")
     made = {key: _listed(sorted({str(record[key]) for record in results.values()})) for key in ("commit", "cpu")}
     packages = [record["versions"] for record in results.values()]
     versions = sorted({f"torch {each['torch']}, diffusers {each['diffusers']}" for each in packages})
@@ -210,14 +123,24 @@ def _listed(values: Sequence[Any]) -> str:
     return ", ".join(map(str, values))
 
 
-def draw_picture(pages_dir: Path, study: Study, results: Results) -> str:
-    """Draw the picture of a study, and return its path relative to the pages."""
-    name = f"images/results_{study.name}.png"
+def draw_pictures(pages_dir: Path, study: Study, results: Results) -> list[str]:
+    """Draw the pictures of a study, and return their paths relative to the pages."""
     records = {variant: finished(study, results, variant) for variant in study.variants}
-    label = LOSS_NAMES[HELD_OUT[study.trainer]]
-    (pages_dir / name).parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(pages_dir / name, lambda path: plot_study(records, study.baseline, label, path))
-    return name
+    gates = [variant for variant, cells in records.items() if any(map(has_gates, cells.values()))]
+    (pages_dir / "images").mkdir(parents=True, exist_ok=True)
+    names = [f"images/results_{study.name}.png"]
+    metric = MAIN_METRICS[study.trainer]
+    write_atomically(pages_dir / names[0], lambda path: plot_study(records, study.baseline, metric, path))
+    if gates:
+        shown = study.baseline if study.baseline in gates else gates[0]
+        names.append(f"images/results_{study.name}_gates.png")
+        write_atomically(pages_dir / names[1], lambda path: plot_gates(records[shown], shown, path))
+    return names
+
+
+def has_gates(record: Mapping[str, Any]) -> bool:
+    """Return whether the results of a cell describe gates."""
+    return any(key.startswith("gate_rate/") for key in record["curves"])
 
 
 @exit_on_error()
@@ -228,7 +151,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     pages = [page for page in sorted(args.pages_dir.glob("*.md")) if SECTION.search(page.read_text(encoding="utf-8"))]
     for page in pages:
         text = page.read_text(encoding="utf-8")
-        filled = fill_page(text, args.studies_dir, args.results_dir, partial(draw_picture, args.pages_dir))
+        filled = fill_page(text, args.studies_dir, args.results_dir, partial(draw_pictures, args.pages_dir))
         page.write_text(filled, encoding="utf-8")
         print(f"Wrote {page}.")
     if not pages:

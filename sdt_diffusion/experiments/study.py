@@ -21,6 +21,8 @@ from ..utils.reading import read_yaml
 TRAINERS: dict[str, Any] = {"train_dit": train_dit, "train_classifier": train_classifier}
 #: Arguments of trainers that the runner sets itself.
 SET_BY_RUNNER = ("seed", "output_dir", "resume_from_checkpoint", "push_to_hub")
+#: Keys of a study's file, besides `extends`.
+KEYS = ("title", "trainer", "baseline", "also_compare", "seeds", "arguments", "variants", "cumulative", "evaluation")
 #: Names of variants are names of files.
 NAME = re.compile(r"\+?[a-z0-9][a-z0-9_.-]*")
 PLACEHOLDER = re.compile(r"\{(\w+)\}")
@@ -115,6 +117,7 @@ class Study:
         arguments: Arguments of all variants.
         variants: Name -> arguments over those, in the order of tables.
         baseline: The variant that others are compared with.
+        also_compare: Further variants that others are compared with.
         seeds: Seeds of each variant.
         evaluation: How runs are judged.
     """
@@ -125,6 +128,7 @@ class Study:
     arguments: Mapping[str, Any]
     variants: Mapping[str, Mapping[str, Any]]
     baseline: str
+    also_compare: Sequence[str]
     seeds: Sequence[int]
     evaluation: Evaluation
 
@@ -213,8 +217,7 @@ def _extended(path: Path, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _study_of(name: str, values: dict[str, Any]) -> Study:
-    keys = ("title", "trainer", "baseline", "seeds", "arguments", "variants", "cumulative", "evaluation")
-    refuse_unknown("key", values, keys)
+    refuse_unknown("key", values, KEYS)
     missing = [key for key in ("title", "trainer", "seeds", "variants") if key not in values]
     if missing:
         raise ValueError(f"{', '.join(missing)} is missing.")
@@ -236,13 +239,24 @@ def _study_of(name: str, values: dict[str, Any]) -> Study:
     baseline = values.get("baseline", next(iter(variants)))
     if baseline not in variants:
         raise ValueError(f"baseline must be one of the variants, not {baseline!r}.")
+    also_compare = values.get("also_compare", [])
+    if not isinstance(also_compare, list) or any(name not in variants or name == baseline for name in also_compare):
+        raise ValueError(f"also_compare must be a list of variants other than the baseline, not {also_compare!r}.")
     refuse_unknown("evaluation", given["evaluation"], [each.name for each in fields(Evaluation)])
     of_samples = [name for name in given["evaluation"] if name not in OF_CLASSIFIERS]
     if of_samples and values["trainer"] != "train_dit":
         raise ValueError(f"evaluation: {of_samples[0]} is for samples of train_dit; a classifier's trainer tests it.")
     evaluation = Evaluation(**given["evaluation"])
     study = Study(
-        name, str(values["title"]), values["trainer"], given["arguments"], variants, baseline, seeds, evaluation
+        name=name,
+        title=str(values["title"]),
+        trainer=values["trainer"],
+        arguments=given["arguments"],
+        variants=variants,
+        baseline=baseline,
+        also_compare=also_compare,
+        seeds=seeds,
+        evaluation=evaluation,
     )
     for variant in variants:
         _check_arguments(study.cell(variant, seeds[0]))

@@ -1,11 +1,13 @@
+import re
 from pathlib import Path
 
 import pytest
 
 from sdt_diffusion.experiments import report
-from sdt_diffusion.experiments.report import SECTION, fill_page, provenance, table
+from sdt_diffusion.experiments.report import SECTION, draw_pictures, fill_page, provenance
 from sdt_diffusion.experiments.result_files import read_results, result_path, write_result
 from sdt_diffusion.experiments.study import read_study
+from sdt_diffusion.experiments.tables import early_table, gates_table, grid_tables, table
 from tests.experiments.studies import build_study, record_of, write_results, write_study
 
 ROOT = Path(__file__).parents[2]
@@ -14,23 +16,24 @@ STUDIES = sorted({match["study"] for page in PAGES for match in SECTION.finditer
 EMPTY = "# Page\n\n<!-- results: small -->\n<!-- end of results -->\n\nMore.\n"
 
 
-def picture(study, results):
-    return f"images/results_{study.name}.png"
+def pictures(study, results):
+    described = any("gate_rate/0.0" in record.get("curves", {}) for record in results.values())
+    names = [study.name, f"{study.name}_gates"] if described else [study.name]
+    return [f"images/results_{name}.png" for name in names]
 
 
 class TestCommittedPages:
     @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
     def test_a_page_shows_what_the_results_files_hold(self, page):
         text = page.read_text()
-        assert fill_page(text, ROOT / "experiments", ROOT / "experiments" / "results", picture) == text
-        for match in SECTION.finditer(text):
-            assert (page.parent / "images" / f"results_{match['study']}.png").is_file()
+        assert fill_page(text, ROOT / "experiments", ROOT / "experiments" / "results", pictures) == text
+        for path in re.findall(r"\(images/results_.*?\)", text):
+            assert (page.parent / path.strip("()")).is_file()
 
     @pytest.mark.parametrize("name", STUDIES)
     def test_every_cell_names_its_config_seed_versions_and_commit(self, name):
         study = read_study(ROOT / "experiments" / f"{name}.yaml")
         results = read_results(ROOT / "experiments" / "results", study)
-        assert results
         for (variant, seed), record in results.items():
             assert (record["variant"], record["seed"]) == (variant, seed)
             assert record["config"]["arguments"]
@@ -45,7 +48,12 @@ def study(tmp_path):
 
 
 def rows_of(study, folder):
-    lines = table(study, read_results(folder, study)).splitlines()
+    return parsed(table(study, read_results(folder, study)))
+
+
+def parsed(text):
+    """The rows of a table: variant -> column -> text."""
+    lines = [line for line in text.splitlines() if line.startswith("|")]
     header, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     return {row[0]: dict(zip(header[1:], row[1:], strict=True)) for row in rows}
 
@@ -97,7 +105,91 @@ class TestTable:
         record["metrics"]["extractor"] = {"weights": "others"}
         write_result(result_path(tmp_path, cell), record)
         with pytest.raises(ValueError, match="judged by different extractors"):
-            fill_page(EMPTY, tmp_path, tmp_path, picture)
+            fill_page(EMPTY, tmp_path, tmp_path, pictures)
+
+
+def write_changed(folder, study, change):
+    """Write results of all cells, each changed by a function of the cell and the record."""
+    for cell in study.cells():
+        record = record_of(cell)
+        change(cell, record)
+        write_result(result_path(folder, cell), record)
+    return read_results(folder, study)
+
+
+class TestFurtherTables:
+    def test_differences_on_the_way_are_interpolated_on_the_curves(self, study, tmp_path):
+        def change(cell, record):
+            values = [1.0, 0.5] if cell.variant == "none" else [0.8, 0.4 + 0.1 * cell.seed]
+            record["curves"]["held_out_loss"] = {"steps": [4, 12], "values": values}
+
+        results = write_changed(tmp_path, study, change)  # of 20 steps
+        row = parsed(early_table(study, results))["context"]
+        assert row["at 10% of the steps"] == ""  # which is before the first validation
+        assert row["at 25% of the steps"].startswith("-0.18125 ")
+        assert row["at 50% of the steps"].startswith("-0.08750 ")
+
+    def test_a_further_variant_can_be_compared_with(self, tmp_path):
+        study = build_study(tmp_path, also_compare=["context"])
+        write_results(tmp_path, study, none=[1.0, 0.5], context=[1.0, 0.4])
+        rows = rows_of(study, tmp_path)
+        assert rows["none (baseline)"]["difference to context"].startswith("+0.10000 ")
+        assert rows["context"]["difference to context"] == ""
+
+    def test_classifiers_are_compared_by_their_accuracy_in_points(self, tmp_path):
+        study = build_study(tmp_path, trainer="train_classifier", arguments={}, evaluation=None)
+
+        def change(cell, record):
+            accuracy = 0.5 + 0.05 * (cell.variant == "context") + 0.01 * cell.seed
+            record["metrics"] = {"held_out_loss": 1.5, "accuracy": accuracy}
+            record["curves"]["accuracy"] = {"steps": [0, 20], "values": [0.1, accuracy]}
+
+        write_changed(tmp_path, study, change)
+        rows = rows_of(study, tmp_path)
+        assert rows["none (baseline)"]["test accuracy"] == "50.50 ± 0.71%"
+        assert rows["context"]["difference to the baseline"].startswith("+5.00 [")
+        assert rows["context"]["steps to the baseline's accuracy"] == "89%"
+        assert rows["context"]["test loss"] == "1.5000 ± 0.0000"
+
+    def test_each_other_resolution_has_a_table_with_the_scaling_that_was_best(self, tmp_path):
+        study = build_study(tmp_path, evaluation={"resolutions": [12, 16]})
+
+        def change(cell, record):
+            loss = 0.5 - 0.1 * (cell.variant == "context")
+            wider = {"held_out_loss": loss, "fd": 9.0, "scaling": f"rotary {'ntk' if cell.seed else 'none'}"}
+            record["metrics"]["resolutions"] = {"12": wider, "16": {**wider, "fd": 10.0}}
+
+        tables = grid_tables(study, write_changed(tmp_path, study, change))
+        assert [text.partition(" pixels")[0] for text in tables] == ["At 12x12", "At 16x16"]
+        row = parsed(tables[1])["context"]
+        assert row["difference to the baseline"].startswith("-0.10000 ")
+        assert row["FD"] == "10.00 ± 0.00"
+        assert row["best scaling"] == "rotary none (1); rotary ntk (1)"
+
+    def test_gates_are_described_by_the_distance_that_halves_attention(self, study, tmp_path):
+        def change(cell, record):
+            if cell.variant == "context":
+                for block, rate in ((0, 0.1), (1, 0.3)):  # 0.2 on average at first, and then 0.4
+                    curve = {"steps": [1, 2], "values": [rate, 2 * rate]}
+                    for kind in ("gate_rate", "gate_rate_low_noise", "gate_rate_high_noise", "gate_spread"):
+                        record["curves"][f"{kind}/{block}.0"] = curve
+                    record["curves"][f"gate_gradient/{block}.proj.weight"] = {"steps": [1, 2], "values": [3.0, 0.0]}
+                    record["curves"][f"gate_gradient/{block}.log_alpha"] = {"steps": [1, 2], "values": [0.0, 1.0]}
+
+        results = write_changed(tmp_path, study, change)
+        (row,) = parsed(gates_table(study, results)).values()
+        assert row["distance that halves attention, by head: first, last"] == "3.47, 1.73"
+        assert row["rate at much noise by that at little"] == "1.00"
+        assert row["gradient of W_g: first, last"] == "4.2, 0"
+        assert row["gradient of alpha: first, last"] == "0, 1.4"
+        assert len(draw_pictures(tmp_path, study, results)) == 2
+        assert (tmp_path / "images" / "results_small_gates.png").stat().st_size > 10_000
+
+    def test_without_gates_or_other_resolutions_there_are_no_such_tables(self, study, tmp_path):
+        write_results(tmp_path, study)
+        results = read_results(tmp_path, study)
+        assert gates_table(study, results) == ""
+        assert grid_tables(study, results) == []
 
 
 class TestScript:
@@ -118,10 +210,19 @@ class TestScript:
         assert page.read_text() == text
         assert capsys.readouterr().out.count("page.md") == 2
 
+    def test_a_study_that_has_not_run_is_said_so_without_a_table_or_a_picture(self, tmp_path):
+        study = build_study(tmp_path)
+        text = fill_page(EMPTY, tmp_path, tmp_path, pictures)
+        assert "Not run yet." in text
+        assert "|" not in text
+        assert "images/" not in text
+        assert fill_page(text, tmp_path, tmp_path, pictures) == text
+        assert study.title in text
+
     def test_pages_without_markers_are_an_error(self, tmp_path):
         with pytest.raises(SystemExit, match="No page of"):
             report.main([f"--pages_dir={tmp_path}"])
 
     def test_a_study_that_does_not_exist_is_named(self, tmp_path):
         with pytest.raises(FileNotFoundError, match=r"small\.yaml"):
-            fill_page(EMPTY, tmp_path, tmp_path, picture)
+            fill_page(EMPTY, tmp_path, tmp_path, pictures)

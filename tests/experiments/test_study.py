@@ -42,6 +42,8 @@ class TestReading:
             ({"variants": {"none": 3}}, "variants: none must be a mapping"),
             ({"variants": {"../none": {}}, "baseline": None}, r"'../none' is no name"),
             ({"baseline": "nothing"}, "baseline must be one of the variants, not 'nothing'"),
+            ({"also_compare": ["none"]}, "also_compare must be a list of variants other than the baseline"),
+            ({"also_compare": "context"}, "also_compare must be a list"),
             ({"cumulative": ["other"]}, "cumulative must be a list of different variants"),
             ({"evaluation": {"sample": 3}}, "unknown evaluation 'sample': did you mean samples"),
             ({"evaluation": {"samples": 1}}, "samples must be at least 2"),

@@ -1,0 +1,254 @@
+"""Tables of a study from the results of its cells, with paired differences."""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .statistics import paired_difference, steps_to_reach
+from .study import Study
+
+Results = Mapping[tuple[str, int], Mapping[str, Any]]
+#: Seed -> results of its cell.
+Cells = Mapping[int, Mapping[str, Any]]
+#: Shares of the steps at which early losses are compared.
+EARLY_SHARES = (0.1, 0.25, 0.5)
+
+
+class Metric(NamedTuple):
+    """The number that a study compares.
+
+    Attributes:
+        key: Its name among the metrics and the curves of results files.
+        words: What it is.
+        digits: Digits that are shown; of differences one more.
+        is_share: Whether it is a share, which is shown in percent, and the higher the better.
+    """
+
+    key: str
+    words: str
+    digits: int
+    is_share: bool
+
+
+#: Trainer -> what its studies compare.
+MAIN_METRICS = {
+    "train_dit": Metric("held_out_loss", "held-out error of the velocity", 4, False),
+    "train_classifier": Metric("accuracy", "test accuracy", 2, True),
+}
+
+
+def finished(study: Study, results: Results, variant: str) -> dict[int, Mapping[str, Any]]:
+    """Return the results of a variant's cells that have run and not failed, by seed."""
+    found = {seed: results.get((variant, seed)) for seed in study.seeds}
+    return {seed: record for seed, record in found.items() if record is not None and record["failed"] is None}
+
+
+def table(study: Study, results: Results) -> str:
+    """Return the table of a study: a row for each variant."""
+    baseline, metric = finished(study, results, study.baseline), MAIN_METRICS[study.trainer]
+    reached = f"steps to the baseline's {'accuracy' if metric.is_share else 'loss'}"
+    return _table(
+        study,
+        {variant: finished(study, results, variant) for variant in study.variants},
+        {
+            **_compared(study, results, lambda cells: cells),
+            "test loss": lambda cells: _mean(cells, "held_out_loss", 4) if metric.is_share else "",
+            **_OF_SAMPLES,
+            reached: lambda cells: _steps_to_baseline(cells, baseline, metric),
+            "time a step": lambda cells: _relative_time(cells, baseline),
+            "parameters": lambda cells: ", ".join(sorted({f"{cell['parameters']:,}" for cell in cells.values()})),
+        },
+    )
+
+
+def early_table(study: Study, results: Results) -> str:
+    """Return the table of paired differences to the baseline early in training; empty for a study of one variant."""
+    if len(study.variants) < 2:
+        return ""
+    metric, baseline = MAIN_METRICS[study.trainer], finished(study, results, study.baseline)
+
+    def column(share: float) -> Callable[[Cells], str]:
+        return lambda cells: _difference(_at_share(cells, metric, share), _at_share(baseline, metric, share), metric)
+
+    others = {name: finished(study, results, name) for name in study.variants if name != study.baseline}
+    text = _table(study, others, {f"at {share:.0%} of the steps": column(share) for share in EARLY_SHARES})
+    return f"Differences to {study.baseline} on the way:\n\n{text}" if any(others.values()) and baseline else ""
+
+
+def grid_tables(study: Study, results: Results) -> list[str]:
+    """Return a table for each other resolution that cells were measured at."""
+    sides = study.evaluation.resolutions
+
+    def at(side: int) -> Callable[[Cells], dict[int, Any]]:
+        return lambda cells: {
+            seed: {**cell, "metrics": cell["metrics"]["resolutions"][str(side)]}
+            for seed, cell in cells.items()
+            if str(side) in cell["metrics"].get("resolutions", {})
+        }
+
+    tables = []
+    for side in sides:
+        rows = {variant: at(side)(finished(study, results, variant)) for variant in study.variants}
+        columns = {**_compared(study, results, at(side)), **_OF_SAMPLES, "best scaling": _scalings}
+        tables.append(f"At {side}x{side} pixels:\n\n{_table(study, rows, columns)}")
+    return tables
+
+
+def gates_table(study: Study, results: Results) -> str:
+    """Return a table of the gates: how far each head looks, first and last; empty if no cell describes gates."""
+    cells = {variant: finished(study, results, variant) for variant in study.variants}
+    with_gates = {variant: found for variant, found in cells.items() if any(_rates(found, "gate_rate", -1))}
+    if not with_gates:
+        return ""
+    text = _table(
+        study,
+        with_gates,
+        {
+            "distance that halves attention, by head: first, last": _half_distances,
+            "spread over patches": lambda cells: f"{np.mean(list(_rates(cells, 'gate_spread', -1).values())):.2f}",
+            "rate at much noise by that at little": _noise_ratio,
+            "gradient of W_g: first, last": lambda cells: _gradients(cells, ("proj.weight",)),
+            "gradient of alpha: first, last": lambda cells: _gradients(cells, ("log_alpha", "signed_alpha")),
+        },
+    )
+    return f"The gates; means over blocks and seeds, distances in patches:\n\n{text}"
+
+
+def _table(study: Study, rows: Mapping[str, Cells], columns: Mapping[str, Callable[[Cells], str]]) -> str:
+    """Return a table in Markdown, without columns that are empty."""
+    lines = []
+    for variant, cells in rows.items():
+        name = f"{variant} (baseline)" if variant == study.baseline else variant
+        count = "" if len(cells) == len(study.seeds) else f", {len(cells)} of {len(study.seeds)} seeds"
+        lines.append([name + count, *(column(cells) if cells else "" for column in columns.values())])
+    header = ["variant", *columns]
+    shown = [number for number in range(len(header)) if number < 2 or any(line[number] for line in lines)]
+    everything = [header, ["---"] * len(header), *lines]
+    return "\n".join(f"| {' | '.join(line[number] for number in shown)} |" for line in everything)
+
+
+def _compared(study: Study, results: Results, take: Callable[[Cells], Cells]) -> dict[str, Callable[[Cells], str]]:
+    """Return the columns of the main metric, and of its differences to the baseline and to `also_compare`."""
+    metric = MAIN_METRICS[study.trainer]
+
+    def difference_to(variant: str) -> Callable[[Cells], str]:
+        return lambda cells: _difference(cells, take(finished(study, results, variant)), metric)
+
+    others = {"the baseline": study.baseline, **{name: name for name in study.also_compare}}
+    return {
+        metric.words: lambda cells: _mean(cells, metric.key, metric.digits, metric.is_share),
+        **{f"difference to {words}": difference_to(variant) for words, variant in others.items()},
+    }
+
+
+_OF_SAMPLES: dict[str, Callable[[Cells], str]] = {
+    "FD": lambda cells: _mean(cells, "fd", 2),
+    "accuracy of samples": lambda cells: _mean(cells, "sample_accuracy", 1, percent=True),
+}
+
+
+def _values(cells: Cells, metric: str) -> dict[int, float]:
+    return {seed: cell["metrics"][metric] for seed, cell in cells.items() if cell["metrics"].get(metric) is not None}
+
+
+def _mean(cells: Cells, metric: str, digits: int, percent: bool = False) -> str:
+    """Return the mean over seeds, and the standard deviation if there are several."""
+    values = np.array(list(_values(cells, metric).values())) * (100 if percent else 1)
+    if not len(values):
+        return ""
+    spread = f" ± {values.std(ddof=1):.{digits}f}" if len(values) > 1 else ""
+    return f"{values.mean():.{digits}f}{spread}{'%' if percent else ''}"
+
+
+def _difference(cells: Cells, others: Cells, metric: Metric) -> str:
+    """Return the mean difference over the seeds that both have, its interval, and p; of shares in points."""
+    own, other = _values(cells, metric.key), _values(others, metric.key)
+    seeds = [seed for seed in own if seed in other]
+    if cells == others or not seeds:
+        return ""
+    scale, digits = (100, 2) if metric.is_share else (1, metric.digits + 1)
+    found = paired_difference([scale * own[seed] for seed in seeds], [scale * other[seed] for seed in seeds])
+    if math.isnan(found.low):
+        return f"{found.mean:+.{digits}f}"
+    interval = f"[{found.low:+.{digits}f}, {found.high:+.{digits}f}]"
+    return f"{found.mean:+.{digits}f} {interval}, p = {found.p_value:.2g}"
+
+
+def _at_share(cells: Cells, metric: Metric, share: float) -> dict[int, Any]:
+    """Return cells whose main metric is that at a share of the steps, interpolated on its curve."""
+    found = {}
+    for seed, cell in cells.items():
+        curve, step = cell["curves"][metric.key], share * cell["steps"]
+        if curve["steps"] and curve["steps"][0] <= step:
+            value = float(np.interp(step, curve["steps"], curve["values"]))
+            found[seed] = {**cell, "metrics": {metric.key: value}}
+    return found
+
+
+def _steps_to_baseline(cells: Cells, baseline: Cells, metric: Metric) -> str:
+    """Return the mean number of steps to the last value on the baseline's curve, and how many seeds reach it."""
+    reached, count, sign = [], 0, -1 if metric.is_share else 1
+    for seed, cell in cells.items():
+        if seed in baseline:
+            count += 1
+            target = sign * baseline[seed]["curves"][metric.key]["values"][-1]
+            curve = cell["curves"][metric.key]
+            step = steps_to_reach(curve["steps"], [sign * value for value in curve["values"]], target)
+            if step is not None:
+                reached.append(step / baseline[seed]["steps"])
+    if not reached:
+        return "not reached" if count else ""
+    seeds = "" if len(reached) == count else f", {len(reached)} of {count} seeds"
+    return f"{np.mean(reached):.0%}{seeds}"
+
+
+def _relative_time(cells: Cells, baseline: Cells) -> str:
+    """Return the mean ratio of the time a step to the baseline's of the same seed."""
+    key = "seconds_per_step_first_decile"
+    ratios = [cell[key] / baseline[seed][key] for seed, cell in cells.items() if seed in baseline]
+    return f"{np.mean(ratios):.2f}" if ratios else ""
+
+
+def _scalings(cells: Cells) -> str:
+    """Return the scalings that were best, the most frequent first."""
+    counts = Counter(cell["metrics"]["scaling"] for cell in cells.values())
+    return "; ".join(words if len(counts) == 1 else f"{words} ({n})" for words, n in counts.most_common())
+
+
+def _rates(cells: Cells, kind: str, position: int) -> dict[str, float]:
+    """Return what curves `kind/BLOCK.NAME` hold at a position: BLOCK.NAME -> mean over seeds."""
+    found: dict[str, list[float]] = {}
+    for cell in cells.values():
+        for key, curve in cell["curves"].items():
+            if key.startswith(f"{kind}/") and curve["values"]:
+                found.setdefault(key.partition("/")[2], []).append(curve["values"][position])
+    return {name: float(np.mean(values)) for name, values in found.items()}
+
+
+def _by_head(rates: Mapping[str, float]) -> list[float]:
+    """Return the distance at which attention is halved of each head: ln(2) by the mean rate over blocks."""
+    heads = sorted({int(name.partition(".")[2]) for name in rates})
+    of_heads = [[rate for name, rate in rates.items() if int(name.partition(".")[2]) == head] for head in heads]
+    return [math.log(2) * len(of_head) / sum(of_head) if sum(of_head) > 0 else math.inf for of_head in of_heads]
+
+
+def _half_distances(cells: Cells) -> str:
+    first, last = (_by_head(_rates(cells, "gate_rate", position)) for position in (0, -1))
+    return "; ".join(f"{a:.3g}, {b:.3g}" for a, b in zip(first, last, strict=True))
+
+
+def _noise_ratio(cells: Cells) -> str:
+    high, low = (sum(_rates(cells, f"gate_rate_{name}_noise", -1).values()) for name in ("high", "low"))
+    return f"{high / low:.2f}" if low else ""
+
+
+def _gradients(cells: Cells, parameters: tuple[str, ...]) -> str:
+    """Return the norm of the gradients of parameters over all blocks, at the first and the last validation."""
+    norms = []
+    for position in (0, -1):
+        found = _rates(cells, "gate_gradient", position)
+        norms.append(math.hypot(*(norm for name, norm in found.items() if name.endswith(parameters))))
+    return f"{norms[0]:.2g}, {norms[1]:.2g}" if any(norms) else ""

@@ -184,7 +184,8 @@ class AdaLayerNormZero(nn.Module):
 
         Args:
             hidden_states: Shape (batch, tokens, dim).
-            conditioning: Shape (batch, conditioning_dim).
+            conditioning: Shape (batch, conditioning_dim), or (batch, tokens, conditioning_dim) for one of each token,
+                with which what is returned has all tokens too.
             shared: W c, shape (batch, 6 * dim), unless `adaln` is "full".
         """
         if (shared is None) != (self.adaln == "full"):
@@ -192,8 +193,9 @@ class AdaLayerNormZero(nn.Module):
         if self.adaln == "low_rank":
             conditioning = self.down(conditioning)
         own = self.table if self.adaln == "single" else self.linear(conditioning)
-        modulation = (own if shared is None else shared + own).unsqueeze(1)  # (B, 1, 6*D)
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=-1)  # each (B, 1, D)
+        modulation = own if shared is None else shared + own
+        modulation = modulation if modulation.ndim == 3 else modulation.unsqueeze(1)  # (B, 1 or N, 6*D)
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=-1)  # (B, 1 or N, D)
         hidden_states = modulate(self.norm(hidden_states), shift_msa, scale_msa)
         return hidden_states, gate_msa, shift_mlp, scale_mlp, gate_mlp
 
@@ -317,8 +319,8 @@ class SDTBlock(nn.Module):
         Args:
             hidden_states: Registers, if any, then patches in raster order, shape (batch, tokens, dim).
             grid_size: Rows and columns of the patch grid.
-            conditioning: SiLU of the conditioning vector, shape (batch, conditioning_dim); required if
-                and only if the block was built with it.
+            conditioning: SiLU of the conditioning vector, shape (batch, conditioning_dim), or what conditions each
+                token, shape (batch, tokens, conditioning_dim); required if and only if the block was built with it.
             image_rotary_emb: Cosines and sines of the rotary embedding, each of shape (tokens, head_dim), or `None`.
             decay_scale: Factor of the decay, shape (batch, heads) or (batch, 1), or `None` for 1.
             modulation: What blocks share of the modulation, shape (batch, 6 * dim), unless `adaln` is "full".

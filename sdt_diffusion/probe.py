@@ -171,7 +171,8 @@ class SDTPreTrainedModel(ImagePreTrainedModel):
         self.transformer = SDTTransformer2DModel.from_config({**config.transformer, **depth})
         check_blocks([config.block], len(self.transformer.transformer_blocks))
         del self.transformer.transformer_blocks[config.block + 1 :]
-        # A classifier does not need the two layers that predict noise.
+        # A classifier does not need what predicts noise.
+        self.transformer.wide_head = None
         self.transformer.proj_out_1 = self.transformer.proj_out_2 = nn.Identity()
         self.dim = self.transformer.config.num_attention_heads * self.transformer.config.attention_head_dim
         self.norm = nn.BatchNorm1d(self.dim, affine=False, eps=1e-6)

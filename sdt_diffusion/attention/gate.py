@@ -113,7 +113,8 @@ class ContextAwareGate(nn.Module):
 
         Args:
             hidden_states: The tokens that queries, keys and values see, shape (batch, tokens, dim).
-            conditioning: Shape (batch, conditioning_dim); required if the gate was built with it, else unused.
+            conditioning: Shape (batch, conditioning_dim), or (batch, tokens, conditioning_dim); required if the gate
+                was built with it, else unused.
 
         Returns:
             The gate G, shape (batch, heads, tokens), and alpha, shape (heads,).
@@ -126,7 +127,8 @@ class ContextAwareGate(nn.Module):
             if self.conditioning_proj is not None:
                 if conditioning is None:
                     raise ValueError("This gate was built with conditioning_dim and needs conditioning.")
-                logits = logits + _project(self.conditioning_proj, conditioning).unsqueeze(1)
+                conditioning = conditioning if conditioning.ndim == 3 else conditioning.unsqueeze(1)  # (B, 1 or N, c)
+                logits = logits + _project(self.conditioning_proj, conditioning)
             gate = F.logsigmoid(logits).transpose(1, 2)  # (B, h, N)
             return gate, self.alpha(logits.dtype)
 

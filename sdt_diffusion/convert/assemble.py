@@ -50,6 +50,7 @@ def read_source(
         whole = [name for name, tensor in state_dict.items() if not tensor.is_floating_point()]
         if whole:
             raise ValueError(f"{path}: {shortened(whole)} holds whole numbers, which are no weights.")
+        check_finite(state_dict, str(path))
         if kind is None and is_lightning_dit(state_dict):
             kind = "lightningdit"
         if kind is None:

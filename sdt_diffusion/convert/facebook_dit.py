@@ -47,6 +47,56 @@ def depth_of(state_dict: Mapping[str, torch.Tensor]) -> int:
     return len({name.split(".")[1] for name in state_dict if name.startswith("blocks.")})
 
 
+def check_shapes(state_dict: Mapping[str, torch.Tensor]) -> None:
+    """Refuse tensors of DiT, SiT or LightningDiT that do not fit the others.
+
+    Args:
+        state_dict: Tensors in the names of their repository, which have been checked.
+
+    Raises:
+        ValueError: Names the tensor, its shape, and the one that fits.
+    """
+    width, channels, patch_size, _ = shape_of(state_dict, "x_embedder.proj.weight", 4)
+    frequencies = shape_of(state_dict, "t_embedder.mlp.0.weight", 2)[1]
+    rows = shape_of(state_dict, "y_embedder.embedding_table.weight", 2)[0]
+    outputs = shape_of(state_dict, "final_layer.linear.weight", 2)[0]
+    gated = "blocks.0.mlp.w3.weight" in state_dict
+    hidden = shape_of(state_dict, f"blocks.0.mlp.{'w3' if gated else 'fc2'}.weight", 2)[1]
+    parts = 4 if len(state_dict["blocks.0.adaLN_modulation.1.weight"]) == 4 * width else 6  # LightningDiT's may have 4
+    norms = [tuple(x.shape) for name, x in state_dict.items() if name.endswith(("q_norm.weight", "k_norm.weight"))]
+    head = max(norms, key=norms.count, default=())
+    if rows < 2:
+        raise ValueError(f"y_embedder.embedding_table.weight has {rows} rows, too few for a class and the null class.")
+    shapes: dict[str, tuple[int, ...]] = {
+        "x_embedder.proj": (width, channels, patch_size, patch_size),
+        "t_embedder.mlp.0": (width, frequencies),
+        "t_embedder.mlp.2": (width, width),
+        "y_embedder.embedding_table": (rows, width),
+        "final_layer.adaLN_modulation.1": (2 * width, width),
+        "final_layer.linear": (outputs, width),
+        "final_layer.norm_final": (width,),
+    }
+    block_shapes: dict[str, tuple[int, ...]] = {
+        "adaLN_modulation.1": (parts * width, width),
+        "attn.qkv": (3 * width, width),
+        "attn.proj": (width, width),
+        "attn.q_norm": head,
+        "attn.k_norm": head,
+        "mlp.fc1": (hidden, width),
+        "mlp.fc2": (width, hidden),
+        "mlp.w12": (2 * hidden, width),
+        "mlp.w3": (width, hidden),
+        "norm1": (width,),
+        "norm2": (width,),
+    }
+    for i in range(depth_of(state_dict)):
+        shapes |= {f"blocks.{i}.{name}": shape for name, shape in block_shapes.items()}
+    for module, shape in shapes.items():
+        for name, wanted in ((f"{module}.weight", shape), (f"{module}.bias", shape[:1])):
+            if name in state_dict and tuple(state_dict[name].shape) != wanted:
+                raise ValueError(f"{name} has the shape {tuple(state_dict[name].shape)}, and {wanted} fits the rest.")
+
+
 def read_network(
     state_dict: Mapping[str, torch.Tensor], num_attention_heads: int | None = None
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -74,7 +124,7 @@ def read_network(
     if width % heads:
         raise ValueError(f"num_attention_heads {heads} does not divide the width {width}.")
     if frequencies % 2:
-        raise ValueError(f"t_embedder has {frequencies} inputs, which are not pairs of cosine and sine.")
+        raise ValueError(f"t_embedder.mlp.0.weight has {frequencies} inputs, which are not pairs of cosine and sine.")
     side = math.isqrt(tokens)
     if side**2 != tokens:
         raise ValueError(f"pos_embed has {tokens} tokens, which are no square.")
@@ -117,6 +167,7 @@ def exact_ratio(hidden: int, width: int) -> float:
 def read_dit(state_dict: Mapping[str, torch.Tensor], num_attention_heads: int | None = None) -> Source:
     """Read a checkpoint of facebookresearch/DiT; see `read_network`."""
     check_names(state_dict, {*dit_names(depth_of(state_dict)), "pos_embed"}, "DiT")
+    check_shapes(state_dict)
     config, weights = read_network(state_dict, num_attention_heads)
     scheduler = ddpm_scheduler(config["out_channels"] != config["in_channels"])
     return Source("DiT", config, weights, scheduler, num_inference_steps=250)
@@ -147,6 +198,7 @@ def write_dit(model: SDTTransformer2DModel, weights: Mapping[str, torch.Tensor])
         "num_registers": 0,
         "position_embedding": "sincos",
         "long_skips": False,
+        "head_layers": 0,
         "network_output": "prediction",
         "interval_conditioning": False,
     }

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from . import Source, check_names, shape_of
-from .facebook_dit import depth_of, dit_names, read_network
+from .facebook_dit import check_shapes, depth_of, dit_names, read_network
 from .sit import flow_source
 
 #: How its published samples move its times t, 0 at noise, towards noise: 0.3 t / (1 - 0.7 t).
@@ -37,6 +37,7 @@ def read_lightning_dit(state_dict: Mapping[str, torch.Tensor], num_attention_hea
     qk_norms = {f"blocks.{i}.attn.{k}_norm.weight" for i in blocks for k in "qk"}
     expected |= (norms if has_norms else set()) | (qk_norms if has_qk_norm else set())
     check_names(state_dict, expected | (set(ROTARY_TABLES) if has_rotary else set()), "LightningDiT")
+    check_shapes(state_dict)
 
     tensors = {name: tensor.float() for name, tensor in state_dict.items()}
     extra: dict[str, Any] = {}

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from . import Source, check_names, flow_scheduler
-from .facebook_dit import depth_of, dit_names, read_network
+from .facebook_dit import check_shapes, depth_of, dit_names, read_network
 
 #: Config that turns timesteps 1000 sigma into sigma.
 TIMESTEP_SCALE = 1e-3
@@ -22,6 +22,7 @@ TIMESTEP_SCALE = 1e-3
 def read_sit(state_dict: Mapping[str, torch.Tensor], num_attention_heads: int | None = None) -> Source:
     """Read a checkpoint of SiT with linear paths and velocity prediction; see `read_network`."""
     check_names(state_dict, {*dit_names(depth_of(state_dict)), "pos_embed"}, "SiT")
+    check_shapes(state_dict)
     return flow_source("SiT", *read_network(state_dict, num_attention_heads))
 
 

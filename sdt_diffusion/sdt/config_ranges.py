@@ -30,6 +30,8 @@ RANGES: dict[str, tuple[type, Range]] = {
     "norm_eps": (float, Range(0, 1)),
     "adaln_rank": (int, Range(1, 65_536)),
     "num_registers": (int, Range(0, 4096)),
+    "head_layers": (int, Range(0, 100)),
+    "head_width": (int, Range(4, 65_536)),
 }
 #: Values of the config key `position_embedding`.
 POSITION_EMBEDDINGS = {"sincos": "sines and cosines (DiT)", "none": "none added to the patches"}
@@ -66,8 +68,11 @@ def check_config(config: dict[str, Any]) -> None:
             f"network_output 'clean' needs as many out_channels as in_channels, {config['in_channels']}, not "
             f"{config['out_channels']}: it learns no variance."
         )
+    if config["head_layers"]:
+        _check_head(config)
     tokens, per_block = height * width // patch_size**2, (10 + 2 * config["mlp_ratio"]) * dim**2
     parameters = config["num_layers"] * per_block + (config["num_classes"] + tokens) * dim
+    parameters += config["head_layers"] * (10 + 2 * config["mlp_ratio"]) * config["head_width"] ** 2
     check_number("The number of parameters", parameters, Range(0, MAX_PARAMETERS))
 
 
@@ -75,6 +80,14 @@ def sides(sample_size: int | Sequence[int]) -> tuple[int, int]:
     """Return height and width of a `sample_size`, which is one number if they are equal."""
     height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
     return height, width
+
+
+def _check_head(config: dict[str, Any]) -> None:
+    head_width, heads = config["head_width"], config["num_attention_heads"]
+    divisor = 4 * heads if config["rotary"] else heads
+    if head_width % divisor or head_width % 4:
+        rotary = ", each divisible by 4 for rotary embeddings" if config["rotary"] else ""
+        raise ValueError(f"head_width {head_width} must be divisible by 4 and by num_attention_heads {heads}{rotary}.")
 
 
 def _check_values(config: dict[str, Any]) -> None:

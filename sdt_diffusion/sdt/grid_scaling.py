@@ -128,12 +128,15 @@ class GridScalingMixin:
         check_grid_scaling({**self.config, **changes})
         self.register_to_config(**changes)
 
-    def _rotary_embedding(self, grid_size, device):
-        if not self.config.rotary:
+    def _rotary_embedding(self, grid_size, device, wide_head=False):
+        """Return the embedding for the blocks of the backbone, or of the wide head; `None` for none."""
+        config = self.config
+        if not config.rotary:
             return None
-        head_dim, scaling = self.config.attention_head_dim, self.config.rotary_scaling
-        cosines, sines = rotary_embedding(head_dim, grid_size, self.pos_embed.grid_size, scaling, device)
-        registers = (0, 0, self.config.num_registers, 0)  # which come first, and are not rotated
+        head_dim = config.head_width // config.num_attention_heads if wide_head else config.attention_head_dim
+        trained = self.pos_embed.grid_size
+        cosines, sines = rotary_embedding(head_dim, grid_size, trained, config.rotary_scaling, device)
+        registers = (0, 0, 0 if wide_head else config.num_registers, 0)  # which come first, and are not rotated
         return F.pad(cosines, registers, value=1.0), F.pad(sines, registers)
 
     def _factors_of_decay(self, decay_scale, batch_size, grid_size, device):

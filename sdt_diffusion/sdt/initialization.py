@@ -33,12 +33,14 @@ def initialize_weights(model: nn.Module, seed: int) -> None:
             draw(nn.init.xavier_uniform_, module.weight)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-    draw(lambda kernel, **kw: nn.init.xavier_uniform_(kernel.flatten(1), **kw), model.pos_embed.proj.weight)
-    nn.init.zeros_(model.pos_embed.proj.get_parameter("bias"))
+    head = model.wide_head
+    for patches in [model.pos_embed] if head is None else [model.pos_embed, head.pos_embed]:
+        draw(lambda kernel, **kw: nn.init.xavier_uniform_(kernel.flatten(1), **kw), patches.proj.weight)
+        nn.init.zeros_(patches.proj.get_parameter("bias"))
     embed = model.time_class_embed
     for layer in (embed.class_embedder, embed.timestep_embedder.linear_1, embed.timestep_embedder.linear_2):
         draw(nn.init.normal_, layer.weight, std=0.02)
-    for block in model.transformer_blocks:
+    for block in [*model.transformer_blocks, *(() if head is None else head.blocks)]:
         for linear in (block.attn.to_q, block.attn.to_k, block.attn.to_v):
             bound = math.sqrt(6 / (linear.in_features + 3 * linear.out_features))
             draw(nn.init.uniform_, linear.weight, a=-bound, b=bound)

@@ -23,13 +23,21 @@ from .config_ranges import check_config, sides
 from .embeddings import SDTPatchEmbed, TimestepClassEmbedding
 from .grid_scaling import GridScalingMixin
 from .initialization import draw_seed, initialize_meta, initialize_weights
+from .model_input import check_input
 from .model_output import SDTTransformer2DModelOutput, check_blocks, flow_of_clean
 from .presets import PRESETS
 from .token_route import TokenRoute, check_route
+from .wide_head import WideHead
 
 #: Where diffusers warns of weights that are missing or left over.
 LOADING_LOGGER = logging.getLogger("diffusers.models.modeling_utils")
 CONFIG_FILE = "config.json"
+#: Config keys that are options of all blocks.
+BLOCK_KEYS = (
+    *("num_attention_heads", "mlp_ratio", "activation_fn", "dropout", "gate_conditioning", "norm_eps", "norm_type"),
+    *("spatial_decay", "decomposed", "decay_initial_value", "decay_heads_range", "decay_start", "qk_norm"),
+    "local_position_kernel_size",
+)
 
 
 class SDTTransformer2DModel(
@@ -84,6 +92,8 @@ class SDTTransformer2DModel(
         network_output: "prediction", or "clean" if the last layer makes the clean image, of which the model returns
             the flow; see `flow_of_clean`.
         interval_conditioning: Whether the model also knows the timestep at which a step ends, as MeanFlow needs.
+        head_layers: Number of blocks of a `WideHead`, for latents of many channels; 0 for none.
+        head_width: Its width.
 
     Raises:
         ValueError: If a number is out of its range (`RANGES`), sizes do not divide, an option is unknown, or options
@@ -135,6 +145,8 @@ class SDTTransformer2DModel(
         long_skips: bool = False,
         network_output: str = "prediction",
         interval_conditioning: bool = False,
+        head_layers: int = 0,
+        head_width: int = 2048,
     ):
         values = dict(locals())
         super().__init__()
@@ -154,36 +166,25 @@ class SDTTransformer2DModel(
             *(timestep_scale, timestep_frequency_shift, interval_conditioning),
         )
         self.shared_modulation = None if adaln == "full" else nn.Linear(dim, 6 * dim)
-        self.transformer_blocks = nn.ModuleList(
-            SDTBlock(
-                dim,
-                num_attention_heads,
-                attention_head_dim,
-                mlp_ratio=mlp_ratio,
-                activation_fn=activation_fn,
-                dropout=dropout,
-                conditioning_dim=dim,
-                gate_conditioning=gate_conditioning,
-                norm_eps=norm_eps,
-                norm_type=norm_type,
-                adaln=adaln,
-                adaln_rank=adaln_rank,
-                spatial_decay=spatial_decay,
-                decomposed=decomposed,
-                decay_initial_value=decay_initial_value,
-                decay_heads_range=decay_heads_range,
-                decay_start=decay_start,
-                qk_norm=qk_norm,
-                local_position_kernel_size=local_position_kernel_size,
-                num_registers=num_registers,
-            )
-            for _ in range(num_layers)
-        )
+        block_options: dict[str, Any] = {name: values[name] for name in BLOCK_KEYS}
+        per_block: dict[str, Any] = {
+            "attention_head_dim": attention_head_dim,
+            "conditioning_dim": dim,
+            "num_registers": num_registers,
+        }
+        per_block |= {"adaln": adaln, "adaln_rank": adaln_rank}
+        self.transformer_blocks = nn.ModuleList(SDTBlock(dim, **block_options, **per_block) for _ in range(num_layers))
         num_skips = (num_layers - 1) // 2 if long_skips else 0  # the middle block, or the middle two, have none
         self.skip_projections = nn.ModuleList(nn.Linear(2 * dim, dim) for _ in range(num_skips)) if num_skips else None
-        self.norm_out = build_norm(norm_type, dim, norm_eps, affine=False)
-        self.proj_out_1 = nn.Linear(dim, 2 * dim)
-        self.proj_out_2 = nn.Linear(dim, patch_size**2 * self.out_channels)
+        self.wide_head, last_dim = None, dim
+        if head_layers:
+            grid_size, last_dim = self.pos_embed.grid_size, head_width
+            self.wide_head = WideHead(
+                in_channels, dim, head_width, patch_size, grid_size, head_layers, **block_options
+            )
+        self.norm_out = build_norm(norm_type, last_dim, norm_eps, affine=False)
+        self.proj_out_1 = nn.Linear(last_dim, 2 * last_dim)
+        self.proj_out_2 = nn.Linear(last_dim, patch_size**2 * self.out_channels)
         initialize_weights(self, seed)
 
     @classmethod
@@ -280,7 +281,7 @@ class SDTTransformer2DModel(
             The patches after the last block, shape (batch, tokens, width), the conditioning, shape (batch, width), and
             the patches after each block of `block_outputs`.
         """
-        height, width = self._check_input(hidden_states, class_labels)
+        height, width = check_input(self.config, hidden_states, class_labels)
         check_blocks(block_outputs, len(self.transformer_blocks))
         grid_size = (height // self.config.patch_size, width // self.config.patch_size)
         batch_size, device, registers = len(hidden_states), hidden_states.device, self.config.num_registers
@@ -305,10 +306,7 @@ class SDTTransformer2DModel(
             source = num_layers - 1 - i  # the block whose tokens a long skip brings here
             if source < len(skips):
                 hidden_states = skips[source](torch.cat([hidden_states, kept[source]], dim=-1))  # (B, R+N, D)
-            if torch.is_grad_enabled() and self.gradient_checkpointing:
-                hidden_states = self._gradient_checkpointing_func(block, hidden_states, *inputs)
-            else:
-                hidden_states = block(hidden_states, *inputs)  # (B, R+N, D)
+            hidden_states = self._run_block(block, hidden_states, *inputs)  # (B, R+N, D)
             if route is not None and i == route.end - 1:
                 hidden_states, inputs = route.put_back(hidden_states, before, registers), all_inputs  # (B, R+N, D)
             if i < len(skips) or i in block_outputs:
@@ -358,7 +356,14 @@ class SDTTransformer2DModel(
             image, timestep, class_labels, force_drop_ids, decay_scale, end_timestep, block_outputs, route
         )
         grid_size = (height // patch_size, width // patch_size)
-        shift, scale = self.proj_out_1(conditioning).unsqueeze(1).chunk(2, dim=-1)  # each (B, 1, D)
+        conditioning = conditioning.unsqueeze(1)  # (B, 1, D)
+        if self.wide_head is not None:
+            rotary = self._rotary_embedding(grid_size, image.device, wide_head=True)  # each (N, d)
+            decay_scale = self._factors_of_decay(decay_scale, len(image), grid_size, image.device)
+            hidden_states, conditioning = self.wide_head(
+                image, hidden_states, conditioning, self._run_block, grid_size, rotary, decay_scale
+            )  # each (B, N, D), D = head_width
+        shift, scale = self.proj_out_1(conditioning).chunk(2, dim=-1)  # each (B, 1 or N, D)
         hidden_states = self.proj_out_2(modulate(self.norm_out(hidden_states), shift, scale))  # (B, N, p*p*C)
         patches = hidden_states.unflatten(1, grid_size)  # (B, H/p, W/p, p*p*C)
         patches = patches.unflatten(-1, (patch_size, patch_size, self.out_channels))  # (B, H/p, W/p, p, p, C)
@@ -370,26 +375,7 @@ class SDTTransformer2DModel(
             return (sample, outputs) if block_outputs else (sample,)
         return SDTTransformer2DModelOutput(sample=sample, block_outputs=outputs if block_outputs else None)
 
-    def _check_input(self, hidden_states, class_labels):
-        channels, height, width = hidden_states.shape[1:]
-        if channels != self.config.in_channels:
-            raise ValueError(f"The model takes {self.config.in_channels} channels, but the input has {channels}.")
-        if height % self.config.patch_size or width % self.config.patch_size:
-            raise ValueError(
-                f"An input of {height}x{width} is not divisible by the model's patch_size {self.config.patch_size}."
-            )
-        if class_labels.shape != hidden_states.shape[:1]:
-            raise ValueError(
-                f"{hidden_states.shape[0]} inputs need as many class labels, not a tensor of shape "
-                f"{tuple(class_labels.shape)}."
-            )
-        # Check values on the CPU only: reading them from an accelerator would stall it, and there pipelines and data
-        # sets have checked them.
-        if class_labels.device.type == "cpu" and not torch.compiler.is_compiling():
-            null_class = self.config.num_classes
-            if class_labels.numel() and not 0 <= int(class_labels.min()) <= int(class_labels.max()) <= null_class:
-                raise ValueError(
-                    f"Class labels must lie in 0..{null_class} ({null_class} is the null class), got "
-                    f"{int(class_labels.min())}..{int(class_labels.max())}."
-                )
-        return height, width
+    def _run_block(self, block, *inputs):
+        if torch.is_grad_enabled() and self.gradient_checkpointing:
+            return self._gradient_checkpointing_func(block, *inputs)
+        return block(*inputs)

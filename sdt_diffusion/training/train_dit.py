@@ -31,7 +31,7 @@ from ..hub import HubArguments, create_hub_repo
 from ..sampling.generate import describe_sampling
 from ..sampling.settings import SamplerArguments, set_attention_backend
 from ..sdt import SDTPipeline, SDTTransformer2DModel
-from ..utils.arguments import exit_on_error, given_arguments, one_line, parse_arguments
+from ..utils.arguments import exit_on_error, given_arguments, json_object, one_line, parse_arguments
 from ..utils.files import move_into, write_json
 from ..utils.seeding import Stream, seed_global_generators
 from .config import RunArguments, TrainingConfig, TrainingSet
@@ -113,7 +113,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     seed_global_generators(Stream.INITIALIZATION, run_args.seed)
     channels, side, _ = data.sample_shape
     start = model_args.init_from
-    keeps_shift = start is not None and objective_args.time_shift == ObjectiveArguments.time_shift
+    options = json_object(sampler_args.scheduler_options, "scheduler_options")
+    names_shift = objective_args.time_shift != ObjectiveArguments.time_shift or {"shift", "flow_shift"} & set(options)
     objective_args = objective_args.resolved(math.prod(data.sample_shape))
     sizes = {"sample_size": side, "in_channels": channels, "num_classes": data.images.num_classes}
     objective = build_objective(objective_args)
@@ -145,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         relocatable=data.relocatable_arguments,
     )
     scheduler, shift_line = objective.sampling_scheduler(pixels=data.vae is None), ""
-    if keeps_shift:
+    if start is not None and not names_shift:
         scheduler, shift_line = keep_shift(scheduler, start)
     with TrainingRun(model, "transformer", training_set, config, heads=loss.heads) as run:
         loss.teacher = AverageTeacher(run)

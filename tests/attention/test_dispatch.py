@@ -41,12 +41,10 @@ def test_few_tokens_in_bf16_are_computed_in_fp32_on_cpus():
     full = [x.detach().float().requires_grad_() for x in (query, key, value)]
     with torch.autocast("cpu", torch.bfloat16):
         output = spatial_decay_attention(query, key, value, None, None, GRID, variant="none")
-    expected = F.scaled_dot_product_attention(*full)
-    assert torch.equal(output, expected.bfloat16())
-    for tensor, exact in zip((query, key, value), full, strict=True):
-        (gradient,) = torch.autograd.grad(output.float().sum(), tensor, retain_graph=True)
-        (expected_gradient,) = torch.autograd.grad(expected.sum(), exact, retain_graph=True)
-        assert torch.equal(gradient, expected_gradient.bfloat16())
+    assert torch.equal(output, (expected := F.scaled_dot_product_attention(*full)).bfloat16())
+    gradients = torch.autograd.grad(output.float().sum(), (query, key, value))
+    for gradient, exact in zip(gradients, torch.autograd.grad(expected.sum(), full), strict=True):
+        assert torch.equal(gradient, exact.bfloat16())
 
 
 def dense(query, key, value, decay):

@@ -128,6 +128,7 @@ def test_the_choice_is_saved_with_the_model(make_pipe, tmp_path):
 
 
 def test_one_graph_serves_all_grids(make_model):
+    torch.compiler.reset()
     scalings = {"pos_embed_scaling": "ntk", "rotary_scaling": "ntk", "decay_distance_scaling": True}
     model = make_model(num_layers=1, rotary=True, **scalings)
     torch.compiler.reset()  # graphs of other tests' models

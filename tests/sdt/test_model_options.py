@@ -30,6 +30,7 @@ OPTIONS = [
     {"long_skips": True, "num_layers": 4},
     {"network_output": "clean"},
     {"interval_conditioning": True},
+    {"head_layers": 2, "head_width": 48},
     {**PLUS, "adaln": "single", "num_registers": 2, "network_output": "clean"},
 ]
 each_option = pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(options))
@@ -82,8 +83,9 @@ class TestEveryOption:
             ("content", {**PLUS, "adaln": "single", "network_output": "clean", "position_embedding": "none"}),
             ("raster", {"adaln": "low_rank", "num_registers": 2, "local_position_kernel_size": 3}),
             ("fixed", {"long_skips": True, "num_layers": 3, "interval_conditioning": True}),
+            ("context", {"rotary": True, "num_registers": 2, "head_layers": 2, "head_width": 48}),
         ],
-        ids=("plus", "registers", "skips"),
+        ids=("plus", "registers", "skips", "head"),
     )
     def test_compiles_to_one_graph_and_checkpointing_changes_no_gradient(self, make_model, options, variant):
         torch.compiler.reset()
@@ -317,7 +319,7 @@ class TestPage:
 
     def test_its_keys_are_those_of_the_config_with_their_defaults(self, untrained):
         rows = re.findall(r"^\| `(\w+)` \| `?([\w-]+)`?", self.PAGE, re.MULTILINE)
-        assert len(rows) == 10
+        assert len(rows) == 11
         assert {key: str(untrained().config[key]) for key, _ in rows} == dict(rows)
 
     @pytest.mark.parametrize(("column", "size"), [(0, "S"), (3, "XL")])

@@ -10,7 +10,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sdt_diffusion import SDTTransformer2DModel
+from sdt_diffusion.sdt import transformer_sdt
 from sdt_diffusion.training import distributed
 from sdt_diffusion.training.checkpoint import find_checkpoint, read_manifest
 from sdt_diffusion.training.distributed import Interrupted
@@ -185,7 +185,7 @@ def test_a_step_asks_the_device_for_no_value(tmp_path, late, monkeypatch):
 
     asked = set()
     # Labels are checked on CPUs only.
-    monkeypatch.setattr(SDTTransformer2DModel, "_check_input", lambda self, images, labels: images.shape[-2:])
+    monkeypatch.setattr(transformer_sdt, "check_input", lambda config, images, labels: images.shape[-2:])
     loss = DiffusionLoss(build_objective(ObjectiveArguments()), class_dropout_prob=0.5)
     run = build_run(tmp_path / "out", checkpointing_steps=0, logging_steps=100)
     with Asked():

@@ -140,6 +140,12 @@ def test_fsdp2_compiles_its_blocks_as_one(alone, tmp_path, group, monkeypatch):
     assert_same(found / "checkpoint-6", alone / "checkpoint-6")
 
 
+def test_fsdp2_refuses_the_average_of_a_flow_before_anything_is_written(tmp_path, group):
+    with pytest.raises(SystemExit, match=r"objective meanflow takes .* FSDP2 shards: use DDP"):
+        train(tmp_path / "out", "fsdp2", "objective=meanflow", processes=1)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_finished_run_resumed_under_fsdp2_saves_its_model(alone, tmp_path, group):
     part = begun(tmp_path / "part", alone, step=6)
     train(part, "fsdp2", "resume_from_checkpoint=latest", processes=1)

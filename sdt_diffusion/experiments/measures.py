@@ -33,10 +33,10 @@ TRAINED = "trained"
 SAMPLING_SEED = 0
 
 
-def curve(records: Sequence[dict[str, Any]], key: str) -> dict[str, list[float]]:
+def curve(records: Sequence[dict[str, Any]], key: str, digits: int = 7) -> dict[str, list[float]]:
     """Return steps and values of what a log holds under a key, without those that are not finite."""
     points = [(record["step"], record[key]) for record in records if record.get(key) is not None]
-    return {"steps": [step for step, _ in points], "values": [rounded(value) for _, value in points]}
+    return {"steps": [step for step, _ in points], "values": [rounded(value, digits) for _, value in points]}
 
 
 def curves(trainer: str, records: Sequence[dict[str, Any]]) -> dict[str, dict[str, list[float]]]:
@@ -45,7 +45,7 @@ def curves(trainer: str, records: Sequence[dict[str, Any]]) -> dict[str, dict[st
     if trainer == "train_classifier":
         found["accuracy"] = curve(records, "test_accuracy")
     gates = sorted({key for record in records for key in record if key.startswith("gate_")})
-    return {**found, **{key: curve(records, key) for key in gates}}
+    return {**found, **{key: curve(records, key, digits=4) for key in gates}}
 
 
 def thinned(points: dict[str, list[float]], most: int = MAX_POINTS) -> dict[str, list[float]]:
@@ -190,6 +190,6 @@ def describe_extractor(evaluation: Evaluation, extractor: FeatureExtractor) -> d
     return record
 
 
-def rounded(value: float) -> float:
+def rounded(value: float, digits: int = 7) -> float:
     """Return a number with the digits that can matter, to keep results files small."""
-    return float(f"{value:.7g}")
+    return float(f"{value:.{digits}g}")

@@ -12,6 +12,8 @@ from .tables import Cells, Metric
 #: Part of the steps whose losses, which would flatten the rest, do not set the scale.
 EARLY = 0.2
 BAND = 0.2
+#: Most variants whose curves can be told apart; more are drawn as rows.
+MAX_LINES = 12
 #: Least rate of a decay that is drawn.
 LEAST_RATE = 1e-4
 
@@ -23,7 +25,7 @@ def plot_study(records: Mapping[str, Cells], baseline: str, metric: Metric, path
     """Draw what a study compares over steps, the paired difference to the baseline, and what else is known of it.
 
     That is the difference by noise level, and the metric by resolution. Lines are means over seeds, bands reach from
-    the least to the largest seed.
+    the least to the largest seed. Of many variants, the last values are drawn as rows.
 
     Args:
         records: Variant -> seed -> results.
@@ -33,6 +35,8 @@ def plot_study(records: Mapping[str, Cells], baseline: str, metric: Metric, path
     """
     from matplotlib import colormaps
 
+    if len(records) > MAX_LINES:
+        return _plot_rows(records, baseline, metric, path)
     shown = {variant: cells for variant, cells in records.items() if cells}
     palette = colormaps["tab20" if len(records) > 10 else "tab10"]
     colors = {variant: palette(number % palette.N) for number, variant in enumerate(records)}
@@ -70,6 +74,28 @@ def plot_study(records: Mapping[str, Cells], baseline: str, metric: Metric, path
         first.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
     if shown:
         first.legend(fontsize="small", ncols=2 if len(shown) > 8 else 1)
+    figure.savefig(path, dpi=120)
+
+
+def _plot_rows(records: Mapping[str, Cells], baseline: str, metric: Metric, path: Path) -> None:
+    """Draw the last values of all variants, a row for each: a dot for each seed, a bar for their mean."""
+    measured = {key for cells in records.values() for cell in cells.values() for key in cell["metrics"]}
+    shown = [(metric.key, metric.words), *([("fd", "FD")] if "fd" in measured else [])]
+    rows = {variant: number for number, variant in enumerate(reversed(list(records)))}
+    figure = new_figure(5 * len(shown), 1 + 0.25 * len(rows))
+    panels = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
+    for panel, (key, words) in zip(panels, shown, strict=True):
+        for variant, cells in records.items():
+            values = [cell["metrics"][key] for cell in cells.values() if key in cell["metrics"]]
+            if values:
+                color = "C1" if variant == baseline else "C0"
+                panel.plot(values, [rows[variant]] * len(values), "o", color=color, markersize=4)
+                panel.plot([np.mean(values)], [rows[variant]], "|", color=color, markersize=14)
+                if variant == baseline:
+                    panel.axvline(np.mean(values), color=color, linewidth=0.8)
+        panel.set_title(words, fontsize="medium")
+        panel.grid(alpha=0.3)
+    panels[0].set_yticks(list(rows.values()), list(rows), fontsize="small")
     figure.savefig(path, dpi=120)
 
 

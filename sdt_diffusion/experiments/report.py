@@ -98,7 +98,7 @@ def provenance(study: Study, results: Results) -> str:
     lines = [f"`python experiments/run.py experiments/{study.name}.yaml{folders}`"]
     failed = {cell.name: results[cell.variant, cell.seed]["failed"] for cell in study.cells() if _ran(results, cell)}
     lines += [f"Failed: {name}: {reason}" for name, reason in failed.items() if reason is not None]
-    missing = [cell.name for cell in study.cells() if not _ran(results, cell)]
+    missing = _missing(study, results)
     if missing:
         lines.append(f"Not run: {', '.join(missing)}." if results else "Not run yet.")
     made = {key: _listed(sorted({str(record[key]) for record in results.values()})) for key in ("commit", "cpu")}
@@ -107,6 +107,19 @@ def provenance(study: Study, results: Results) -> str:
     if results:
         lines.append(f"Commit {made['commit']}; {_listed(versions)}; {made['cpu']}.")
     return "\n\n".join(lines)
+
+
+def _missing(study: Study, results: Results) -> list[str]:
+    """Return the cells without results, those of a whole seed as one."""
+    left: dict[int, list[str]] = {seed: [] for seed in study.seeds}
+    for cell in study.cells():
+        if not _ran(results, cell):
+            left[cell.seed].append(cell.name)
+    return [
+        name
+        for seed, names in left.items()
+        for name in ([f"all of seed {seed}"] if len(names) == len(study.variants) else names)
+    ]
 
 
 def _ran(results: Results, cell: Any) -> bool:

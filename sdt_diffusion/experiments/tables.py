@@ -71,7 +71,9 @@ def early_table(study: Study, results: Results) -> str:
     metric, baseline = MAIN_METRICS[study.trainer], finished(study, results, study.baseline)
 
     def column(share: float) -> Callable[[Cells], str]:
-        return lambda cells: _difference(_at_share(cells, metric, share), _at_share(baseline, metric, share), metric)
+        return lambda cells: _difference(
+            _at_share(cells, baseline, metric, share), _at_share(baseline, baseline, metric, share), metric
+        )
 
     others = {name: finished(study, results, name) for name in study.variants if name != study.baseline}
     text = _table(study, others, {f"at {share:.0%} of the steps": column(share) for share in EARLY_SHARES})
@@ -177,12 +179,13 @@ def _difference(cells: Cells, others: Cells, metric: Metric) -> str:
     return f"{found.mean:+.{digits}f} {interval}, p = {found.p_value:.2g}"
 
 
-def _at_share(cells: Cells, metric: Metric, share: float) -> dict[int, Any]:
-    """Return cells whose main metric is that at a share of the steps, interpolated on its curve."""
+def _at_share(cells: Cells, baseline: Cells, metric: Metric, share: float) -> dict[int, Any]:
+    """Return cells whose main metric is that at a share of the baseline's steps, interpolated on their curves."""
     found = {}
     for seed, cell in cells.items():
-        curve, step = cell["curves"][metric.key], share * cell["steps"]
-        if curve["steps"] and curve["steps"][0] <= step:
+        curve = cell["curves"][metric.key]
+        step = share * baseline[seed]["steps"] if seed in baseline else math.inf
+        if curve["steps"] and curve["steps"][0] <= step <= curve["steps"][-1]:
             value = float(np.interp(step, curve["steps"], curve["values"]))
             found[seed] = {**cell, "metrics": {metric.key: value}}
     return found

@@ -2,8 +2,10 @@ import re
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from sdt_diffusion.experiments import report
+from sdt_diffusion.experiments.plot import MAX_LINES
 from sdt_diffusion.experiments.report import SECTION, draw_pictures, fill_page, provenance
 from sdt_diffusion.experiments.result_files import read_results, result_path, write_result
 from sdt_diffusion.experiments.study import read_study
@@ -92,6 +94,10 @@ class TestTable:
         assert "`python experiments/run.py experiments/small.yaml`" in said
         assert results["none", 0]["commit"] in said
 
+    def test_a_seed_of_which_nothing_has_run_is_one_word(self, study, tmp_path):
+        write_result(result_path(tmp_path, study.cells()[0]), record_of(study.cells()[0]))
+        assert "Not run: context-seed0, all of seed 1." in provenance(study, read_results(tmp_path, study))
+
     def test_a_file_of_no_cell_is_refused(self, study, tmp_path):
         write_results(tmp_path, study)
         (tmp_path / "small" / "other-seed0.json").write_text("{}")
@@ -117,6 +123,14 @@ def write_changed(folder, study, change):
     return read_results(folder, study)
 
 
+def test_many_variants_are_drawn_as_rows(tmp_path):
+    study = build_study(tmp_path, variants={f"v{i}": {} for i in range(MAX_LINES + 1)}, baseline="v0", seeds=[0])
+    write_results(tmp_path, study, v3=[1.0, 0.2])
+    (name,) = draw_pictures(tmp_path, study, read_results(tmp_path, study))
+    with Image.open(tmp_path / name) as picture:
+        assert picture.height > 120 * 0.25 * len(study.variants)
+
+
 class TestFurtherTables:
     def test_differences_on_the_way_are_interpolated_on_the_curves(self, study, tmp_path):
         def change(cell, record):
@@ -128,6 +142,16 @@ class TestFurtherTables:
         assert row["at 10% of the steps"] == ""  # which is before the first validation
         assert row["at 25% of the steps"].startswith("-0.18125 ")
         assert row["at 50% of the steps"].startswith("-0.08750 ")
+
+    def test_a_shorter_run_is_compared_at_the_steps_of_the_baseline(self, study, tmp_path):
+        def change(cell, record):
+            short = cell.variant == "context"
+            record["steps"] = 12 if short else 20
+            record["curves"]["held_out_loss"] = {"steps": [2, 8 if short else 20], "values": [1.0, 0.4]}
+
+        row = parsed(early_table(study, write_changed(tmp_path, study, change)))["context"]
+        assert row["at 25% of the steps"].startswith("-0.20000 ")  # 0.7 instead of 0.9 after 5 of 20 steps
+        assert "at 50% of the steps" not in row  # after its last validation
 
     def test_a_further_variant_can_be_compared_with(self, tmp_path):
         study = build_study(tmp_path, also_compare=["context"])

@@ -49,6 +49,8 @@ def candidates(side, batch_size, args):
     """Return, by name, a function that attends and the tensors that its gradients are needed for."""
     tensors, gates, alpha = build_inputs(side, batch_size, args)
     found = {BASELINE: (lambda: F.scaled_dot_product_attention(*tensors), tensors)}
+    plain = {"grid_size": (side, side), "variant": "none"}
+    found["none"] = (lambda: spatial_decay_attention(*tensors, None, None, **plain), tensors)
     names = args.backends or BY_DEVICE[torch.device(args.device).type]
     for backend in names:
         if side * side > MAX_DENSE_TOKENS and backend in ("dense", "reference"):

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from ..utils.arguments import exit_on_error, parse_arguments
@@ -66,10 +67,9 @@ def describe(study: Study, results: Results) -> str:
     records = [record for record in results.values() if record["failed"] is None]
     words = [f"{study.title}."]
     if records:
-        steps, images, seconds = (
-            _span(record[key] for record in records) for key in ("steps", "images_per_step", "seconds")
-        )
-        words.append(f"{steps} steps of {images} images; seeds {_listed(study.seeds)}; {seconds} seconds a cell.")
+        steps, images = (_span(record[key] for record in records) for key in ("steps", "images_per_step"))
+        seconds = median(record["seconds"] for record in records)  # one that was resumed counts from there on
+        words.append(f"{steps} steps of {images} images; seeds {_listed(study.seeds)}; {seconds:.0f} seconds a cell.")
     judged = [record["metrics"] for record in records if "fd" in record["metrics"]]
     if judged:
         words.append(_describe_judge(judged))

@@ -35,12 +35,21 @@ def blockwise_attention(
     """
     if query.device.type != "cpu":
         raise ValueError(f"The backend 'blockwise' computes on CPUs, not on {query.device.type}: choose another.")
-    half_decay, grid_size, needed = decay.half_decay(), decay.grid_size, None
+    if decay.prune_eps and query.shape[2] >= MIN_PRUNED_TOKENS:
+        return pruned_attention(query, key, value, decay, scale)
     with torch.autocast(query.device.type, enabled=False):  # the operands already have the dtypes they need
-        if decay.prune_eps and query.shape[2] >= MIN_PRUNED_TOKENS:
-            tensors = (x.detach() for x in (query, key, half_decay))
-            where = (coordinates_of(grid_size), tile_order(grid_size))
-            needed = needed_tiles(*tensors, *where, scale, decay.prune_eps, decay.clamp)
+        return _forward(query, key, value, decay.half_decay(), None, *decay.grid_size, decay.clamp, scale)[0]
+
+
+def pruned_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, decay: Decay, scale: float
+) -> torch.Tensor:
+    """Compute the attention without what `decay.prune_eps` allows to skip, on a grid of any size on a CPU."""
+    half_decay, grid_size = decay.half_decay(), decay.grid_size
+    with torch.autocast(query.device.type, enabled=False):
+        tensors = (x.detach() for x in (query, key, half_decay))
+        where = (coordinates_of(grid_size), tile_order(grid_size))
+        needed = needed_tiles(*tensors, *where, scale, decay.prune_eps, decay.clamp)
         return _forward(query, key, value, half_decay, needed, *grid_size, decay.clamp, scale)[0]
 
 

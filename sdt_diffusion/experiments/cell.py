@@ -24,6 +24,7 @@ from ..training.monitor import read_log
 from ..utils.arguments import merged, one_line, parse_arguments
 from ..utils.files import FolderLock, write_json
 from ..utils.reading import read_json
+from .locality import measure_gates, measure_pruning
 from .measures import TRAINED, curves, describe_extractor, final_values, judge_samples, seconds_per_step
 from .other_grids import measure_classifier, measure_generator
 from .result_files import describe_machine, write_result
@@ -121,6 +122,10 @@ def _measure(job: Job, folder: Path) -> dict[str, Any]:
         metrics["resolutions"] = measure_classifier(folder, config, evaluation, precision)
     elif evaluation.resolutions:
         metrics["resolutions"] = measure_generator(folder, config, evaluation, references, extractor, precision)
+    if evaluation.gate_images:
+        metrics["gates"] = measure_gates(folder, config, evaluation, precision)
+    if evaluation.prune_eps:
+        metrics["pruning"] = measure_pruning(folder, config, evaluation, precision)
     here = {"output_dir": None, "logging_dir": None}
     return {
         "metrics": metrics,

@@ -1,27 +1,23 @@
 """Measure a trained model on images of other resolutions, with the scaling of positions that suits it best there."""
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 
-from ..data.images import DataArguments, ImageArguments, load_images
+from ..data.images import DataArguments
 from ..data.splits import ImageSubset, ValidationDataArguments, load_splits
-from ..evaluation.fid import FidSamplingArguments
 from ..metrics.extractors import FeatureExtractor
 from ..metrics.extractors.transformers_models import load_classifier
 from ..metrics.features import FeatureSummary
-from ..sampling.settings import load_pipeline
 from ..sdt import SDTTransformer2DModel
 from ..sdt.grid_scaling import POSITION_SCALINGS, WITHOUT_DISTANCE
 from ..training.recipe import build_processor
 from ..training.train_classifier import evaluate_classifier
-from ..training.validation import held_out_order, hold_out
 from ..training.velocity_error import NUM_LEVELS, velocity_errors
+from .generators import as_they_are, held_out_images, open_generator, pick_arguments
 from .measures import judge_samples, rounded
 from .study import Evaluation
 
@@ -74,17 +70,15 @@ def measure_generator(
         ValueError: If the pipeline generates latents, or the images cannot be used.
     """
     accelerator = Accelerator(mixed_precision=precision)
-    pipe = load_pipeline(FidSamplingArguments(model=str(folder)), accelerator.device)
-    if pipe.vae is not None:
-        raise ValueError("evaluation: resolutions are measured of models of pixels, and this one has a VAE.")
-    scalings = scalings_of(pipe.transformer.eval().config)
+    pipe = open_generator(folder, accelerator.device)
+    scalings = scalings_of(pipe.transformer.config)
     found = {}
     for side in evaluation.resolutions:
-        images = _held_out(config, side)
+        images = held_out_images(config, side)
 
         def error(scaling: Scaling, num_images: int, num_levels: int, images: ImageSubset = images) -> float:
             pipe.transformer.set_grid_scaling(**scaling)
-            measured = (pipe.scheduler, _same, images, num_images, num_levels)
+            measured = (pipe.scheduler, as_they_are, images, num_images, num_levels)
             return velocity_errors(pipe.transformer, *measured, accelerator).mean().item()
 
         few = min(evaluation.scaling_images, len(images))
@@ -121,7 +115,9 @@ def measure_classifier(
     network = next((each for each in model.eval().modules() if isinstance(each, SDTTransformer2DModel)), None)
     scalings: list[Scaling] = [{}] if network is None else scalings_of(network.config)
     _, _, images = load_splits(
-        _pick(DataArguments, config), _pick(ValidationDataArguments, config), trained.crop_size["height"]
+        pick_arguments(DataArguments, config),
+        pick_arguments(ValidationDataArguments, config),
+        trained.crop_size["height"],
     )
     step = max(1, len(images) // evaluation.scaling_images)
     some = ImageSubset(images, range(0, len(images), step)[: evaluation.scaling_images])
@@ -146,25 +142,3 @@ def _best(scalings: Sequence[Scaling], losses: Sequence[float]) -> tuple[Scaling
     best = scalings[losses.index(min(losses))]
     by_scaling = {describe_scaling(each): rounded(loss) for each, loss in zip(scalings, losses, strict=True)}
     return best, {"scaling": describe_scaling(best), "held_out_loss_by_scaling": by_scaling}
-
-
-def _same(batch: torch.Tensor, draws: Any) -> torch.Tensor:
-    """Return pixels, which need no decoding."""
-    return batch
-
-
-def _held_out(config: Mapping[str, Any], side: int) -> ImageSubset:
-    """Return the held-out images of a run of train_dit at another resolution."""
-    count, other = config["held_out_images"], config["held_out_dataset"]
-    arguments = _pick(ImageArguments, {**config, "resolution": side, "dataset": other or config["dataset"]})
-    images = load_images(arguments, side)
-    if other is not None:
-        return ImageSubset(images, sorted(held_out_order(len(images))[:count]))
-    held_out = hold_out(images, count)[1]
-    assert held_out is not None  # a study of train_dit has held-out images
-    return held_out
-
-
-def _pick(kind: Callable[..., Any], config: Mapping[str, Any]) -> Any:
-    """Return the arguments of one kind out of all of a run."""
-    return kind(**{each.name: config[each.name] for each in fields(kind) if each.name in config})  # type: ignore

@@ -129,6 +129,41 @@ def plot_gates(cells: Cells, variant: str, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def plot_reach(cells: Cells, variant: str, path: Path) -> None:
+    """Draw the distance at which each head's attention is halved, over noise levels and by class.
+
+    Args:
+        cells: Seed -> results, of a variant whose gates are described; means over seeds are drawn.
+        variant: Its name.
+        path: PNG to write.
+    """
+    from matplotlib.colors import LogNorm
+
+    measured = [cell["metrics"]["gates"] for cell in cells.values()]
+    panels = {"noise level": "by_noise", "class": "by_class"}
+    tables = {}
+    for words, key in panels.items():
+        columns = list(measured[0][key])
+        rates = np.mean([[gates[key][column] for column in columns] for gates in measured], axis=0)  # (c, blocks, h)
+        reach = np.log(2) / np.maximum(rates, LEAST_RATE)
+        tables[words] = (columns, reach.reshape(len(columns), -1).T)  # (blocks * heads, columns)
+    blocks, heads = np.shape(next(iter(measured[0]["by_noise"].values())))
+    values = np.concatenate([table for _, table in tables.values()], axis=1)
+    scale = LogNorm(values.min(), max(values.max(), values.min() * 1.01))
+    figure = new_figure(11, 1.6 + 0.24 * blocks * heads)
+    axes = figure.subplots(1, 2, sharey=True)
+    for panel, (words, (columns, table)) in zip(axes, tables.items(), strict=True):
+        image = panel.imshow(table, norm=scale, cmap="magma", aspect="auto")
+        panel.set_xticks(range(len(columns)), columns, rotation=45, ha="right", fontsize="small")
+        panel.set_title(f"{variant}, by {words}", fontsize="medium")
+        for block in range(1, blocks):
+            panel.axhline(block * heads - 0.5, color="white", linewidth=1)
+    names = [f"block {block}, head {head}" for block in range(blocks) for head in range(heads)]
+    axes[0].set_yticks(range(len(names)), names, fontsize="small")
+    figure.colorbar(image, ax=axes, label="patches that halve attention")
+    figure.savefig(path, dpi=120)
+
+
 def _curves(cells: Cells, metric: Metric) -> Curves:
     """Return the curve of the metric of each seed."""
     curves = {seed: cell["curves"][metric.key] for seed, cell in cells.items()}

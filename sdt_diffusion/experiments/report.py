@@ -3,7 +3,7 @@
     python experiments/report.py
 
 What stands in a page of docs/ between `<!-- results: STUDY -->` and `<!-- end of results -->` is replaced by the
-results of experiments/STUDY.yaml.
+results of experiments/STUDY.yaml; after `<!-- on the way: STUDY -->`, by the losses that a run of it shows on the way.
 """
 
 import re
@@ -18,12 +18,24 @@ from typing import Any
 from ..utils.arguments import exit_on_error, parse_arguments
 from ..utils.files import write_atomically
 from ..utils.ranges import CheckedArguments
-from .plot import plot_gates, plot_study
+from .plot import plot_gates, plot_reach, plot_study
 from .result_files import read_results
 from .study import Study, read_study
-from .tables import MAIN_METRICS, Results, early_table, finished, gates_table, grid_tables, table
+from .tables import (
+    MAIN_METRICS,
+    Results,
+    early_table,
+    finished,
+    gates_table,
+    grid_tables,
+    pruning_table,
+    table,
+    way_table,
+)
 
-SECTION = re.compile(r"(<!-- results: (?P<study>[\w-]+) -->\n).*?(<!-- end of results -->)", re.S)
+SECTION = re.compile(
+    r"(?P<start><!-- (?P<kind>results|on the way): (?P<study>[\w-]+) -->\n).*?(?P<end><!-- end of results -->)", re.S
+)
 
 
 @dataclass
@@ -52,12 +64,16 @@ def fill_page(text: str, studies_dir: Path, results_dir: Path, draw: Callable[[S
     def section(match: re.Match) -> str:
         study = read_study(studies_dir / f"{match['study']}.yaml")
         results = read_results(results_dir, study)
+        if match["kind"] == "on the way":
+            return "\n\n".join([match["start"].rstrip("\n"), *on_the_way(study, results), match["end"]])
         parts = [describe(study, results)]
         if any(record["failed"] is None for record in results.values()):
-            tables = (early_table(study, results), *grid_tables(study, results), gates_table(study, results))
-            parts += [table(study, results), *filter(None, tables)]
+            parts += [table(study, results), early_table(study, results), *grid_tables(study, results)]
+            parts += [gates_table(study, results), pruning_table(study, results)]
             parts += [f"![{study.title}]({path})" for path in draw(study, results)]
-        return "\n\n".join([match[1].rstrip("\n"), *parts, provenance(study, results), match[3]])
+        return "\n\n".join(
+            [match["start"].rstrip("\n"), *filter(None, parts), provenance(study, results), match["end"]]
+        )
 
     return SECTION.sub(section, text)
 
@@ -92,10 +108,20 @@ def _describe_judge(judged: Sequence[Mapping[str, Any]]) -> str:
     return f"FD by {of} (weights {extractor['weights']}), {judged[0]['samples']:,} samples ({' or '.join(samplers)})."
 
 
+def on_the_way(study: Study, results: Results) -> list[str]:
+    """Return the command that trains one variant, and the table of what its run shows."""
+    command = f"{_command(study)} --seeds {study.seeds[0]} --variants {study.baseline} --keep_pipelines"
+    return [f"`{command}`", way_table(study, results) or "Not run yet."]
+
+
+def _command(study: Study) -> str:
+    folders = "".join(f" --{name} {name.upper()}" for name in study.placeholders)
+    return f"python experiments/run.py experiments/{study.name}.yaml{folders}"
+
+
 def provenance(study: Study, results: Results) -> str:
     """Return the command, the cells that failed or have not run, and what made the results."""
-    folders = "".join(f" --{name} {name.upper()}" for name in study.placeholders)
-    lines = [f"`python experiments/run.py experiments/{study.name}.yaml{folders}`"]
+    lines = [f"`{_command(study)}`"]
     failed = {cell.name: results[cell.variant, cell.seed]["failed"] for cell in study.cells() if _ran(results, cell)}
     lines += [f"Failed: {name}: {reason}" for name, reason in failed.items() if reason is not None]
     missing = _missing(study, results)
@@ -139,21 +165,33 @@ def _listed(values: Sequence[Any]) -> str:
 def draw_pictures(pages_dir: Path, study: Study, results: Results) -> list[str]:
     """Draw the pictures of a study, and return their paths relative to the pages."""
     records = {variant: finished(study, results, variant) for variant in study.variants}
-    gates = [variant for variant, cells in records.items() if any(map(has_gates, cells.values()))]
     (pages_dir / "images").mkdir(parents=True, exist_ok=True)
-    names = [f"images/results_{study.name}.png"]
     metric = MAIN_METRICS[study.trainer]
-    write_atomically(pages_dir / names[0], lambda path: plot_study(records, study.baseline, metric, path))
-    if gates:
-        shown = study.baseline if study.baseline in gates else gates[0]
-        names.append(f"images/results_{study.name}_gates.png")
-        write_atomically(pages_dir / names[1], lambda path: plot_gates(records[shown], shown, path))
-    return names
+    draw = {"": lambda path: plot_study(records, study.baseline, metric, path)}
+    for ending, has, plot in (("_gates", has_gates, plot_gates), ("_reach", has_reach, plot_reach)):
+        variant = _shown(study, [variant for variant, cells in records.items() if any(map(has, cells.values()))])
+        if variant is not None:
+            draw[ending] = partial(plot, records[variant], variant)
+    names = {f"images/results_{study.name}{ending}.png": write for ending, write in draw.items()}
+    for name, write in names.items():
+        write_atomically(pages_dir / name, write)
+    return list(names)
+
+
+def _shown(study: Study, variants: Sequence[str]) -> str | None:
+    """Return the variant whose gates are drawn: the baseline, or the first learned one."""
+    learned = [variant for variant in variants if study.variants[variant].get("spatial_decay") != "fixed"]
+    return next((each for each in (study.baseline, *learned, *variants) if each in variants), None)
 
 
 def has_gates(record: Mapping[str, Any]) -> bool:
-    """Return whether the results of a cell describe gates."""
+    """Return whether the results of a cell describe gates over steps."""
     return any(key.startswith("gate_rate/") for key in record["curves"])
+
+
+def has_reach(record: Mapping[str, Any]) -> bool:
+    """Return whether the results of a cell describe gates by noise level and class."""
+    return bool(record["metrics"].get("gates"))
 
 
 @exit_on_error()

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from ..attention.dispatch import MAX_PRUNE_EPS
 from ..data.decoding import RESOLUTIONS
 from ..training import train_classifier, train_dit
 from ..utils.arguments import JSON_FIELD_ENDING, parse_arguments
@@ -40,6 +41,9 @@ class Evaluation(CheckedArguments):
         batch_size: Samples, or images of a classifier, at a time.
         resolutions: Sides of images, in pixels, other than the trained one to measure the model on too.
         scaling_images: Images that choose the scaling of positions and distances there; see `other_grids`.
+        gate_images: Held-out images on which the gates are described at the end; see `locality`.
+        prune_eps: Shares of each query's softmax that attention may skip, to measure what pruning saves.
+        pruning_images: Held-out images that it is measured on.
     """
 
     reference: str | None = None
@@ -49,6 +53,9 @@ class Evaluation(CheckedArguments):
     batch_size: int = field(default=64, metadata=between(1, 10_000))
     resolutions: list[int] = field(default_factory=list, metadata=RESOLUTIONS)
     scaling_images: int = field(default=128, metadata=between(1, 1_000_000))
+    gate_images: int = field(default=0, metadata=between(0, 1_000_000))
+    prune_eps: list[float] = field(default_factory=list, metadata=between(0, MAX_PRUNE_EPS, with_least=False))
+    pruning_images: int = field(default=64, metadata=between(1, 1_000_000))
 
 
 #: Keys of an evaluation that a classifier's study may have.

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -119,16 +119,65 @@ def gates_table(study: Study, results: Results) -> str:
     return f"The gates; means over blocks and seeds, distances in patches:\n\n{text}"
 
 
-def _table(study: Study, rows: Mapping[str, Cells], columns: Mapping[str, Callable[[Cells], str]]) -> str:
+def way_table(study: Study, results: Results) -> str:
+    """Return a table of what the log of the first seed's run shows on the way, beside what it ends with."""
+    metric, seed = MAIN_METRICS[study.trainer], study.seeds[0]
+    cells = {variant: finished(study, results, variant).get(seed) for variant in study.variants}
+    runs = {variant: {seed: cell} for variant, cell in cells.items() if cell is not None}
+    if not runs:
+        return ""
+    last = max(cell["steps"] for found in runs.values() for cell in found.values())
+    steps = [round(share * last) for share in (*EARLY_SHARES, 0.75, 1)]
+
+    def at(step: int) -> Callable[[Cells], str]:
+        return lambda cells: _mean(_at_step(cells, metric, step), metric.key, metric.digits, metric.is_share)
+
+    columns = {f"step {step:,}": at(step) for step in steps} | _OF_SAMPLES
+    rows = [[variant, *(column(found) for column in columns.values())] for variant, found in runs.items()]
+    return _markdown([f"{metric.words}, seed {seed}", *columns], rows)
+
+
+def pruning_table(study: Study, results: Results) -> str:
+    """Return a table of what skipping parts of attention costs and saves; empty if no cell was pruned."""
+    rows = {}
+    for variant in study.variants:
+        cells = finished(study, results, variant)
+        for eps in dict.fromkeys(eps for cell in cells.values() for eps in cell["metrics"].get("pruning", {})):
+            pruned = {seed: {**cell, "metrics": cell["metrics"]["pruning"][eps]} for seed, cell in cells.items()}
+            rows[f"{variant}, {float(eps):g}"] = pruned
+    if not rows:
+        return ""
+    text = _table(
+        study,
+        rows,
+        {
+            "held-out error": lambda cells: _mean(cells, "held_out_loss", 5),
+            "tiles that are computed": lambda cells: _mean(cells, "density", 1, percent=True),
+            "time of the network": lambda cells: _mean(cells, "relative_time", 2),
+        },
+        "variant, share that may be skipped",
+    )
+    return (
+        f"Trained networks that skip parts of their attention, on {study.evaluation.pruning_images} images:\n\n{text}"
+    )
+
+
+def _table(
+    study: Study, rows: Mapping[str, Cells], columns: Mapping[str, Callable[[Cells], str]], first: str = "variant"
+) -> str:
     """Return a table in Markdown, without columns that are empty."""
     lines = []
     for variant, cells in rows.items():
         name = f"{variant} (baseline)" if variant == study.baseline else variant
         count = "" if len(cells) == len(study.seeds) else f", {len(cells)} of {len(study.seeds)} seeds"
         lines.append([name + count, *(column(cells) if cells else "" for column in columns.values())])
-    header = ["variant", *columns]
-    shown = [number for number in range(len(header)) if number < 2 or any(line[number] for line in lines)]
-    everything = [header, ["---"] * len(header), *lines]
+    return _markdown([first, *columns], lines)
+
+
+def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table in Markdown, without columns that are empty from the third one on."""
+    shown = [number for number in range(len(header)) if number < 2 or any(row[number] for row in rows)]
+    everything = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(line[number] for number in shown)} |" for line in everything)
 
 
@@ -179,16 +228,25 @@ def _difference(cells: Cells, others: Cells, metric: Metric) -> str:
     return f"{found.mean:+.{digits}f} {interval}, p = {found.p_value:.2g}"
 
 
-def _at_share(cells: Cells, baseline: Cells, metric: Metric, share: float) -> dict[int, Any]:
-    """Return cells whose main metric is that at a share of the baseline's steps, interpolated on their curves."""
+def _at_step(cells: Cells, metric: Metric, step: float) -> dict[int, Any]:
+    """Return cells whose main metric is that at a step, interpolated on their curves, where they reach to it."""
     found = {}
     for seed, cell in cells.items():
         curve = cell["curves"][metric.key]
-        step = share * baseline[seed]["steps"] if seed in baseline else math.inf
         if curve["steps"] and curve["steps"][0] <= step <= curve["steps"][-1]:
             value = float(np.interp(step, curve["steps"], curve["values"]))
             found[seed] = {**cell, "metrics": {metric.key: value}}
     return found
+
+
+def _at_share(cells: Cells, baseline: Cells, metric: Metric, share: float) -> dict[int, Any]:
+    """Return cells whose main metric is that at a share of the baseline's steps of the same seed."""
+    return {
+        seed: at_step
+        for seed, cell in cells.items()
+        if seed in baseline
+        for at_step in _at_step({seed: cell}, metric, share * baseline[seed]["steps"]).values()
+    }
 
 
 def _steps_to_baseline(cells: Cells, baseline: Cells, metric: Metric) -> str:

@@ -1,6 +1,10 @@
 """What the gates of the decay do on held-out images: how fast attention decays, and how strongly they are moved."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
+from torch import nn
 from torch.utils.data import DataLoader, Subset
 
 from ..blocks import SDTAttention
@@ -10,6 +14,28 @@ from .velocity_error import BATCH_SIZE, VelocityError, noise_levels, noise_of, p
 
 #: Noise levels below and above which images count as of low and of high noise.
 LOW_NOISE, HIGH_NOISE = 1 / 3, 2 / 3
+
+
+def gates_of(model: nn.Module) -> dict[int, nn.Module]:
+    """Return the gates of a model, by number of their block."""
+    attentions = [module for module in model.modules() if isinstance(module, SDTAttention)]
+    return {block: attention.gate for block, attention in enumerate(attentions) if attention.gate is not None}
+
+
+@contextmanager
+def recorded_rates(model: nn.Module) -> Iterator[dict[int, torch.Tensor]]:
+    """Record the rates of the decay, -alpha G, while batches go through a model.
+
+    Yields:
+        Block -> rates of the last batch, shape (batch or 1, heads, patches or 1).
+    """
+    rates: dict[int, torch.Tensor] = {}
+    hooks = [gate.register_forward_hook(_recorder(rates, block)) for block, gate in gates_of(model).items()]
+    try:
+        yield rates
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 class GateStatistics:
@@ -34,22 +60,18 @@ class GateStatistics:
             of little and of much noise; `gate_gradient/B.NAME`, the norm of a parameter's gradient. Nothing for a
             model without gates.
         """
-        attentions = [module for module in run.trained_model.modules() if isinstance(module, SDTAttention)]
-        gates = {block: attention.gate for block, attention in enumerate(attentions) if attention.gate is not None}
+        gates = gates_of(run.trained_model)
         if not gates:
             return {}
         parameters = [parameter for gate in gates.values() for parameter in gate.parameters()]
         frozen = [parameter for parameter in parameters if not parameter.requires_grad]  # those of an average are
-        rates: dict[int, torch.Tensor] = {}
-        hooks = [gate.register_forward_hook(_recorder(rates, block)) for block, gate in gates.items()]
         try:
             for parameter in frozen:
                 parameter.requires_grad_(True)
-            error, sigma = self._error(run)
+            with recorded_rates(run.trained_model) as rates:
+                error, sigma = self._error(run)
             gradients = _gradient_norms(error, gates)
         finally:
-            for hook in hooks:
-                hook.remove()
             for parameter in frozen:
                 parameter.requires_grad_(False)
         values: dict[str, float] = {}

@@ -75,7 +75,8 @@ def trainer(monkeypatch):
 
 class TestRunCell:
     def test_it_trains_measures_and_leaves_a_small_file_and_the_pipeline(self, tmp_path, trainer):
-        cell = build_study(tmp_path, evaluation={**STUDY["evaluation"], "resolutions": [12]}).cells()[1]
+        more = {"resolutions": [12], "gate_images": 6, "prune_eps": [0.01], "pruning_images": 4}
+        cell = build_study(tmp_path, evaluation={**STUDY["evaluation"], **more}).cells()[1]
         job = job_of(cell, tmp_path, keep="kept", references=references_of(cell, tmp_path))
         real = cell_module.TRAINERS["train_dit"].main
 
@@ -105,6 +106,8 @@ class TestRunCell:
         assert len(wider["held_out_loss_by_scaling"]) == 6  # three of positions, two of distances
         assert wider["held_out_loss"] > 0
         assert wider["fd"] != record["metrics"]["fd"]
+        assert len(record["metrics"]["gates"]["by_noise"]) == 10
+        assert list(record["metrics"]["pruning"]) == ["0.0", "0.01"]
         assert record["all_arguments"]["spatial_decay"] == "context"
         assert record["parameters"] > 10_000
         assert Path(job.output).stat().st_size < 20_000

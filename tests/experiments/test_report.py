@@ -9,7 +9,7 @@ from sdt_diffusion.experiments.plot import MAX_LINES
 from sdt_diffusion.experiments.report import SECTION, draw_pictures, fill_page, provenance
 from sdt_diffusion.experiments.result_files import read_results, result_path, write_result
 from sdt_diffusion.experiments.study import read_study
-from sdt_diffusion.experiments.tables import early_table, gates_table, grid_tables, table
+from sdt_diffusion.experiments.tables import early_table, gates_table, grid_tables, pruning_table, table
 from tests.experiments.studies import build_study, record_of, write_results, write_study
 
 ROOT = Path(__file__).parents[2]
@@ -19,9 +19,12 @@ EMPTY = "# Page\n\n<!-- results: small -->\n<!-- end of results -->\n\nMore.\n"
 
 
 def pictures(study, results):
-    described = any("gate_rate/0.0" in record.get("curves", {}) for record in results.values())
-    names = [study.name, f"{study.name}_gates"] if described else [study.name]
-    return [f"images/results_{name}.png" for name in names]
+    described = {
+        "": True,
+        "_gates": any("gate_rate/0.0" in record.get("curves", {}) for record in results.values()),
+        "_reach": any(record.get("metrics", {}).get("gates") for record in results.values()),
+    }
+    return [f"images/results_{study.name}{ending}.png" for ending, drawn in described.items() if drawn]
 
 
 class TestCommittedPages:
@@ -209,10 +212,44 @@ class TestFurtherTables:
         assert len(draw_pictures(tmp_path, study, results)) == 2
         assert (tmp_path / "images" / "results_small_gates.png").stat().st_size > 10_000
 
-    def test_without_gates_or_other_resolutions_there_are_no_such_tables(self, study, tmp_path):
+    def test_gates_at_the_end_are_drawn_by_noise_level_and_class(self, study, tmp_path):
+        def change(cell, record):
+            if cell.variant == "context":
+                rates = [[0.1, 0.2], [0.4, 0.0]]  # of two blocks with two heads
+                record["metrics"]["gates"] = {"by_noise": {"0.05": rates, "0.95": rates}, "by_class": {"3": rates}}
+
+        pictures = draw_pictures(tmp_path, study, write_changed(tmp_path, study, change))
+        assert pictures == ["images/results_small.png", "images/results_small_reach.png"]
+        assert (tmp_path / pictures[1]).stat().st_size > 10_000
+
+    def test_pruning_is_shown_with_what_it_costs_and_saves(self, study, tmp_path):
+        def change(cell, record):
+            if cell.variant == "context":
+                plain = {"held_out_loss": 0.5, "density": 1.0, "relative_time": 1.0}
+                pruned = {"held_out_loss": 0.51, "density": 0.4, "relative_time": 0.7}
+                record["metrics"]["pruning"] = {"0.0": plain, "0.001": pruned}
+
+        rows = parsed(pruning_table(study, write_changed(tmp_path, study, change)))
+        assert list(rows) == ["context, 0", "context, 0.001"]
+        assert rows["context, 0.001"] == {
+            "held-out error": "0.51000 ± 0.00000",
+            "tiles that are computed": "40.0 ± 0.0%",
+            "time of the network": "0.70 ± 0.00",
+        }
+
+    def test_the_first_seeds_run_is_shown_on_the_way(self, study, tmp_path):
+        write_results(tmp_path, study, none=[1.0, 0.5], context=[0.9, 0.4])  # at steps 10 and 20 of 20
+        text = fill_page(EMPTY.replace("results: small", "on the way: small"), tmp_path, tmp_path, pictures)
+        assert "--seeds 0 --variants none --keep_pipelines`" in text
+        row = parsed(text)["context"]
+        assert (row["step 10"], row["step 15"], row["step 20"]) == ("0.9000", "0.6500", "0.4000")
+        assert row["step 2"] == ""  # no validation yet
+        assert row["FD"] == "3.00"
+
+    def test_without_gates_pruning_or_other_resolutions_there_are_no_such_tables(self, study, tmp_path):
         write_results(tmp_path, study)
         results = read_results(tmp_path, study)
-        assert gates_table(study, results) == ""
+        assert gates_table(study, results) == pruning_table(study, results) == ""
         assert grid_tables(study, results) == []
 
 

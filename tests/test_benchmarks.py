@@ -28,7 +28,7 @@ def test_attention_is_measured_and_drawn(run, tmp_path, capsys):
     run("attention.py", *sizes, "--rounds", 1, "--backends", "blockwise", "dense", "--output", output)
     results = json.loads(output.read_text())
     rows = [(row[""], row["attention"]) for row in results["rows"]]
-    names = ("sdpa, no decay", "blockwise", "dense")
+    names = ("sdpa, no decay", "none", "blockwise", "dense")
     assert rows == [(mode, name) for mode in ("forward", "training") for name in names]
     assert [row["ratio"] for row in results["rows"] if row["attention"] == names[0]] == ["1.000", "1.000"]
     assert "| 16 | 1 | training | dense |" in capsys.readouterr().out

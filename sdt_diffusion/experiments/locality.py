@@ -17,15 +17,13 @@ from ..attention.pruning import tile_densities
 from ..attention_processor import SDTAttnProcessor, set_decay_backend
 from ..blocks import SDTAttention
 from ..training.gate_statistics import gates_of, recorded_rates
-from ..training.velocity_error import noise_of, predicted_velocity, velocity_errors
+from ..training.velocity_error import BATCH_SIZE, noise_of, predicted_velocity, velocity_errors
 from .generators import as_they_are, held_out_images, open_generator
 from .measures import rounded
 from .study import Evaluation
 
 #: Noise levels at which gates are described.
 NOISE_LEVELS = tuple((number + 0.5) / 10 for number in range(10))
-#: Images at a time.
-BATCH_SIZE = 64
 #: How often each pruned network is timed, in turns with the others.
 ROUNDS = 3
 

@@ -160,7 +160,8 @@ def plot_reach(cells: Cells, variant: str, path: Path) -> None:
             panel.axhline(block * heads - 0.5, color="white", linewidth=1)
     names = [f"block {block}, head {head}" for block in range(blocks) for head in range(heads)]
     axes[0].set_yticks(range(len(names)), names, fontsize="small")
-    figure.colorbar(image, ax=axes, label="patches that halve attention")
+    bar = figure.colorbar(image, ax=axes, label="patches that halve attention", format="{x:g}")
+    bar.ax.yaxis.set_minor_formatter("{x:g}")
     figure.savefig(path, dpi=120)
 
 

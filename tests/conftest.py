@@ -11,21 +11,11 @@ if not torch.cuda.is_available():
 import diffusers
 import pytest
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from hypothesis import register_random, settings
+from hypothesis import settings
 
 from sdt_diffusion import SDTPipeline, SDTTransformer2DModel
 
-
-class TorchRandom:
-    """torch's generator in the form in which hypothesis seeds generators, so that a failing example fails again."""
-
-    seed = staticmethod(torch.manual_seed)
-    getstate = staticmethod(torch.get_rng_state)
-    setstate = staticmethod(torch.set_rng_state)
-
-
-register_random(TorchRandom)
-settings.register_profile("default", deadline=None, max_examples=25, derandomize="CI" in os.environ)
+settings.register_profile("default", deadline=None, max_examples=25)
 settings.load_profile("default")
 torch.set_num_threads(1)  # pytest-xdist runs a process per core
 

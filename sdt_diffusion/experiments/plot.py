@@ -94,6 +94,7 @@ def _plot_rows(records: Mapping[str, Cells], baseline: str, metric: Metric, path
                 if variant == baseline:
                     panel.axvline(np.mean(values), color=color, linewidth=0.8)
         panel.set_title(words, fontsize="medium")
+        panel.locator_params(axis="x", nbins=5)  # more labels overlap
         panel.grid(alpha=0.3)
     panels[0].set_yticks(list(rows.values()), list(rows), fontsize="small")
     figure.savefig(path, dpi=120)
@@ -138,6 +139,7 @@ def plot_reach(cells: Cells, variant: str, path: Path) -> None:
         path: PNG to write.
     """
     from matplotlib.colors import LogNorm
+    from matplotlib.ticker import LogLocator
 
     measured = [cell["metrics"]["gates"] for cell in cells.values()]
     panels = {"noise level": "by_noise", "class": "by_class"}
@@ -160,8 +162,9 @@ def plot_reach(cells: Cells, variant: str, path: Path) -> None:
             panel.axhline(block * heads - 0.5, color="white", linewidth=1)
     names = [f"block {block}, head {head}" for block in range(blocks) for head in range(heads)]
     axes[0].set_yticks(range(len(names)), names, fontsize="small")
-    bar = figure.colorbar(image, ax=axes, label="patches that halve attention", format="{x:g}")
-    bar.ax.yaxis.set_minor_formatter("{x:g}")
+    bar = figure.colorbar(image, ax=axes, format="{x:g}", ticks=LogLocator(subs=(1, 2, 5)))
+    bar.minorticks_off()
+    bar.set_label("patches that halve attention", fontsize="small")
     figure.savefig(path, dpi=120)
 
 

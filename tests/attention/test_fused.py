@@ -257,7 +257,7 @@ def test_query_key_and_value_of_other_shapes_or_dtypes_are_refused():
             fused(query, *others, Decay(gate, alpha, (3, 3)), 0.2)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asserts what a machine without a GPU says")
 def test_without_a_gpu_it_is_refused_by_name(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueError, match="The backend 'triton' needs a GPU"):

@@ -1,13 +1,15 @@
 """The pictures of a study: curves with bands over seeds, differences to the baseline, and gates over steps."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..plots import new_figure
-from .tables import Cells, Metric
+from .tables import FD, Cells, Metric
 
 #: Part of the steps whose losses, which would flatten the rest, do not set the scale.
 EARLY = 0.2
@@ -17,15 +19,34 @@ MAX_LINES = 12
 #: Least rate of a decay that is drawn.
 LEAST_RATE = 1e-4
 
+#: Most panels side by side.
+MAX_COLUMNS = 4
+
 #: Seed -> places and values.
 Curves = Mapping[int, tuple[np.ndarray, np.ndarray]]
+
+
+class Panel(NamedTuple):
+    """One panel of the picture of a study.
+
+    Attributes:
+        title: What is drawn.
+        x: What it is drawn over.
+        curves_of: Makes the curves of a variant.
+        paired: Whether differences to the baseline of the same seed are drawn.
+    """
+
+    title: str
+    x: str
+    curves_of: Callable[[Cells], Curves]
+    paired: bool = True
 
 
 def plot_study(records: Mapping[str, Cells], baseline: str, metric: Metric, path: Path) -> None:
     """Draw what a study compares over steps, the paired difference to the baseline, and what else is known of it.
 
-    That is the difference by noise level, and the metric by resolution. Lines are means over seeds, bands reach from
-    the least to the largest seed. Of many variants, the last values are drawn as rows.
+    That is the difference by noise level, and the metric and FD by resolution. Lines are means over seeds, bands reach
+    from the least to the largest seed. Of many variants, the last values are drawn as rows.
 
     Args:
         records: Variant -> seed -> results.
@@ -41,34 +62,35 @@ def plot_study(records: Mapping[str, Cells], baseline: str, metric: Metric, path
     palette = colormaps["tab20" if len(records) > 10 else "tab10"]
     colors = {variant: palette(number % palette.N) for number, variant in enumerate(records)}
     measured = {key for cells in shown.values() for cell in cells.values() for key in cell["metrics"]}
-    kinds = [("difference to the baseline", "step", lambda cells: _curves(cells, metric))]
+    difference = "difference to the baseline"
+    panels = [
+        Panel(metric.words, "step", lambda cells: _curves(cells, metric), paired=False),
+        Panel(difference, "step", lambda cells: _curves(cells, metric)),
+    ]
     if "velocity_error_by_noise_level" in measured:
-        kinds.append(("difference by noise level, at the end", "noise level", _by_noise))
-    by_resolution = "resolutions" in measured
-    if by_resolution:
-        kinds.append(("difference by resolution", "pixels", lambda cells: _by_resolution(cells, metric)))
-    figure = new_figure(4.5 * (1 + len(kinds) + by_resolution), 4.5)
-    first, *panels = figure.subplots(1, 1 + len(kinds) + by_resolution)
+        panels.append(Panel(f"{difference}, by noise level", "noise level", _by_noise))
+    if "resolutions" in measured:
+        for of in (metric, FD) if FD.key in measured else (metric,):
+            at_sides = partial(_by_resolution, metric=of)
+            panels.append(Panel(f"{of.words} by resolution", "pixels", at_sides, paired=False))
+            panels.append(Panel(f"{of.words}, {difference}", "pixels", at_sides))
+    rows = math.ceil(len(panels) / MAX_COLUMNS)
+    columns = math.ceil(len(panels) / rows)
+    figure = new_figure(4.5 * columns, 4.5 * rows)
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     late: list[float] = []
     for variant, cells in shown.items():
-        style = {"color": colors[variant], "label": variant}
-        curves = _curves(cells, metric)
-        for steps, values in curves.values():
+        for steps, values in _curves(cells, metric).values():
             late += values[steps > EARLY * steps[-1]].tolist()
-        _draw(first, curves, **style)
-        for panel, (_, x, curves_of) in zip(panels, kinds, strict=False):
-            if variant == baseline:
-                panel.axhline(0, **style)
-            else:
-                marker = {} if x == "step" else {"marker": "o", "markersize": 3}
-                _draw(panel, _differences(curves_of(cells), curves_of(records[baseline])), **marker, **style)
-        if by_resolution:
-            _draw(panels[-1], _by_resolution(cells, metric), marker="o", markersize=3, **style)
-    titles = [(metric.words, "step"), *((title, x) for title, x, _ in kinds), ("the same by resolution", "pixels")]
-    for panel, (title, x) in zip((first, *panels), titles, strict=False):
-        panel.set_title(title, fontsize="medium")
-        panel.set_xlabel(x)
-        panel.grid(alpha=0.3)
+        for axis, panel in zip(axes, panels, strict=False):
+            _draw_variant(axis, panel, cells, records[baseline], color=colors[variant], label=variant)
+    for axis, panel in zip(axes, panels, strict=False):
+        axis.set_title(panel.title, fontsize="medium")
+        axis.set_xlabel(panel.x)
+        axis.grid(alpha=0.3)
+    for axis in axes[len(panels) :]:
+        axis.remove()
+    first = axes[0]
     if late:
         low, high = min(late), max(late)
         first.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
@@ -77,10 +99,20 @@ def plot_study(records: Mapping[str, Cells], baseline: str, metric: Metric, path
     figure.savefig(path, dpi=120)
 
 
+def _draw_variant(axis: Any, panel: Panel, cells: Cells, base: Cells, **style: Any) -> None:
+    """Draw one variant into a panel; the baseline is the zero line of differences."""
+    if panel.paired and cells is base:
+        axis.axhline(0, **style)
+        return
+    curves = panel.curves_of(cells)
+    marker = {} if panel.x == "step" else {"marker": "o", "markersize": 3}
+    _draw(axis, _differences(curves, panel.curves_of(base)) if panel.paired else curves, **marker, **style)
+
+
 def _plot_rows(records: Mapping[str, Cells], baseline: str, metric: Metric, path: Path) -> None:
     """Draw the last values of all variants, a row for each: a dot for each seed, a bar for their mean."""
     measured = {key for cells in records.values() for cell in cells.values() for key in cell["metrics"]}
-    shown = [(metric.key, metric.words), *([("fd", "FD")] if "fd" in measured else [])]
+    shown = [(metric.key, metric.words), *([(FD.key, FD.words)] if FD.key in measured else [])]
     rows = {variant: number for number, variant in enumerate(reversed(list(records)))}
     figure = new_figure(5 * len(shown), 1 + 0.25 * len(rows))
     panels = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]

@@ -23,21 +23,25 @@ class Metric(NamedTuple):
     Attributes:
         key: Its name among the metrics and the curves of results files.
         words: What it is.
-        digits: Digits that are shown; of differences one more.
+        digits: Digits that are shown.
+        difference_digits: Digits of differences that are shown.
         is_share: Whether it is a share, which is shown in percent, and the higher the better.
     """
 
     key: str
     words: str
     digits: int
+    difference_digits: int
     is_share: bool
 
 
 #: Trainer -> what its studies compare.
 MAIN_METRICS = {
-    "train_dit": Metric("held_out_loss", "held-out error of the velocity", 4, False),
-    "train_classifier": Metric("accuracy", "test accuracy", 2, True),
+    "train_dit": Metric("held_out_loss", "held-out error of the velocity", 4, 5, False),
+    "train_classifier": Metric("accuracy", "test accuracy", 2, 2, True),
 }
+FD = Metric("fd", "FD", 2, 2, False)
+SAMPLE_ACCURACY = Metric("sample_accuracy", "accuracy of samples", 1, 1, True)
 
 
 def finished(study: Study, results: Results, variant: str) -> dict[int, Mapping[str, Any]]:
@@ -54,9 +58,10 @@ def table(study: Study, results: Results) -> str:
         study,
         {variant: finished(study, results, variant) for variant in study.variants},
         {
-            **_compared(study, results, lambda cells: cells),
+            **_compared(study, results, metric),
             "test loss": lambda cells: _mean(cells, "held_out_loss", 4) if metric.is_share else "",
-            **_OF_SAMPLES,
+            **_compared(study, results, FD),
+            SAMPLE_ACCURACY.words: _mean_of(SAMPLE_ACCURACY),
             reached: lambda cells: _steps_to_baseline(cells, baseline, metric),
             "time a step": lambda cells: _relative_time(cells, baseline),
             "parameters": lambda cells: ", ".join(sorted({f"{cell['parameters']:,}" for cell in cells.values()})),
@@ -94,7 +99,12 @@ def grid_tables(study: Study, results: Results) -> list[str]:
     tables = []
     for side in sides:
         rows = {variant: at(side)(finished(study, results, variant)) for variant in study.variants}
-        columns = {**_compared(study, results, at(side)), **_OF_SAMPLES, "best scaling": _scalings}
+        columns = {
+            **_compared(study, results, MAIN_METRICS[study.trainer], at(side)),
+            **_compared(study, results, FD, at(side)),
+            SAMPLE_ACCURACY.words: _mean_of(SAMPLE_ACCURACY),
+            "best scaling": _scalings,
+        }
         tables.append(f"At {side}x{side} pixels:\n\n{_table(study, rows, columns)}")
     return tables
 
@@ -132,7 +142,8 @@ def way_table(study: Study, results: Results) -> str:
     def at(step: int) -> Callable[[Cells], str]:
         return lambda cells: _mean(_at_step(cells, metric, step), metric.key, metric.digits, metric.is_share)
 
-    columns = {f"step {step:,}": at(step) for step in steps} | _OF_SAMPLES
+    columns = {f"step {step:,}": at(step) for step in steps}
+    columns |= {end.words: _mean_of(end) for end in (FD, SAMPLE_ACCURACY)}
     rows = [[variant, *(column(found) for column in columns.values())] for variant, found in runs.items()]
     return _markdown([f"{metric.words}, seed {seed}", *columns], rows)
 
@@ -181,28 +192,28 @@ def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line[number] for number in shown)} |" for line in everything)
 
 
-def _compared(study: Study, results: Results, take: Callable[[Cells], Cells]) -> dict[str, Callable[[Cells], str]]:
-    """Return the columns of the main metric, and of its differences to the baseline and to `also_compare`."""
-    metric = MAIN_METRICS[study.trainer]
+def _compared(
+    study: Study, results: Results, metric: Metric, take: Callable[[Cells], Cells] = lambda cells: cells
+) -> dict[str, Callable[[Cells], str]]:
+    """Return the columns of a metric, and of its differences to the baseline and to `also_compare`."""
 
     def difference_to(variant: str) -> Callable[[Cells], str]:
         return lambda cells: _difference(cells, take(finished(study, results, variant)), metric)
 
+    of = "" if metric is MAIN_METRICS[study.trainer] else f"{metric.words}, "
     others = {"the baseline": study.baseline, **{name: name for name in study.also_compare}}
     return {
-        metric.words: lambda cells: _mean(cells, metric.key, metric.digits, metric.is_share),
-        **{f"difference to {words}": difference_to(variant) for words, variant in others.items()},
+        metric.words: _mean_of(metric),
+        **{f"{of}difference to {words}": difference_to(variant) for words, variant in others.items()},
     }
-
-
-_OF_SAMPLES: dict[str, Callable[[Cells], str]] = {
-    "FD": lambda cells: _mean(cells, "fd", 2),
-    "accuracy of samples": lambda cells: _mean(cells, "sample_accuracy", 1, percent=True),
-}
 
 
 def _values(cells: Cells, metric: str) -> dict[int, float]:
     return {seed: cell["metrics"][metric] for seed, cell in cells.items() if cell["metrics"].get(metric) is not None}
+
+
+def _mean_of(metric: Metric) -> Callable[[Cells], str]:
+    return lambda cells: _mean(cells, metric.key, metric.digits, metric.is_share)
 
 
 def _mean(cells: Cells, metric: str, digits: int, percent: bool = False) -> str:
@@ -220,7 +231,7 @@ def _difference(cells: Cells, others: Cells, metric: Metric) -> str:
     seeds = [seed for seed in own if seed in other]
     if cells == others or not seeds:
         return ""
-    scale, digits = (100, 2) if metric.is_share else (1, metric.digits + 1)
+    scale, digits = 100 if metric.is_share else 1, metric.difference_digits
     found = paired_difference([scale * own[seed] for seed in seeds], [scale * other[seed] for seed in seeds])
     if math.isnan(found.low):
         return f"{found.mean:+.{digits}f}"

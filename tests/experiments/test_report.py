@@ -76,6 +76,18 @@ class TestTable:
         assert rows["context"]["FD"] == "3.00 ± 0.00"
         assert "accuracy of samples" not in rows["context"]
 
+    def test_frechet_distances_are_paired_by_seed_too(self, tmp_path):
+        study = build_study(tmp_path, also_compare=["context"])
+
+        def change(cell, record):
+            record["metrics"]["fd"] = 20.0 + 3 * cell.seed - 5 * (cell.variant == "context")
+
+        write_changed(tmp_path, study, change)
+        rows = rows_of(study, tmp_path)
+        assert rows["context"]["FD"] == "16.50 ± 2.12"
+        assert rows["context"]["FD, difference to the baseline"].startswith("-5.00 [-5.00, -5.00]")
+        assert rows["none (baseline)"]["FD, difference to context"].startswith("+5.00 ")
+
     def test_a_loss_that_is_not_reached_is_said_so(self, study, tmp_path):
         write_results(tmp_path, study, none=[1.0, 0.5], context=[1.0, 0.7])
         assert rows_of(study, tmp_path)["context"]["steps to the baseline's loss"] == "not reached"
@@ -191,6 +203,7 @@ class TestFurtherTables:
         row = parsed(tables[1])["context"]
         assert row["difference to the baseline"].startswith("-0.10000 ")
         assert row["FD"] == "10.00 ± 0.00"
+        assert row["FD, difference to the baseline"].startswith("+0.00 ")
         assert row["best scaling"] == "rotary none (1); rotary ntk (1)"
 
     def test_gates_are_described_by_the_distance_that_halves_attention(self, study, tmp_path):

@@ -15,6 +15,8 @@ Results = Mapping[tuple[str, int], Mapping[str, Any]]
 Cells = Mapping[int, Mapping[str, Any]]
 #: Shares of the steps at which early losses are compared.
 EARLY_SHARES = (0.1, 0.25, 0.5)
+#: Share of the steps from which on differences are averaged.
+LATE_SHARE = 0.5
 
 
 class Metric(NamedTuple):
@@ -80,8 +82,12 @@ def early_table(study: Study, results: Results) -> str:
             _at_share(cells, baseline, metric, share), _at_share(baseline, baseline, metric, share), metric
         )
 
+    def late(cells: Cells) -> str:
+        return _difference(_late_mean(cells, baseline, metric), _late_mean(baseline, baseline, metric), metric)
+
     others = {name: finished(study, results, name) for name in study.variants if name != study.baseline}
-    text = _table(study, others, {f"at {share:.0%} of the steps": column(share) for share in EARLY_SHARES})
+    columns = {f"at {share:.0%} of the steps": column(share) for share in EARLY_SHARES}
+    text = _table(study, others, {**columns, f"mean from {LATE_SHARE:.0%} on": late})
     return f"Differences to {study.baseline} on the way:\n\n{text}" if any(others.values()) and baseline else ""
 
 
@@ -258,6 +264,22 @@ def _at_share(cells: Cells, baseline: Cells, metric: Metric, share: float) -> di
         if seed in baseline
         for at_step in _at_step({seed: cell}, metric, share * baseline[seed]["steps"]).values()
     }
+
+
+def _late_mean(cells: Cells, baseline: Cells, metric: Metric) -> dict[int, Any]:
+    """Return cells whose main metric is its mean from LATE_SHARE to all of the baseline's steps of the same seed."""
+    found = {}
+    for seed, cell in cells.items():
+        curve = cell["curves"][metric.key]
+        last = baseline[seed]["steps"] if seed in baseline else math.inf
+        if curve["steps"] and curve["steps"][-1] >= last:
+            inside = [
+                value
+                for step, value in zip(curve["steps"], curve["values"], strict=True)
+                if LATE_SHARE * last <= step <= last
+            ]
+            found[seed] = {**cell, "metrics": {metric.key: float(np.mean(inside))}}
+    return found
 
 
 def _steps_to_baseline(cells: Cells, baseline: Cells, metric: Metric) -> str:

@@ -158,6 +158,14 @@ class TestFurtherTables:
         assert row["at 25% of the steps"].startswith("-0.18125 ")
         assert row["at 50% of the steps"].startswith("-0.08750 ")
 
+    def test_the_second_half_of_the_steps_is_averaged(self, study, tmp_path):
+        def change(cell, record):
+            values = [1.0, 0.7, 0.6, 0.5] if cell.variant == "none" else [0.9, 0.9, 0.5, 0.3 + 0.1 * cell.seed]
+            record["curves"]["held_out_loss"] = {"steps": [5, 9, 10, 20], "values": values}  # of 20 steps
+
+        row = parsed(early_table(study, write_changed(tmp_path, study, change)))["context"]
+        assert row["mean from 50% on"].startswith("-0.12500 ")  # -0.15 of seed 0, and -0.10 of seed 1
+
     def test_a_shorter_run_is_compared_at_the_steps_of_the_baseline(self, study, tmp_path):
         def change(cell, record):
             short = cell.variant == "context"
@@ -167,6 +175,7 @@ class TestFurtherTables:
         row = parsed(early_table(study, write_changed(tmp_path, study, change)))["context"]
         assert row["at 25% of the steps"].startswith("-0.20000 ")  # 0.7 instead of 0.9 after 5 of 20 steps
         assert "at 50% of the steps" not in row  # after its last validation
+        assert "mean from 50% on" not in row
 
     def test_a_further_variant_can_be_compared_with(self, tmp_path):
         study = build_study(tmp_path, also_compare=["context"])

@@ -15,6 +15,8 @@ from tests.experiments.studies import build_study, record_of, write_results, wri
 ROOT = Path(__file__).parents[2]
 PAGES = [page for page in sorted((ROOT / "docs").glob("*.md")) if SECTION.search(page.read_text())]
 STUDIES = sorted({match["study"] for page in PAGES for match in SECTION.finditer(page.read_text())})
+SUMMARY = re.compile(r"<!-- numbers of docs/results.md -->\n(.*?)<!-- end of numbers -->", re.S)
+DECIMAL = re.compile(r"\d+\.\d+")
 EMPTY = "# Page\n\n<!-- results: small -->\n<!-- end of results -->\n\nMore.\n"
 
 
@@ -45,6 +47,19 @@ class TestCommittedPages:
             assert {"torch", "diffusers", "sdt_diffusion"} <= set(record["versions"])
             assert len(record["commit"].split()[0]) == 40, "run studies in a clone of the repository"
             assert "/" not in str(record["config"].get("arguments", {}).get("dataset", "")).replace("{data}/", "")
+
+
+    @pytest.mark.parametrize("page", ["README.md", "docs/results.md"])
+    def test_numbers_of_the_summaries_are_in_the_tables(self, page):
+        """A number of a summary is one of the tables of docs/results.md, rounded to the digits that it has."""
+        tables = "".join(match.group() for match in SECTION.finditer((ROOT / "docs" / "results.md").read_text()))
+        known = [abs(float(number)) for number in DECIMAL.findall(tables)]
+        (summary,) = SUMMARY.findall((ROOT / page).read_text())
+        numbers = DECIMAL.findall(summary)
+        assert numbers
+        for number in numbers:
+            half = 0.5 * 10.0 ** -len(number.partition(".")[2]) + 1e-9
+            assert any(abs(value - float(number)) <= half for value in known), f"{number} is in no table"
 
 
 @pytest.fixture

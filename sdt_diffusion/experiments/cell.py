@@ -27,6 +27,7 @@ from ..utils.reading import read_json
 from .locality import measure_gates, measure_pruning
 from .measures import TRAINED, curves, describe_extractor, final_values, judge_samples, seconds_per_step
 from .other_grids import measure_classifier, measure_generator
+from .reach import measure_attention
 from .result_files import describe_machine, write_result
 from .study import TRAINERS, Evaluation
 
@@ -124,6 +125,8 @@ def _measure(job: Job, folder: Path) -> dict[str, Any]:
         metrics["resolutions"] = measure_generator(folder, config, evaluation, references, extractor, precision)
     if evaluation.gate_images:
         metrics["gates"] = measure_gates(folder, config, evaluation, precision)
+    if evaluation.attention_images:
+        metrics["attention"] = measure_attention(folder, config, evaluation, precision)
     if evaluation.prune_eps:
         metrics["pruning"] = measure_pruning(folder, config, evaluation, precision)
     here = {"output_dir": None, "logging_dir": None}

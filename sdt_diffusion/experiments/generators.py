@@ -24,7 +24,7 @@ def open_generator(folder: Path, device: torch.device) -> SDTPipeline:
     pipe = load_pipeline(FidSamplingArguments(model=str(folder)), device)
     if pipe.vae is not None:
         raise ValueError(
-            "evaluation: resolutions, gate_images and prune_eps are for models of pixels, and this one has a VAE."
+            "evaluation: resolutions and measures of attention are for models of pixels, and this one has a VAE."
         )
     pipe.transformer.eval()
     return pipe

@@ -24,6 +24,7 @@ from .study import Study, read_study
 from .tables import (
     MAIN_METRICS,
     Results,
+    attention_table,
     early_table,
     finished,
     gates_table,
@@ -69,7 +70,7 @@ def fill_page(text: str, studies_dir: Path, results_dir: Path, draw: Callable[[S
         parts = [describe(study, results)]
         if any(record["failed"] is None for record in results.values()):
             parts += [table(study, results), early_table(study, results), *grid_tables(study, results)]
-            parts += [gates_table(study, results), pruning_table(study, results)]
+            parts += [attention_table(study, results), gates_table(study, results), pruning_table(study, results)]
             parts += [f"![{study.title}]({path})" for path in draw(study, results)]
         return "\n\n".join(
             [match["start"].rstrip("\n"), *filter(None, parts), provenance(study, results), match["end"]]

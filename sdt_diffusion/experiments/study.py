@@ -42,6 +42,7 @@ class Evaluation(CheckedArguments):
         resolutions: Sides of images, in pixels, other than the trained one to measure the model on too.
         scaling_images: Images that choose the scaling of positions and distances there; see `other_grids`.
         gate_images: Held-out images on which the gates are described at the end; see `locality`.
+        attention_images: Held-out images on which the reach of attention is measured at all resolutions; see `reach`.
         prune_eps: Shares of each query's softmax that attention may skip, to measure what pruning saves.
         pruning_images: Held-out images that it is measured on.
     """
@@ -54,6 +55,7 @@ class Evaluation(CheckedArguments):
     resolutions: list[int] = field(default_factory=list, metadata=RESOLUTIONS)
     scaling_images: int = field(default=128, metadata=between(1, 1_000_000))
     gate_images: int = field(default=0, metadata=between(0, 1_000_000))
+    attention_images: int = field(default=0, metadata=between(0, 1_000_000))
     prune_eps: list[float] = field(default_factory=list, metadata=between(0, MAX_PRUNE_EPS, with_least=False))
     pruning_images: int = field(default=64, metadata=between(1, 1_000_000))
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from .reach import NOISE_LEVEL
 from .statistics import paired_difference, steps_to_reach
 from .study import Study
 
@@ -152,6 +153,34 @@ def way_table(study: Study, results: Results) -> str:
     columns |= {end.words: _mean_of(end) for end in (FD, SAMPLE_ACCURACY)}
     rows = [[variant, *(column(found) for column in columns.values())] for variant, found in runs.items()]
     return _markdown([f"{metric.words}, seed {seed}", *columns], rows)
+
+
+def attention_table(study: Study, results: Results) -> str:
+    """Return a table of how far attention looks at each resolution; empty if no cell has measured it."""
+    measured = {
+        variant: {seed: cell["metrics"]["attention"] for seed, cell in cells.items() if "attention" in cell["metrics"]}
+        for variant in study.variants
+        for cells in [finished(study, results, variant)]
+    }
+    sides = dict.fromkeys(side for cells in measured.values() for found in cells.values() for side in found)
+    if not sides:
+        return ""
+
+    def distance(side: str, first: bool) -> Callable[[Cells], str]:
+        def column(cells: Cells) -> str:
+            blocks = [found[side][:1] if first else found[side] for found in cells.values()]
+            values = np.array([np.mean(found) for found in blocks])
+            return f"{values.mean():.2f}" + (f" ± {values.std(ddof=1):.2f}" if len(values) > 1 else "")
+
+        return column
+
+    columns = {
+        f"{side}x{side}, {words}": distance(side, first)
+        for words, first in (("first block", True), ("all blocks", False))
+        for side in sides
+    }
+    text = _table(study, {variant: cells for variant, cells in measured.items() if cells}, columns)
+    return f"Mean distance, in patches, of what attention looks at, at a noise level of {NOISE_LEVEL}:\n\n{text}"
 
 
 def pruning_table(study: Study, results: Results) -> str:

@@ -75,7 +75,7 @@ def trainer(monkeypatch):
 
 class TestRunCell:
     def test_it_trains_measures_and_leaves_a_small_file_and_the_pipeline(self, tmp_path, trainer):
-        more = {"resolutions": [12], "gate_images": 6, "prune_eps": [0.01], "pruning_images": 4}
+        more = {"resolutions": [12], "gate_images": 6, "attention_images": 5, "prune_eps": [0.01], "pruning_images": 4}
         cell = build_study(tmp_path, evaluation={**STUDY["evaluation"], **more}).cells()[1]
         job = job_of(cell, tmp_path, keep="kept", references=references_of(cell, tmp_path))
         real = cell_module.TRAINERS["train_dit"].main
@@ -107,6 +107,7 @@ class TestRunCell:
         assert wider["held_out_loss"] > 0
         assert wider["fd"] != record["metrics"]["fd"]
         assert len(record["metrics"]["gates"]["by_noise"]) == 10
+        assert {side: len(blocks) for side, blocks in record["metrics"]["attention"].items()} == {"8": 1, "12": 1}
         assert list(record["metrics"]["pruning"]) == ["0.0", "0.01"]
         assert record["all_arguments"]["spatial_decay"] == "context"
         assert record["parameters"] > 10_000

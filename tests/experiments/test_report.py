@@ -9,7 +9,14 @@ from sdt_diffusion.experiments.plot import MAX_LINES
 from sdt_diffusion.experiments.report import SECTION, draw_pictures, fill_page, provenance
 from sdt_diffusion.experiments.result_files import read_results, result_path, write_result
 from sdt_diffusion.experiments.study import read_study
-from sdt_diffusion.experiments.tables import early_table, gates_table, grid_tables, pruning_table, table
+from sdt_diffusion.experiments.tables import (
+    attention_table,
+    early_table,
+    gates_table,
+    grid_tables,
+    pruning_table,
+    table,
+)
 from tests.experiments.studies import build_study, record_of, write_results, write_study
 
 ROOT = Path(__file__).parents[2]
@@ -47,7 +54,6 @@ class TestCommittedPages:
             assert {"torch", "diffusers", "sdt_diffusion"} <= set(record["versions"])
             assert len(record["commit"].split()[0]) == 40, "run studies in a clone of the repository"
             assert "/" not in str(record["config"].get("arguments", {}).get("dataset", "")).replace("{data}/", "")
-
 
     @pytest.mark.parametrize("page", ["README.md", "docs/results.md"])
     def test_numbers_of_the_summaries_are_in_the_tables(self, page):
@@ -259,6 +265,20 @@ class TestFurtherTables:
         assert pictures == ["images/results_small.png", "images/results_small_reach.png"]
         assert (tmp_path / pictures[1]).stat().st_size > 10_000
 
+    def test_the_distance_of_attention_is_shown_at_each_resolution(self, study, tmp_path):
+        def change(cell, record):
+            if cell.variant == "context":
+                heads = [[1.0 + cell.seed, 2.0 + cell.seed], [4.0, 5.0]]  # of two blocks
+                record["metrics"]["attention"] = {"8": heads, "12": [[9.0, 9.0]] * 2}
+
+        text = attention_table(study, write_changed(tmp_path, study, change))
+        assert parsed(text)["context"] == {
+            "8x8, first block": "2.00 ± 0.71",
+            "12x12, first block": "9.00 ± 0.00",
+            "8x8, all blocks": "3.25 ± 0.35",
+            "12x12, all blocks": "9.00 ± 0.00",
+        }
+
     def test_pruning_is_shown_with_what_it_costs_and_saves(self, study, tmp_path):
         def change(cell, record):
             if cell.variant == "context":
@@ -286,7 +306,7 @@ class TestFurtherTables:
     def test_without_gates_pruning_or_other_resolutions_there_are_no_such_tables(self, study, tmp_path):
         write_results(tmp_path, study)
         results = read_results(tmp_path, study)
-        assert gates_table(study, results) == pruning_table(study, results) == ""
+        assert attention_table(study, results) == gates_table(study, results) == pruning_table(study, results) == ""
         assert grid_tables(study, results) == []
 
 

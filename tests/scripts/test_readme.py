@@ -11,7 +11,7 @@ import sdt_diffusion
 from sdt_diffusion.convert.__main__ import main as convert
 from tests.scripts.process import ROOT, load_main
 
-BLOCK = re.compile(r"(?:<!-- (.*?) -->\n)?```(bash|python)\n(.*?)```", re.DOTALL)
+BLOCK = re.compile(r"(?:<!-- ([\w ]+) -->\n)?```(bash|python)\n(.*?)```", re.DOTALL)
 #: Further flags that make a script's run short.
 SMALL = {
     "train/train_dit.py": (

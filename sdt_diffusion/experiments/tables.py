@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -157,30 +158,25 @@ def way_table(study: Study, results: Results) -> str:
 
 def attention_table(study: Study, results: Results) -> str:
     """Return a table of how far attention looks at each resolution; empty if no cell has measured it."""
-    measured = {
-        variant: {seed: cell["metrics"]["attention"] for seed, cell in cells.items() if "attention" in cell["metrics"]}
-        for variant in study.variants
-        for cells in [finished(study, results, variant)]
-    }
-    sides = dict.fromkeys(side for cells in measured.values() for found in cells.values() for side in found)
-    if not sides:
+    rows = {variant: _with_distances(finished(study, results, variant)) for variant in study.variants}
+    rows = {variant: cells for variant, cells in rows.items() if cells}
+    names = dict.fromkeys(name for cells in rows.values() for cell in cells.values() for name in cell["metrics"])
+    if not names:
         return ""
-
-    def distance(side: str, first: bool) -> Callable[[Cells], str]:
-        def column(cells: Cells) -> str:
-            blocks = [found[side][:1] if first else found[side] for found in cells.values()]
-            values = np.array([np.mean(found) for found in blocks])
-            return f"{values.mean():.2f}" + (f" ± {values.std(ddof=1):.2f}" if len(values) > 1 else "")
-
-        return column
-
-    columns = {
-        f"{side}x{side}, {words}": distance(side, first)
-        for words, first in (("first block", True), ("all blocks", False))
-        for side in sides
-    }
-    text = _table(study, {variant: cells for variant, cells in measured.items() if cells}, columns)
+    text = _table(study, rows, {name: partial(_mean, metric=name, digits=2) for name in names})
     return f"Mean distance, in patches, of what attention looks at, at a noise level of {NOISE_LEVEL}:\n\n{text}"
+
+
+def _with_distances(cells: Cells) -> dict[int, Any]:
+    """Return the cells that know how far attention looks, with that by the names of columns as their metrics."""
+    found = {}
+    for seed, cell in cells.items():
+        sides = cell["metrics"].get("attention", {})
+        first = {f"{side}x{side}, first block": np.mean(blocks[0]) for side, blocks in sides.items()}
+        everywhere = {f"{side}x{side}, all blocks": np.mean(blocks) for side, blocks in sides.items()}
+        if sides:
+            found[seed] = {**cell, "metrics": {**first, **everywhere}}
+    return found
 
 
 def pruning_table(study: Study, results: Results) -> str:
